@@ -1,0 +1,39 @@
+// Registers the CPU kernels with the operators that fastdiff/ops defines, and makes the module importable.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include "isa.h"
+#include "operators.h"
+
+using namespace fastdiff;
+
+STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
+  m.impl("row_loss", TORCH_BOX(&row_loss));
+  m.impl("mask_tokens", TORCH_BOX(&mask_tokens));
+  m.impl("mask_exactly", TORCH_BOX(&mask_exactly));
+  m.impl("harmonic_mask", TORCH_BOX(&harmonic_mask));
+  m.impl("uniform_tokens", TORCH_BOX(&uniform_tokens));
+}
+
+namespace {
+
+PyObject* isa(PyObject*, PyObject*) {
+  try {
+    return PyUnicode_FromString(isa_name(current_isa()));
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+    return nullptr;
+  }
+}
+
+PyMethodDef methods[] = {
+    {"isa", isa, METH_NOARGS, "The instruction set in use: baseline, v3 or v4 (x86-64 levels)."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C_cpu", "fastdiff's CPU kernels.", -1, methods, nullptr,
+                      nullptr,               nullptr,  nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C_cpu() { return PyModule_Create(&module); }

@@ -1,0 +1,26 @@
+// The operators of fastdiff/ops on the CPU. Shapes, dtypes and devices were checked there; values are checked here.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "tensor.h"
+
+namespace fastdiff {
+
+std::tuple<Tensor, Tensor> row_loss(Tensor z, Tensor x0, std::optional<Tensor> xt, std::optional<Tensor> mask,
+                                    std::optional<Tensor> sigma, std::optional<Tensor> weight,
+                                    std::optional<Tensor> num_items, std::string functor, int64_t mask_index,
+                                    bool exclude_mask, int64_t ignore_index, bool scale_by_sigma, std::string reduction,
+                                    bool with_grad);
+
+std::tuple<Tensor, Tensor> mask_tokens(Tensor x0, Tensor p, std::optional<Tensor> maskable, Tensor seed, Tensor steps,
+                                       Tensor sample_ids, int64_t mask_index);
+std::tuple<Tensor, Tensor> mask_exactly(Tensor x0, Tensor counts, std::optional<Tensor> maskable, Tensor seed,
+                                        Tensor steps, Tensor sample_ids, int64_t mask_index);
+std::tuple<Tensor, Tensor, Tensor, Tensor> harmonic_mask(Tensor x0, std::optional<Tensor> maskable, Tensor seed,
+                                                         Tensor steps, Tensor sample_ids, int64_t mask_index);
+Tensor uniform_tokens(Tensor x0, Tensor p, Tensor seed, Tensor steps, Tensor sample_ids, int64_t num_states);
+
+}  // namespace fastdiff

@@ -1,0 +1,124 @@
+// One call of the row loss: where its rows are, which are scored, and the constants of each.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../row_loss.h"
+#include "tensor.h"
+
+namespace fastdiff {
+
+enum class Functor { dce, dse_absorb, dse_uniform };
+
+inline Functor functor_named(const std::string& name) {
+  if (name == "dce") return Functor::dce;
+  if (name == "dse_absorb") return Functor::dse_absorb;
+  if (name == "dse_uniform") return Functor::dse_uniform;
+  bad_value("functor: expected dce, dse_absorb or dse_uniform, got ", name);
+}
+
+// z is [..., V] with any strides before the last; all other tensors are contiguous over [...].
+struct RowLoss {
+  const Tensor& tensor;
+  const void* z;
+  const int64_t *x0, *xt;
+  const bool* mask;
+  const double *sigma, *weight;
+  Functor functor;
+  int64_t mask_index, ignore_index, num_states, rows;
+  bool exclude_mask, scale_by_sigma;
+  double scale = 1;
+  std::vector<uint8_t> scored;
+  double* loss = nullptr;
+  void* grad = nullptr;
+
+  RowLoss(const Tensor& z_, const Tensor& x0_, const std::optional<Tensor>& xt_, const std::optional<Tensor>& mask_,
+          const std::optional<Tensor>& sigma_, const std::optional<Tensor>& weight_, const std::string& functor_,
+          int64_t mask_index_, bool exclude_mask_, int64_t ignore_index_, bool scale_by_sigma_)
+      : tensor(z_),
+        z(z_.const_data_ptr()),
+        x0(data<int64_t>(x0_)),
+        xt(data<int64_t>(xt_)),
+        mask(data<bool>(mask_)),
+        sigma(data<double>(sigma_)),
+        weight(data<double>(weight_)),
+        functor(functor_named(functor_)),
+        mask_index(mask_index_),
+        ignore_index(ignore_index_),
+        num_states(z_.size(-1)),
+        rows(x0_.numel()),
+        exclude_mask(exclude_mask_),
+        scale_by_sigma(scale_by_sigma_),
+        scored(rows) {}
+
+  std::vector<int64_t> sizes() const { return {tensor.sizes().begin(), tensor.sizes().end()}; }
+  std::vector<int64_t> token_sizes() const { return {tensor.sizes().begin(), tensor.sizes().end() - 1}; }
+
+  int64_t row_offset(int64_t row) const {
+    int64_t offset = 0;
+    for (int64_t d = tensor.dim() - 2; d >= 0; --d) {
+      offset += row % tensor.size(d) * tensor.stride(d);
+      row /= tensor.size(d);
+    }
+    return offset;
+  }
+
+  // The id that is never read, or -1.
+  int64_t excluded(int64_t row) const {
+    if (functor == Functor::dse_uniform) return xt[row];
+    return exclude_mask ? mask_index : -1;
+  }
+
+  double shift(int64_t row) const {
+    return scale_by_sigma ? Noise(sigma[row]).log_e1 + std::log(static_cast<double>(num_states - 1)) : 0;
+  }
+
+  DseRow dse_row(int64_t row) const {
+    if (functor == Functor::dse_absorb) return DseRow::absorb(sigma[row]);
+    return DseRow::uniform(sigma[row], num_states, xt[row] != x0[row]);
+  }
+
+  // A sigma given to dce turns conditionals into scores: DSE of log c - log e1 is DCE / e1.
+  double row_weight(int64_t row) const {
+    const double given = weight ? weight[row] * scale : scale;
+    return functor == Functor::dce && sigma ? given * Noise(sigma[row]).inv_e1 : given;
+  }
+
+  // Checks every value, fills `scored` and counts it. Before any row is read: nothing may throw in a thread.
+  int64_t check() {
+    int64_t count = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      if (x0[r] == ignore_index) continue;
+      check_row(r);
+      scored[r] = functor == Functor::dse_uniform || (mask ? mask[r] : !xt || xt[r] == mask_index);
+      if (scored[r]) check_scored(r);
+      count += scored[r];
+    }
+    return count;
+  }
+
+ private:
+  void check_row(int64_t r) const {
+    if (x0[r] < 0 || x0[r] >= num_states)
+      bad_value("x0: expected ids in [0, ", num_states, "), got ", x0[r], " at token ", r);
+    if (sigma && !(sigma[r] >= 0 && std::isfinite(sigma[r])))
+      bad_value("sigma: expected finite numbers >= 0, got ", sigma[r], " at token ", r);
+    if (!xt) return;
+    if (functor == Functor::dse_uniform && (xt[r] < 0 || xt[r] >= num_states))
+      bad_value("xt: expected ids in [0, ", num_states, "), got ", xt[r], " at token ", r);
+    if (functor != Functor::dse_uniform && xt[r] != mask_index && xt[r] != x0[r])
+      bad_value("xt: expected x0 or the mask ", mask_index, ", got ", xt[r], " where x0 is ", x0[r], " at token ", r,
+                " (are xt and x0 swapped?)");
+  }
+
+  void check_scored(int64_t r) const {
+    if (functor != Functor::dse_uniform && exclude_mask && x0[r] == mask_index)
+      bad_value("x0: expected a token, got the mask ", mask_index, " at token ", r);
+    const bool moved = functor != Functor::dse_uniform || scale_by_sigma || xt[r] != x0[r];
+    if (sigma && moved && !(sigma[r] > 0))
+      bad_value("sigma: expected numbers > 0 where a token was masked or moved, got ", sigma[r], " at token ", r);
+  }
+};
+
+}  // namespace fastdiff

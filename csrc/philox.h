@@ -1,0 +1,66 @@
+// Random bits as a pure function of names: Philox4x32-10 (Salmon et al., SC 2011). Twin of fastdiff/philox.py.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define FASTDIFF_HD __host__ __device__ __forceinline__
+#else
+#define FASTDIFF_HD inline __attribute__((always_inline))
+#endif
+
+namespace fastdiff {
+
+// What a draw is for. Values start at 0x80: smaller ones could repeat torch's own CUDA stream.
+enum Purpose : uint32_t {
+  kMask = 0x80,
+  kSubset = 0x81,
+  kCount = 0x82,
+  kReplace = 0x83,
+  kDerive = 0xFF,
+};
+
+struct Words {
+  uint32_t w[4];
+};
+
+FASTDIFF_HD Words philox4x32(uint32_t k0, uint32_t k1, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(p0);
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// The draws of one (seed, purpose, step, sample, row), by index. Steps from 2^24 and samples from 2^32 on go
+// through one more Philox call that derives another key.
+struct Stream {
+  uint32_t k0, k1, row, sample, purpose_step;
+
+  FASTDIFF_HD Stream(int64_t seed, Purpose purpose, int64_t step, int64_t sample_id, uint32_t row_id)
+      : k0(static_cast<uint32_t>(seed)),
+        k1(static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32)),
+        row(row_id),
+        sample(static_cast<uint32_t>(sample_id)),
+        purpose_step(static_cast<uint32_t>(purpose) << 24 | (static_cast<uint32_t>(step) & 0xFFFFFF)) {
+    const uint32_t high_sample = static_cast<uint32_t>(static_cast<uint64_t>(sample_id) >> 32);
+    const uint32_t high_step = static_cast<uint32_t>(static_cast<uint64_t>(step) >> 24);
+    if (high_sample | high_step) {
+      const Words key = philox4x32(k0, k1, high_sample, high_step, 0, static_cast<uint32_t>(kDerive) << 24);
+      k0 = key.w[0];
+      k1 = key.w[1];
+    }
+  }
+
+  // Draws 4 * group .. 4 * group + 3.
+  FASTDIFF_HD Words four(uint32_t group) const { return philox4x32(k0, k1, group, row, sample, purpose_step); }
+
+  FASTDIFF_HD uint32_t operator()(uint32_t index) const { return four(index >> 2).w[index & 3]; }
+};
+
+}  // namespace fastdiff

@@ -1,0 +1,43 @@
+"""Fused kernels for discrete-diffusion language models: losses, masking and likelihoods, each in one pass."""
+
+from fastdiff.backends import BackendUnavailable
+from fastdiff.estimators import NLLEstimate, exact_nll, time_free_nll
+from fastdiff.graphs import Absorbing, Uniform
+from fastdiff.losses import dce_loss, dse_loss
+from fastdiff.noising import (
+    HarmonicMask,
+    Masked,
+    corrupt,
+    harmonic_mask,
+    mask_exactly,
+    mask_tokens,
+    sample_mask_counts,
+    sample_times,
+)
+from fastdiff.schedules import Cosine, Geometric, Linear, LogLinear, Polynomial
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Absorbing",
+    "BackendUnavailable",
+    "Cosine",
+    "Geometric",
+    "HarmonicMask",
+    "Linear",
+    "LogLinear",
+    "Masked",
+    "NLLEstimate",
+    "Polynomial",
+    "Uniform",
+    "corrupt",
+    "dce_loss",
+    "dse_loss",
+    "exact_nll",
+    "harmonic_mask",
+    "mask_exactly",
+    "mask_tokens",
+    "sample_mask_counts",
+    "sample_times",
+    "time_free_nll",
+]

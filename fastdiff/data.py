@@ -1,0 +1,217 @@
+"""Tokens to train and evaluate on: byte-level text, or a table of sequences.
+
+A batch is a pure function of (seed, step), so that a resumed run sees what an unbroken one would have seen.
+"""
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastdiff.checks import check_tokens
+from fastdiff.philox import Purpose, draw32, uniform
+
+NUM_BYTES = 256
+_FEW = 20  # so few documents are split inside each, more of them between documents
+_NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+class TokenSource(Protocol):
+    """What `fastdiff.training.train` reads: int64 tokens in [0, num_tokens), in sequences of one length."""
+
+    num_tokens: int
+
+    def batch(self, step: int, n: int) -> Tensor:
+        """n training sequences, [n, L], the same ones whenever the same step is asked for."""
+        ...
+
+    def validation(self, n: int) -> Tensor:
+        """At most n sequences that no batch holds, [<= n, L]."""
+        ...
+
+
+class Text:
+    """Windows of `length` bytes from documents, split so that no held-out byte is ever trained on.
+
+    Exact duplicates are dropped first. From 20 documents on, whole ones are held out, in the order of a hash of
+    their content, until they make up `held_out` of the bytes. Of fewer documents each gives up its tail.
+
+    Args:
+        documents: the texts, as bytes, in an order that does not vary.
+        length: bytes in a window.
+        held_out: share of the bytes to keep for validation, in (0, 1).
+        seed: names the training batches.
+
+    Raises:
+        ValueError: no text at all, or less than `length` bytes in a part.
+    """
+
+    num_tokens = NUM_BYTES
+
+    def __init__(self, documents: list[bytes], length: int, *, held_out: float = 0.05, seed: int = 0) -> None:
+        if length < 1:
+            raise ValueError(f"length: expected at least 1, got {length}")
+        if not 0 < held_out < 1:
+            raise ValueError(f"held_out: expected a share in (0, 1), got {held_out}")
+        documents = [d for d in dict.fromkeys(documents) if d]
+        if not documents:
+            raise ValueError("documents: expected text, got none or only empty ones")
+        train, validation = _split(documents, held_out)
+        self.length, self.seed = length, seed
+        self.train_bytes = _stream(train, length, "training")
+        self.validation_bytes = _stream(validation, length, "held-out")
+
+    def batch(self, step: int, n: int) -> Tensor:
+        """n windows at uniform places of the training text, int64 [n, length]."""
+        starts = len(self.train_bytes) - self.length + 1
+        draws = draw32(self.seed, Purpose.DATA, step, torch.arange(n), 0, 0)
+        return self._windows(self.train_bytes, (draws * starts) >> 32)
+
+    def validation(self, n: int) -> Tensor:
+        """At most n windows, evenly spread over the held-out text and disjoint, int64 [<= n, length]."""
+        available = len(self.validation_bytes) // self.length
+        n = min(n, available)
+        return self._windows(self.validation_bytes, torch.arange(n) * available // n * self.length)
+
+    def _windows(self, text: Tensor, starts: Tensor) -> Tensor:
+        return text[starts.unsqueeze(1) + torch.arange(self.length)].long()
+
+
+class Table:
+    """Sequences drawn independently, with given probabilities, from the rows of a table.
+
+    Args:
+        tokens: [N, L] int64 sequences.
+        num_tokens: size of the alphabet; ids lie in [0, num_tokens).
+        probs: [N] probabilities of the rows, up to a factor; None for equal ones.
+        held_out: [M, L] sequences for validation; None if there are none.
+        seed: names the batches.
+    """
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        *,
+        num_tokens: int,
+        probs: Tensor | None = None,
+        held_out: Tensor | None = None,
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("tokens", tokens), ("held_out", held_out)):
+            if value is not None:
+                _check_table(name, value, num_tokens)
+        if probs is None:
+            probs = torch.ones(len(tokens))
+        if probs.shape != tokens.shape[:1] or not (probs >= 0).all() or not 0 < probs.sum() < torch.inf:
+            raise ValueError(f"probs: expected {len(tokens)} numbers >= 0 with a finite sum > 0, got {probs}")
+        cumulative = probs.double().cumsum(0)
+        self.tokens, self.num_tokens, self.held_out, self.seed = tokens.long(), num_tokens, held_out, seed
+        self._cumulative = cumulative / cumulative[-1]
+
+    def batch(self, step: int, n: int) -> Tensor:
+        """n rows drawn with the given probabilities, int64 [n, L]."""
+        u = uniform(self.seed, Purpose.DATA, step, torch.arange(n), 0, 0)
+        return self.tokens[torch.searchsorted(self._cumulative, u, right=True)]
+
+    def validation(self, n: int) -> Tensor:
+        """The first n held-out rows, int64 [<= n, L]."""
+        if self.held_out is None:
+            raise ValueError("held_out: expected validation sequences, got None")
+        return self.held_out[:n].long()
+
+
+def load_documents(data: str | os.PathLike) -> list[bytes]:
+    """The documents that `data` names, in an order that does not vary.
+
+    Args:
+        data: "stdlib" for the source and the documentation topics of the running interpreter's standard
+            library, its tests left out; else a file, or a folder whose UTF-8 files count unless hidden.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        ValueError: a folder without text.
+    """
+    if data == "stdlib":
+        return _standard_library()
+    path = Path(data)
+    if path.is_file():
+        return [path.read_bytes()]
+    if not path.is_dir():
+        raise FileNotFoundError(f"data: expected 'stdlib', a text file or a folder, but there is no {path}")
+    files = _files(path, lambda name: not name.startswith("."))
+    documents = [content for content in (f.read_bytes() for f in files) if _is_text(content)]
+    if not documents:
+        raise ValueError(f"data: expected a folder with UTF-8 text in it, found none in {path}")
+    return documents
+
+
+def encode(text: str) -> Tensor:
+    """The UTF-8 bytes of a text, int64 [number of bytes]."""
+    return torch.tensor(list(text.encode()), dtype=torch.int64)
+
+
+def decode(tokens: Tensor) -> str:
+    """The text of [L] byte tokens; what is not UTF-8 shows as the replacement character."""
+    return bytes(tokens.tolist()).decode(errors="replace")
+
+
+def _split(documents: list[bytes], held_out: float) -> tuple[list[bytes], list[bytes]]:
+    if len(documents) < _FEW:
+        cuts = [len(d) - round(held_out * len(d)) for d in documents]
+        pairs = list(zip(documents, cuts, strict=True))
+        return [d[:cut] for d, cut in pairs], [d[cut:] for d, cut in pairs]
+    validation, room = set(), held_out * sum(map(len, documents))
+    for document in sorted(documents, key=lambda d: hashlib.sha256(d).digest()):
+        if room <= 0:
+            break
+        validation.add(document)
+        room -= len(document)
+    return [d for d in documents if d not in validation], [d for d in documents if d in validation]
+
+
+def _stream(documents: list[bytes], length: int, part: str) -> Tensor:
+    text = b"".join(documents)
+    if len(text) < length:
+        raise ValueError(f"length: expected at most the {len(text)} bytes of {part} text, got {length}")
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def _standard_library() -> list[bytes]:
+    from pydoc_data.topics import topics  # documentation as prose; its source file is the same text, escaped
+
+    root = Path(sysconfig.get_path("stdlib"))
+    files = _files(root, lambda name: name not in _NOT_LIBRARY)
+    topics_file = root / "pydoc_data" / "topics.py"
+    sources = [f.read_bytes() for f in files if f.suffix == ".py" and f != topics_file]
+    return sources + [topics[name].encode() for name in sorted(topics)]
+
+
+def _files(root: Path, wanted: Callable[[str], bool]) -> list[Path]:
+    """Files below root, sorted, all parts of whose path are wanted; other folders are not entered."""
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = filter(wanted, folders)
+        found += [Path(folder, name) for name in names if wanted(name)]
+    return sorted(found, key=lambda f: f.relative_to(root).as_posix())
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        return "\0" not in content.decode()
+    except UnicodeDecodeError:
+        return False
+
+
+def _check_table(name: str, tokens: Tensor, num_tokens: int) -> None:
+    check_tokens(name, tokens, None)
+    if tokens.dim() != 2 or tokens.numel() == 0:
+        raise ValueError(f"{name}: expected shape [N, L], neither of them 0, got {tuple(tokens.shape)}")
+    if tokens.min() < 0 or tokens.max() >= num_tokens:
+        raise ValueError(
+            f"{name}: expected ids in [0, {num_tokens}), got {tokens.min().item()} to {tokens.max().item()}"
+        )

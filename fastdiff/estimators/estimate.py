@@ -1,0 +1,103 @@
+"""What every estimator returns: negative log-likelihoods, their standard errors and what they cost."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class NLLEstimate:
+    """Negative log-likelihoods of B sequences, in nats, with the error that random masking leaves in them.
+
+    Attributes:
+        nll: [B] float64, nats per sequence.
+        stderr: [B] float64, standard error of nll; 0 where every subset was enumerated.
+        num_tokens: [B] int64, tokens whose likelihood this is (the prompt is not counted).
+        num_forwards: [B] int64, network passes spent.
+        degrees_of_freedom: [B] float64, those of stderr; infinite where stderr is 0.
+    """
+
+    nll: Tensor
+    stderr: Tensor
+    num_tokens: Tensor
+    num_forwards: Tensor
+    degrees_of_freedom: Tensor
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Bounds (low, high), [B] each, that hold the true value with probability `level` (Student's t).
+
+        Raises:
+            ValueError: level outside (0, 1).
+        """
+        half = student_t(level, self.degrees_of_freedom) * self.stderr
+        return self.nll - half, self.nll + half
+
+    @property
+    def bits_per_token(self) -> Tensor:
+        """nll / (num_tokens log 2): [B]."""
+        return self.nll / (self.num_tokens * math.log(2))
+
+    @property
+    def bits_per_token_stderr(self) -> Tensor:
+        """Standard error of `bits_per_token`: [B]."""
+        return self.stderr / (self.num_tokens * math.log(2))
+
+    @property
+    def perplexity(self) -> Tensor:
+        """exp(nll / num_tokens): [B]."""
+        return torch.exp(self.nll / self.num_tokens)
+
+    def pooled(self) -> "NLLEstimate":
+        """The B sequences as one text (B = 1): nats, tokens and passes add, and so do squared standard errors.
+
+        Sequences draw their masks independently. The error is that of the masking only: how far these sequences stand
+        for the text they were taken from is another question. Degrees of freedom by Welch-Satterthwaite.
+        """
+        variance = self.stderr**2
+        spread = (variance**2 / self.degrees_of_freedom).sum()
+        return NLLEstimate(
+            nll=self.nll.sum().view(1),
+            stderr=variance.sum().sqrt().view(1),
+            num_tokens=self.num_tokens.sum().view(1),
+            num_forwards=self.num_forwards.sum().view(1),
+            degrees_of_freedom=torch.where(spread > 0, variance.sum() ** 2 / spread, math.inf).view(1),
+        )
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Lists of B numbers, ready for JSON, 95% interval included."""
+        low, high = self.interval()
+        columns = {
+            "nll": self.nll,
+            "stderr": self.stderr,
+            "low": low,
+            "high": high,
+            "bits_per_token": self.bits_per_token,
+            "perplexity": self.perplexity,
+            "num_tokens": self.num_tokens,
+            "num_forwards": self.num_forwards,
+        }
+        return {name: column.tolist() for name, column in columns.items()}
+
+
+def student_t(level: float, degrees_of_freedom: Tensor) -> Tensor:
+    """The t with P(|T| < t) = level for Student's T, float64, shaped as degrees_of_freedom (>= 1, also infinite).
+
+    With T = sqrt(nu) tan(a), P = c int_0^a cos(u)^(nu-1) du, c = 2 Gamma((nu+1)/2) / (sqrt(pi) Gamma(nu/2)). P is
+    concave in a, so Newton's steps from 0 climb to the root without passing it; Simpson's rule does the integral.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected a number in (0, 1), got {level}")
+    nu = degrees_of_freedom.double().clamp(max=1e6).unsqueeze(-1)  # beyond that T is normal to six digits
+    nodes = torch.linspace(0, 1, 257, dtype=nu.dtype, device=nu.device)
+    simpson = torch.full_like(nodes, 2 / 768)
+    simpson[1::2] = 4 / 768
+    simpson[[0, -1]] = 1 / 768
+    c = 2 / math.sqrt(math.pi) * torch.exp(torch.lgamma((nu + 1) / 2) - torch.lgamma(nu / 2))
+    a = torch.zeros_like(nu)
+    for _ in range(50):
+        probability = c * a * (torch.cos(a * nodes) ** (nu - 1) * simpson).sum(-1, keepdim=True)
+        a = a + (level - probability) / (c * torch.cos(a) ** (nu - 1))
+    return (nu.sqrt() * torch.tan(a)).squeeze(-1)

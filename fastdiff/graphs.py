@@ -1,0 +1,98 @@
+"""The two noising graphs, with the methods the field gives them. Formulas: reference.py, sections 1 and 4."""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastdiff import losses, noising, philox, reference
+from fastdiff.checks import check_rows, check_tokens, per_token, vocabulary_index
+
+
+@dataclasses.dataclass(frozen=True)
+class _Graph:
+    num_states: int
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if self.num_states < 2:
+            raise ValueError(f"num_states: expected at least 2, got {self.num_states}")
+
+    @property
+    def _mask(self) -> int | None:
+        return None
+
+    def sample_transition(self, x0: Tensor, sigma: float | Tensor, **names) -> Tensor:
+        """Tokens noised to sigma, as `fastdiff.corrupt` (its seed, step, sample_ids, generator)."""
+        return noising.corrupt(x0, sigma, self, **names)
+
+    def transition(self, i: Tensor, sigma: float | Tensor) -> Tensor:
+        """Probabilities p(x_t = . | x_0 = i), float64 [..., num_states]; they sum to 1."""
+        return reference.transition(self.name, i, self._sigma(i, sigma), self.num_states, self._mask)
+
+    def transp_transition(self, i: Tensor, sigma: float | Tensor) -> Tensor:
+        """Probabilities p(x_t = i | x_0 = .), float64 [..., num_states]; they need not sum to 1."""
+        return reference.transp_transition(self.name, i, self._sigma(i, sigma), self.num_states, self._mask)
+
+    def reverse_rate(self, i: Tensor, score: Tensor) -> Tensor:
+        """Reverse-time rates out of i at dsigma = 1, float64 [..., num_states]; each row sums to 0."""
+        self._check_rows("score", score)
+        check_tokens("i", i, score.shape[:-1], score.device)
+        return reference.reverse_rate(self.name, i, score, self._mask)
+
+    def staggered_score(self, score: Tensor, dsigma: float | Tensor) -> Tensor:
+        """The score seen from dsigma less noise, exp(-dsigma Q) score, float64 [..., num_states]."""
+        self._check_rows("score", score)
+        dsigma = per_token("dsigma", dsigma, score.shape[:-1], score.device)
+        return reference.staggered_score(self.name, score, dsigma, self._mask)
+
+    def score_entropy(self, log_score: Tensor, sigma: float | Tensor, xt: Tensor, x0: Tensor) -> Tensor:
+        """Score entropy per token in nats, as `fastdiff.dse_loss`."""
+        self._check_rows("log_score", log_score)
+        mask_index = -1 if self._mask is None else self._mask
+        return losses.dse_loss(log_score, sigma, xt, x0, graph=self.name, mask_index=mask_index)
+
+    def _sigma(self, i: Tensor, sigma: float | Tensor) -> Tensor:
+        check_tokens("i", i, None)
+        return per_token("sigma", sigma, i.shape, i.device)
+
+    def _check_rows(self, name: str, rows: Tensor) -> None:
+        check_rows(name, rows)
+        if rows.shape[-1] != self.num_states:
+            raise ValueError(f"{name}: expected {self.num_states} states in the last dimension, got {rows.shape[-1]}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Absorbing(_Graph):
+    """Each token becomes the mask M with probability 1 - exp(-sigma). num_states counts the mask."""
+
+    mask_index: int = -1
+    name: ClassVar[str] = "absorb"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "mask_index", vocabulary_index("mask_index", self.mask_index, self.num_states))
+
+    @property
+    def _mask(self) -> int:
+        return self.mask_index
+
+    def sample_limit(self, *shape: int, device: torch.device | None = None) -> Tensor:
+        """Tokens at infinite noise: all masks, int64 of the given shape."""
+        return torch.full(shape, self.mask_index, device=device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform(_Graph):
+    """Each token is redrawn uniformly from all num_states with probability 1 - exp(-sigma)."""
+
+    name: ClassVar[str] = "uniform"
+
+    def sample_limit(self, *shape: int, seed: int | Tensor | None = None, device: torch.device | None = None) -> Tensor:
+        """Tokens at infinite noise: uniform draws, int64 of the given shape [samples, ...]."""
+        seed = noising.resolve_seed(seed, None, device)
+        flat = torch.arange(torch.Size(shape[1:]).numel(), device=device)
+        sample = torch.arange(shape[0], device=device).unsqueeze(1)
+        draws = philox.draw32(seed, philox.Purpose.LIMIT, 0, sample, 0, flat)
+        return ((draws * self.num_states) >> 32).view(shape)

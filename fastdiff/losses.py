@@ -1,0 +1,178 @@
+"""Losses of discrete diffusion, per token or reduced, in nats: fused forward and gradient, one read of each row."""
+
+import torch
+from torch import Tensor
+
+from fastdiff.checks import (
+    Number,
+    check_bool,
+    check_choice,
+    check_rows,
+    check_tokens,
+    per_token,
+    vocabulary_index,
+)
+from fastdiff.ops.row_loss import Rows, row_loss
+
+REDUCTIONS = ("none", "sum", "mean")
+_IGNORE_NONE = -(2**63)
+PARAMETRIZATIONS = ("log_score", "logits", "log_probs", "scale_by_sigma")
+
+
+def dce_loss(
+    logits: Tensor,
+    x0: Tensor,
+    *,
+    xt: Tensor | None = None,
+    mask: Tensor | None = None,
+    weight: Number | Tensor | None = None,
+    mask_index: int = -1,
+    exclude_mask: bool = True,
+    ignore_index: int = -100,
+    reduction: str = "none",
+    num_items: Number | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Masked cross-entropy `w (logsumexp_v z_v - z_x0)` at masked positions, 0 elsewhere, in nats.
+
+    Args:
+        logits: [..., V] float32, float64, bfloat16 or float16. Never changed.
+        x0: [...] int64 clean tokens. Where x0 = ignore_index the loss is 0.
+        xt: [...] noised tokens; positions with xt = mask_index are scored.
+        mask: [...] bool, the scored positions, instead of xt. With neither, every position is scored.
+        weight: w, a number or a tensor over a prefix of the token shape ([B] is one per sequence), or one that
+            broadcasts to it. It has no gradient.
+        mask_index: the mask's id, negative from the end.
+        exclude_mask: leave v = mask_index out of the sum over v (SEDD, RADD, MDLM, Duo) or keep it (LLaDA).
+        reduction: "none" for [...] losses, "sum", or "mean" over the scored tokens (0 if there are none).
+        num_items: with "mean", divide the sum by this number (or tensor of one element) instead.
+
+    Returns:
+        float32 (float64 for float64 logits) [...] or [].
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device does not fit; on the CPU also if an id is outside [0, V), x0
+            is the mask where it is scored, or xt is neither x0 nor the mask.
+        BackendUnavailable: the backend named cannot run here.
+    """
+    check_rows("logits", logits)
+    if xt is not None and mask is not None:
+        raise ValueError("mask: expected one of xt and mask, got both")
+    if exclude_mask or (xt is not None and mask_index < 0):
+        mask_index = vocabulary_index("mask_index", mask_index, logits.shape[-1])
+    rows = _rows("dce", logits, x0, mask_index=mask_index, exclude_mask=exclude_mask, ignore_index=ignore_index)
+    shape, device = rows.x0.shape, logits.device
+    if xt is not None:
+        check_tokens("xt", xt, shape, device)
+        rows.xt = xt.long().contiguous()
+    if mask is not None:
+        check_bool("mask", mask, shape, device)
+        rows.mask = mask.contiguous()
+    if weight is not None:
+        rows.weight = per_token("weight", weight, shape, device).contiguous()
+    _reduce(rows, reduction, num_items)
+    return row_loss(rows, backend)
+
+
+def dse_loss(
+    log_score: Tensor,
+    sigma: Number | Tensor,
+    xt: Tensor,
+    x0: Tensor,
+    *,
+    graph: str = "absorb",
+    dsigma: Number | Tensor | None = None,
+    mask_index: int = -1,
+    parametrization: str = "log_score",
+    reduction: str = "none",
+    num_items: Number | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Denoising score entropy (Lou, Meng, Ermon 2024), in nats per unit of sigma, times dsigma if that is given.
+
+    Absorbing, where x_t = M, with e1 = expm1(sigma):
+        `sum_{y != M} exp(s_y) - s_x0 / e1 + (1/e1) (log(1/e1) - 1)`
+    Uniform over N states, everywhere, with a_y = p(y|x0) / p(x_t|x0) and phi(d) = expm1(d) - d:
+        `(1/N) sum_{y != x_t} a_y phi(s_y - log a_y)`
+
+    Args:
+        log_score: [..., V] float32, float64, bfloat16 or float16. Never changed.
+        sigma: total noise, > 0 where a token is masked or moved; a number or a tensor over a prefix of the token shape
+            ([B] is one per sequence), or one that broadcasts to it. It has no gradient.
+        xt, x0: [...] int64 noised and clean tokens.
+        graph: "absorb" or "uniform".
+        dsigma: the rate of sigma, a factor on the loss, shaped as sigma.
+        mask_index: the absorbing graph's mask, negative from the end.
+        parametrization: what log_score holds. "log_score"; "logits" or "log_probs" of x0 (absorbing only): the log
+            score is log c_y - log e1 with c = softmax over y != M, so that the loss is cross-entropy / e1;
+            "scale_by_sigma": SEDD's output before its tail, the log score is out - log e1 - log(V - 1).
+        reduction: "none" for [...] losses, "sum", or "mean" over the scored tokens (0 if there are none).
+        num_items: with "mean", divide the sum by this number (or tensor of one element) instead.
+
+    Returns:
+        float32 (float64 for float64 log_score) [...] or [].
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device does not fit; on the CPU also if an id is outside [0, V), sigma
+            is out of range, or (absorbing) x0 is the mask or xt is neither x0 nor the mask.
+        BackendUnavailable: the backend named cannot run here.
+    """
+    check_rows("log_score", log_score)
+    check_choice("graph", graph, ("absorb", "uniform"))
+    check_choice("parametrization", parametrization, PARAMETRIZATIONS)
+    conditionals = parametrization in ("logits", "log_probs")
+    if conditionals and graph == "uniform":
+        raise ValueError(f"parametrization: {parametrization!r} needs the absorbing graph, got graph='uniform'")
+    if log_score.shape[-1] < 2:
+        raise ValueError(f"log_score: expected at least 2 states, got shape {tuple(log_score.shape)}")
+    mask_index = vocabulary_index("mask_index", mask_index, log_score.shape[-1])
+    functor = "dce" if conditionals else f"dse_{graph}"
+    rows = _rows(functor, log_score, x0, mask_index=mask_index, scale_by_sigma=parametrization == "scale_by_sigma")
+    shape, device = rows.x0.shape, log_score.device
+    check_tokens("xt", xt, shape, device)
+    rows.xt = xt.long().contiguous()
+    rows.sigma = per_token("sigma", sigma, shape, device).contiguous()
+    if dsigma is not None:
+        rows.weight = per_token("dsigma", dsigma, shape, device).contiguous()
+    _reduce(rows, reduction, num_items)
+    return row_loss(rows, backend)
+
+
+def _rows(
+    functor: str,
+    z: Tensor,
+    x0: Tensor,
+    *,
+    mask_index: int,
+    exclude_mask: bool = True,
+    ignore_index: int = _IGNORE_NONE,
+    scale_by_sigma: bool = False,
+) -> Rows:
+    check_tokens("x0", x0, z.shape[:-1], z.device)
+    return Rows(
+        z=z if z.stride(-1) == 1 else z.contiguous(),
+        x0=x0.long().contiguous(),
+        xt=None,
+        mask=None,
+        sigma=None,
+        weight=None,
+        num_items=None,
+        functor=functor,
+        mask_index=mask_index,
+        exclude_mask=exclude_mask,
+        ignore_index=ignore_index,
+        scale_by_sigma=scale_by_sigma,
+        reduction="none",
+    )
+
+
+def _reduce(rows: Rows, reduction: str, num_items: Number | Tensor | None) -> None:
+    check_choice("reduction", reduction, REDUCTIONS)
+    rows.reduction = reduction
+    if num_items is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"num_items: needs reduction='mean', got reduction={reduction!r}")
+    if isinstance(num_items, Tensor) and num_items.numel() == 1:
+        num_items = num_items.reshape(())
+    rows.num_items = per_token("num_items", num_items, torch.Size(), rows.z.device)

@@ -1,0 +1,302 @@
+"""The forward process: masks, exact-count and harmonic masks, uniform noise and times.
+
+Every draw is a pure function of (seed, step, sample_id, position): the same names give the same bits on every backend,
+at any batch shape and on any number of ranks. `seed=None` draws one from torch's generator (or `generator`).
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdiff.checks import Number, check_bool, check_choice, check_tensor, check_tokens, per_token
+from fastdiff.ops import corrupt as ops
+from fastdiff.philox import Purpose, draw32, uniform
+
+if TYPE_CHECKING:
+    from fastdiff.graphs import Absorbing, Uniform
+
+
+class Masked(NamedTuple):
+    """xt [B, L] int64 and mask [B, L] bool, true where a token was masked."""
+
+    xt: Tensor
+    mask: Tensor
+
+
+class HarmonicMask(NamedTuple):
+    """A masked batch with counts [B] int64 and weight [B] float64, H_L, which makes the summed loss unbiased."""
+
+    xt: Tensor
+    mask: Tensor
+    counts: Tensor
+    weight: Tensor
+
+
+def mask_tokens(
+    x0: Tensor,
+    p: Number | Tensor,
+    *,
+    mask_index: int,
+    maskable: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    step: int | Tensor = 0,
+    sample_ids: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    uniforms: Tensor | None = None,
+    backend: str | None = None,
+) -> Masked:
+    """Masks each token with probability p, independently.
+
+    Args:
+        x0: [B, L] int64 tokens.
+        p: probability in [0, 1], a number or a tensor over a prefix of [B, L], or one that broadcasts to it.
+        mask_index: the mask's id, >= 0.
+        maskable: [B, L] bool; other positions stay.
+        seed, step, sample_ids, generator: what names the draws; step is a number or [B], sample_ids [B] (0..B-1).
+        uniforms: [B, L] numbers in [0, 1) to use instead: masked where uniforms < p, compared in their dtype.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or (on the CPU) p is outside [0, 1].
+    """
+    names = _check(x0, mask_index, maskable, seed, step, sample_ids, generator)
+    p = per_token("p", p, x0.shape, x0.device)
+    if uniforms is None:
+        return Masked(*ops.mask_tokens(x0.long().contiguous(), p, _contiguous(maskable), names, mask_index, backend))
+    check_tensor("uniforms", uniforms)
+    if uniforms.shape != x0.shape or not uniforms.is_floating_point():
+        raise ValueError(
+            f"uniforms: expected floating shape {tuple(x0.shape)}, got {uniforms.dtype} {tuple(uniforms.shape)}"
+        )
+    mask = uniforms < p.to(uniforms.dtype)
+    mask = mask if maskable is None else mask & maskable
+    return Masked(torch.where(mask, mask_index, x0.long()), mask)
+
+
+def mask_exactly(
+    x0: Tensor,
+    counts: Tensor,
+    *,
+    mask_index: int,
+    maskable: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    step: int | Tensor = 0,
+    sample_ids: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    backend: str | None = None,
+) -> Masked:
+    """Masks a uniformly drawn subset of exactly counts[b] maskable tokens of each sequence.
+
+    Args:
+        x0: [B, L] int64 tokens.
+        counts: [B] int64 in [0, maskable positions of the sequence].
+        mask_index, maskable, seed, step, sample_ids, generator: as `mask_tokens`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or (on the CPU) a count is out of range.
+    """
+    names = _check(x0, mask_index, maskable, seed, step, sample_ids, generator)
+    check_tokens("counts", counts, x0.shape[:1], x0.device)
+    arguments = (x0.long().contiguous(), counts.long().contiguous(), _contiguous(maskable), names, mask_index)
+    return Masked(*ops.mask_exactly(*arguments, backend))
+
+
+def harmonic_mask(
+    x0: Tensor,
+    *,
+    mask_index: int,
+    maskable: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    step: int | Tensor = 0,
+    sample_ids: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    backend: str | None = None,
+) -> HarmonicMask:
+    """Masks m tokens of each sequence, m drawn with p(m) = 1/(m H_L), m = 1..L, uniformly among subsets of m.
+
+    L counts the maskable positions of the sequence. The summed loss times `weight` = H_L is an unbiased estimate of the
+    time-free NLL (Jeon et al. 2025): in subset terms p(I) = B(L-|I|, |I|+1) / H_L over unmasked sets I.
+
+    Args:
+        x0: [B, L] int64 tokens.
+        mask_index, maskable, seed, step, sample_ids, generator: as `mask_tokens`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or (on the CPU) a sequence has no maskable position.
+    """
+    names = _check(x0, mask_index, maskable, seed, step, sample_ids, generator)
+    return HarmonicMask(
+        *ops.harmonic_mask(x0.long().contiguous(), _contiguous(maskable), names, mask_index, backend)
+    )
+
+
+def sample_mask_counts(
+    n: int,
+    length: int | Tensor,
+    *,
+    proposal: str = "stratified",
+    seed: int | Tensor | None = None,
+    step: int | Tensor = 0,
+    sample_ids: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draws n counts m in 1..L and the weights 1/(m q(m)) that make the summed loss unbiased for the NLL.
+
+    Args:
+        n: counts to draw.
+        length: L, a number for [n] results, or int64 [B] for [B, n].
+        proposal: "harmonic", q = 1/(m H_L), weight H_L; "uniform", q = 1/L, weight L/m; "stratified", as uniform with
+            one jittered draw in each of n equal strata of 1..L.
+        seed, step, sample_ids, generator: what names the draws.
+
+    Returns:
+        counts int64 and weights float64.
+    """
+    check_choice("proposal", proposal, ("stratified", "uniform", "harmonic"))
+    if n < 1:
+        raise ValueError(f"n: expected at least 1, got {n}")
+    lengths = torch.as_tensor(length)
+    if lengths.dtype != torch.int64 or lengths.dim() > 1 or (lengths < 1).any():
+        raise ValueError(f"length: expected a number >= 1 or int64 [B] of such, got {length}")
+    rows = lengths.reshape(-1)
+    seed, steps, sample_ids = _names(rows, seed, step, sample_ids, generator)
+    j = torch.arange(n, device=rows.device)
+    draws = draw32(seed, Purpose.COUNT, steps.unsqueeze(1), sample_ids.unsqueeze(1), 0, j)
+    size = rows.unsqueeze(1)
+    if proposal == "harmonic":
+        counts, weights = ops.harmonic_counts(draws, size.expand(draws.shape), int(rows.max()))
+    else:
+        # floor of L times a uniform, or of L times a uniform in stratum j of n, in exact integers
+        counts = 1 + ((draws * size) >> 32 if proposal == "uniform" else ((j << 32) + draws) * size // (n << 32))
+        weights = size.double() / counts
+    shape = (*lengths.shape, n)
+    return counts.view(shape), weights.reshape(shape)
+
+
+def corrupt(
+    x0: Tensor,
+    sigma: Number | Tensor,
+    graph: "Absorbing | Uniform",
+    *,
+    seed: int | Tensor | None = None,
+    step: int | Tensor = 0,
+    sample_ids: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Noises tokens to total noise sigma: with probability 1 - exp(-sigma) masked, or redrawn from all states.
+
+    Args:
+        x0: [B, L] int64 tokens.
+        sigma: total noise >= 0, a number or a tensor over a prefix of [B, L], or one that broadcasts to it.
+        graph: Absorbing(...) or Uniform(...).
+        seed, step, sample_ids, generator: as `mask_tokens`.
+
+    Returns:
+        xt [B, L] int64.
+    """
+    mask_index = getattr(graph, "mask_index", 0)
+    names = _check(x0, mask_index, None, seed, step, sample_ids, generator)
+    p = -torch.expm1(-per_token("sigma", sigma, x0.shape, x0.device))
+    x0 = x0.long().contiguous()
+    if graph.name == "absorb":
+        return ops.mask_tokens(x0, p, None, names, mask_index, backend)[0]
+    return ops.uniform_tokens(x0, p, names, graph.num_states, backend)
+
+
+def sample_times(
+    n: int,
+    *,
+    method: str = "stratified",
+    eps: float = 1e-3,
+    seed: int | Tensor | None = None,
+    step: int | Tensor = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    generator: torch.Generator | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Draws n times in [eps, 1], uniform each, float32 [n].
+
+    Args:
+        n: times on this rank.
+        method: "iid"; "antithetic", pairs u and 1 - u; "stratified", one jittered draw in each of n * world_size strata.
+        eps: the smallest time.
+        seed, step, generator: what names the draws; ranks need a common seed.
+        rank, world_size: which n of the n * world_size times to return.
+    """
+    check_choice("method", method, ("iid", "antithetic", "stratified"))
+    if n < 1 or not 0 <= eps < 1 or not 0 <= rank < world_size:
+        raise ValueError(
+            f"n, eps, rank: expected n >= 1, 0 <= eps < 1, 0 <= rank < world_size, got {n}, {eps}, {rank} of {world_size}"
+        )
+    index = torch.arange(rank * n, (rank + 1) * n, device=device)
+    seed = resolve_seed(seed, generator, device)
+    if method == "antithetic":
+        u = uniform(seed, Purpose.TIME, step, 0, 0, index // 2)
+        u = torch.where(index % 2 == 0, u, 1 - u)
+    else:
+        u = uniform(seed, Purpose.TIME, step, 0, 0, index)
+        u = (index + u) / (n * world_size) if method == "stratified" else u
+    return (eps + (1 - eps) * u).float()
+
+
+def resolve_seed(
+    seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device | None
+) -> Tensor:
+    """The seed as an int64 tensor on the device; None draws one from the generator."""
+    if seed is None:
+        drawn_on = device if generator is None else generator.device
+        return torch.randint(2**63 - 1, (), generator=generator, device=drawn_on).to(device or "cpu")
+    if generator is not None:
+        raise ValueError("generator: expected one of seed and generator, got both")
+    if isinstance(seed, Tensor):
+        if seed.numel() != 1 or seed.dtype != torch.int64:
+            raise ValueError(f"seed: expected one int64, got {seed.dtype} {tuple(seed.shape)}")
+        return seed.reshape(()).to(device or seed.device)
+    if not isinstance(seed, int):
+        raise TypeError(f"seed: expected an int, an int64 tensor or None, got {type(seed).__name__}")
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def _check(
+    x0: Tensor,
+    mask_index: int,
+    maskable: Tensor | None,
+    seed: int | Tensor | None,
+    step: int | Tensor,
+    sample_ids: Tensor | None,
+    generator: torch.Generator | None,
+) -> ops.Names:
+    check_tokens("x0", x0, None)
+    if x0.dim() != 2 or x0.shape[1] == 0:
+        raise ValueError(f"x0: expected shape [B, L] with L >= 1, got {tuple(x0.shape)}")
+    if mask_index < 0:
+        raise ValueError(f"mask_index: expected an id >= 0 (the vocabulary size is not known here), got {mask_index}")
+    if maskable is not None:
+        check_bool("maskable", maskable, x0.shape, x0.device)
+    return _names(x0[:, 0], seed, step, sample_ids, generator)
+
+
+def _names(
+    rows: Tensor,
+    seed: int | Tensor | None,
+    step: int | Tensor,
+    sample_ids: Tensor | None,
+    generator: torch.Generator | None,
+) -> ops.Names:
+    """seed [], steps and sample_ids [B], int64 on the rows' device."""
+    batch, device = rows.shape[0], rows.device
+    if isinstance(step, Tensor):
+        check_tokens("step", step, rows.shape, device)
+        steps = step.long().contiguous()
+    else:
+        steps = torch.full((batch,), step, dtype=torch.int64, device=device)
+    if sample_ids is None:
+        sample_ids = torch.arange(batch, device=device)
+    check_tokens("sample_ids", sample_ids, rows.shape, device)
+    return resolve_seed(seed, generator, device), steps, sample_ids.long().contiguous()
+
+
+def _contiguous(maskable: Tensor | None) -> Tensor | None:
+    return None if maskable is None else maskable.contiguous()

@@ -1,0 +1,1 @@
+"""torch.library operators: schema, checks, fake, autograd and choice of backend, one file an operation."""

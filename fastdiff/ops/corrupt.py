@@ -1,0 +1,145 @@
+"""The forward process: one launch masks or replaces the tokens of a whole batch, from named random bits."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.backends import resolve
+from fastdiff.ops.library import define
+from fastdiff.philox import Purpose, draw32
+
+# x0 int64 [B, L]; p float64 [B, L] with any strides; maskable bool [B, L]; seed int64 []; steps, sample_ids and
+# counts int64 [B]. xt and mask are [B, L]. The draws are draw32(seed, purpose, step, sample_id, 0, position).
+_NAMES = "Tensor seed, Tensor steps, Tensor sample_ids"
+_mask_tokens = define(
+    f"mask_tokens(Tensor x0, Tensor p, Tensor? maskable, {_NAMES}, int mask_index) -> (Tensor, Tensor)"
+)
+_mask_exactly = define(
+    f"mask_exactly(Tensor x0, Tensor counts, Tensor? maskable, {_NAMES}, int mask_index) -> (Tensor, Tensor)"
+)
+_harmonic_mask = define(
+    f"harmonic_mask(Tensor x0, Tensor? maskable, {_NAMES}, int mask_index) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_uniform_tokens = define(f"uniform_tokens(Tensor x0, Tensor p, {_NAMES}, int num_states) -> Tensor")
+
+Names = tuple[Tensor, Tensor, Tensor]
+
+
+def mask_tokens(
+    x0: Tensor, p: Tensor, maskable: Tensor | None, names: Names, mask_index: int, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Masks each maskable token with probability p: xt, mask."""
+    if resolve(backend, x0.device) != "reference":
+        return _mask_tokens(x0, p, maskable, *names, mask_index)
+    mask = _draws(Purpose.MASK, x0, names) < _threshold(p)
+    return _masked(x0, mask if maskable is None else mask & maskable, mask_index)
+
+
+def mask_exactly(
+    x0: Tensor, counts: Tensor, maskable: Tensor | None, names: Names, mask_index: int, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Masks a uniform subset of counts[b] maskable tokens: xt, mask."""
+    if resolve(backend, x0.device) != "reference":
+        return _mask_exactly(x0, counts, maskable, *names, mask_index)
+    most = _num_maskable(x0, maskable)
+    if not torch.compiler.is_compiling() and ((counts < 0) | (counts > most)).any():
+        b = int(((counts < 0) | (counts > most)).nonzero()[0])
+        raise ValueError(
+            f"counts: expected numbers in [0, {int(most[b])}], the maskable positions of sequence {b}, "
+            f"got {int(counts[b])}"
+        )
+    return _masked(x0, _subset(x0, counts, maskable, names), mask_index)
+
+
+def harmonic_mask(
+    x0: Tensor, maskable: Tensor | None, names: Names, mask_index: int, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Masks a uniform subset of m tokens, p(m) = 1/(m H_L): xt, mask, counts [B], weight H_L [B]."""
+    if resolve(backend, x0.device) != "reference":
+        return _harmonic_mask(x0, maskable, *names, mask_index)
+    length = _num_maskable(x0, maskable)
+    if not torch.compiler.is_compiling() and (length == 0).any():
+        b = int((length == 0).nonzero()[0])
+        raise ValueError(f"maskable: expected at least one position in sequence {b}, got none")
+    counts, weight = harmonic_counts(draw32(*_named(Purpose.COUNT, names), 0).squeeze(1), length, x0.shape[1])
+    return *_masked(x0, _subset(x0, counts, maskable, names), mask_index), counts, weight
+
+
+def uniform_tokens(x0: Tensor, p: Tensor, names: Names, num_states: int, backend: str | None) -> Tensor:
+    """Redraws each token from all num_states with probability p; it may stay."""
+    if resolve(backend, x0.device) != "reference":
+        return _uniform_tokens(x0, p, *names, num_states)
+    redrawn = (_draws(Purpose.REPLACE, x0, names) * num_states) >> 32
+    return torch.where(_draws(Purpose.MASK, x0, names) < _threshold(p), redrawn, x0)
+
+
+def harmonic_counts(draws: Tensor, length: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """The first m with draw < round(2^32 H_m / H_L), and the weight H_L: shapes of `draws` and `length` broadcast."""
+    harmonic = torch.cumsum(1 / torch.arange(1, longest + 1, dtype=torch.float64, device=draws.device), 0)
+    norm = harmonic[length - 1]
+    table = torch.round(harmonic / norm.unsqueeze(-1) * 2.0**32)
+    counts = 1 + (table <= draws.unsqueeze(-1)).sum(-1)
+    return counts, norm.expand(counts.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Shapes under tracing.
+
+
+@torch.library.register_fake("fastdiff::mask_tokens")
+def _(x0: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x0), torch.empty_like(x0, dtype=torch.bool)
+
+
+@torch.library.register_fake("fastdiff::mask_exactly")
+def _(x0: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x0), torch.empty_like(x0, dtype=torch.bool)
+
+
+@torch.library.register_fake("fastdiff::harmonic_mask")
+def _(x0: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    counts = x0.new_empty(x0.shape[0])
+    return torch.empty_like(x0), torch.empty_like(x0, dtype=torch.bool), counts, counts.double()
+
+
+@torch.library.register_fake("fastdiff::uniform_tokens")
+def _(x0: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The pieces of the reference.
+
+
+def _named(purpose: Purpose, names: Names) -> tuple[Tensor, int, Tensor, Tensor, int]:
+    seed, steps, sample_ids = names
+    return seed, int(purpose), steps.unsqueeze(1), sample_ids.unsqueeze(1), 0
+
+
+def _draws(purpose: Purpose, x0: Tensor, names: Names) -> Tensor:
+    return draw32(*_named(purpose, names), torch.arange(x0.shape[1], device=x0.device))
+
+
+def _threshold(p: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling() and not ((p >= 0) & (p <= 1)).all():
+        wrong = p[~((p >= 0) & (p <= 1))][0]
+        raise ValueError(f"p: expected probabilities in [0, 1], got {wrong.item()}")
+    return torch.round(p * 2.0**32).long()
+
+
+def _num_maskable(x0: Tensor, maskable: Tensor | None) -> Tensor:
+    return torch.full_like(x0[:, 0], x0.shape[1]) if maskable is None else maskable.sum(1)
+
+
+def _subset(x0: Tensor, counts: Tensor, maskable: Tensor | None, names: Names) -> Tensor:
+    """The counts[b] maskable positions with the smallest (draw, position)."""
+    draws = _draws(Purpose.SUBSET, x0, names)
+    if maskable is not None:
+        draws = draws.masked_fill(~maskable, 2**32)
+    rank = torch.argsort(torch.argsort(draws, dim=1, stable=True), dim=1)
+    return rank < counts.unsqueeze(1)
+
+
+def _masked(x0: Tensor, mask: Tensor, mask_index: int) -> tuple[Tensor, Tensor]:
+    return torch.where(mask, mask_index, x0), mask

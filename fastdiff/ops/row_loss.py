@@ -1,0 +1,186 @@
+"""The row losses: one read of each scored row gives its loss and, for a scalar loss, its gradient."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import reference
+from fastdiff.backends import resolve
+from fastdiff.ops.library import define, implement, library, no_double_backward
+
+# z [..., V] with any strides before the last; x0, xt int64, mask bool, sigma and weight float64, contiguous [...];
+# num_items float64 []. Returns the loss, [...] or [], and the gradient of a scalar one, [..., V] or empty.
+_ROWS = (
+    "Tensor z, Tensor x0, Tensor? xt, Tensor? mask, Tensor? sigma, Tensor? weight, Tensor? num_items, "
+    "str functor, int mask_index, bool exclude_mask, int ignore_index, bool scale_by_sigma, str reduction"
+)
+_row_loss = define(f"row_loss({_ROWS}, bool with_grad) -> (Tensor, Tensor)")
+_row_loss_backward = define(f"row_loss_backward(Tensor grad_loss, {_ROWS}) -> Tensor")
+_scale_grad = define("scale_grad(Tensor grad, Tensor grad_loss) -> Tensor")
+
+
+@dataclasses.dataclass
+class Rows:
+    """The arguments of one call, in the operator's order."""
+
+    z: Tensor
+    x0: Tensor
+    xt: Tensor | None
+    mask: Tensor | None
+    sigma: Tensor | None
+    weight: Tensor | None
+    num_items: Tensor | None
+    functor: str
+    mask_index: int
+    exclude_mask: bool
+    ignore_index: int
+    scale_by_sigma: bool
+    reduction: str
+
+    def arguments(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+
+def row_loss(rows: Rows, backend: str | None) -> Tensor:
+    """Loss per token, or its sum or mean; float32, or float64 for float64 rows."""
+    if resolve(backend, rows.z.device) == "reference":
+        return _reference(rows)
+    with_grad = torch.is_grad_enabled() and rows.z.requires_grad and rows.reduction != "none"
+    return _row_loss(*rows.arguments(), with_grad)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Shapes under tracing, and autograd.
+
+
+@torch.library.register_fake("fastdiff::row_loss")
+def _(z: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    reduction, with_grad = arguments[-2:]
+    shape = z.shape[:-1] if reduction == "none" else ()
+    loss = z.new_empty(shape, dtype=_loss_dtype(z))
+    return loss, z.new_empty(z.shape if with_grad else (0,))
+
+
+@torch.library.register_fake("fastdiff::row_loss_backward")
+def _(grad_loss: Tensor, z: Tensor, *_: Any) -> Tensor:
+    return z.new_empty(z.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    rows, grad = Rows(*inputs[:-1]), output[1]
+    ctx.mark_non_differentiable(grad)
+    ctx.set_materialize_grads(False)  # or the unused gradient of `grad` would be a zero [..., V]
+    ctx.rows = None if inputs[-1] else dataclasses.replace(rows, z=None, x0=None, xt=None, mask=None)
+    if ctx.rows is None:
+        ctx.save_for_backward(grad)
+    else:
+        ctx.rows.sigma = ctx.rows.weight = ctx.rows.num_items = None
+        ctx.save_for_backward(*inputs[:7])
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    unused = (None,) * (len(dataclasses.fields(Rows)))
+    if grad_loss is None:
+        return None, *unused
+    if ctx.rows is not None:
+        constants = ctx.rows.arguments()[7:]
+        return _row_loss_backward(grad_loss, *ctx.saved_tensors, *constants), *unused
+    (grad,) = ctx.saved_tensors
+    if _is_one(grad_loss):
+        return grad, *unused
+    return _scale_grad(grad, grad_loss), *unused
+
+
+torch.library.register_autograd("fastdiff::row_loss", _backward, setup_context=_setup_context, lib=library)
+
+
+def _is_one(grad_loss: Tensor) -> bool:
+    """Whether the gradient is already right. Not asked while tracing, on a device, or for a double backward."""
+    plain = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and not torch.is_grad_enabled()
+    return plain and grad_loss.item() == 1
+
+
+def _recompute(grad_loss: Tensor, *arguments: Any) -> Tensor:
+    """The gradient for any upstream one: it is a weight of the summed loss."""
+    rows = Rows(*arguments)
+    upstream = grad_loss.double().expand(rows.x0.shape)
+    rows.weight = (upstream if rows.weight is None else rows.weight * upstream).contiguous()
+    rows.reduction = "sum" if rows.reduction == "none" else rows.reduction
+    return _row_loss(*rows.arguments(), True)[1]
+
+
+implement("row_loss_backward", _recompute)
+implement("scale_grad", lambda grad, grad_loss: grad * grad_loss)
+no_double_backward("row_loss_backward")
+no_double_backward("scale_grad")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The same in plain PyTorch.
+
+
+def _reference(rows: Rows) -> Tensor:
+    if not torch.compiler.is_compiling():
+        _check_values(rows)
+    live = rows.x0 != rows.ignore_index
+    scored = live & _scored(rows)
+    x0 = torch.where(live, rows.x0, 0)
+    loss = torch.where(scored, _reference_loss(rows, x0, scored), 0)
+    if rows.weight is not None:
+        loss = loss * torch.where(scored, rows.weight, 0)
+    if rows.reduction != "none":
+        loss = loss.sum()
+    if rows.reduction == "mean":
+        loss = loss / (scored.sum().clamp_min(1) if rows.num_items is None else rows.num_items)
+    return loss.to(_loss_dtype(rows.z))
+
+
+def _reference_loss(rows: Rows, x0: Tensor, scored: Tensor) -> Tensor:
+    z, xt = rows.z, rows.xt
+    sigma = None if rows.sigma is None else torch.where(scored, rows.sigma, 1)
+    if rows.functor == "dce":
+        loss = reference.dce(z, x0, scored, rows.mask_index if rows.exclude_mask else None)
+        return loss if sigma is None else loss * torch.exp(-sigma) / -torch.expm1(-sigma)
+    if rows.scale_by_sigma:
+        z = reference.scale_by_sigma(z, sigma, xt)
+    if rows.functor == "dse_absorb":
+        return reference.dse_absorb(z, sigma, xt, x0, rows.mask_index)
+    return reference.dse_uniform(z, sigma, torch.where(scored, xt, 0), x0)
+
+
+def _scored(rows: Rows) -> Tensor:
+    if rows.functor == "dse_uniform":
+        return torch.ones_like(rows.x0, dtype=torch.bool)
+    if rows.mask is not None:
+        return rows.mask
+    return torch.ones_like(rows.x0, dtype=torch.bool) if rows.xt is None else rows.xt == rows.mask_index
+
+
+def _check_values(rows: Rows) -> None:
+    """What the kernels check of the values, RowLoss::check in csrc/cpu/row_loss_cpu.h."""
+    x0, xt, sigma, num_states = rows.x0, rows.xt, rows.sigma, rows.z.shape[-1]
+    live, scored, uniform = x0 != rows.ignore_index, _scored(rows), rows.functor == "dse_uniform"
+    _refuse("x0", x0, live & ((x0 < 0) | (x0 >= num_states)), f"ids in [0, {num_states})")
+    if xt is not None and uniform:
+        _refuse("xt", xt, live & ((xt < 0) | (xt >= num_states)), f"ids in [0, {num_states})")
+    if xt is not None and not uniform:
+        wrong = live & (xt != rows.mask_index) & (xt != x0)
+        _refuse("xt", xt, wrong, f"x0 or the mask {rows.mask_index} (are xt and x0 swapped?)")
+    if rows.exclude_mask and not uniform:
+        _refuse("x0", x0, live & scored & (x0 == rows.mask_index), "a token, not the mask")
+    if sigma is not None:
+        _refuse("sigma", sigma, live & ~((sigma >= 0) & sigma.isfinite()), "finite numbers >= 0")
+        needed = scored & (xt != x0) if uniform and not rows.scale_by_sigma else scored
+        _refuse("sigma", sigma, live & needed & (sigma == 0), "numbers > 0 where a token was masked or moved")
+
+
+def _refuse(name: str, value: Tensor, wrong: Tensor, expected: str) -> None:
+    if wrong.any():
+        token = int(wrong.flatten().nonzero()[0])
+        raise ValueError(f"{name}: expected {expected}, got {value.flatten()[token].item()} at token {token}")
+
+
+def _loss_dtype(z: Tensor) -> torch.dtype:
+    return torch.float64 if z.dtype == torch.float64 else torch.float32

@@ -1,0 +1,196 @@
+"""The specification: every formula once, in float64 PyTorch, with no care for speed.
+
+Rows are the last dimension: `logits` and `log_score` are [..., V], tokens and sigma [...]. Everything is
+differentiable by autograd, and every other backend is tested against this file. Losses are in nats.
+
+Score entropy: Lou, Meng, Ermon, ICML 2024. Time-free likelihood: Jeon, Shin, Jeon, No, NeurIPS 2025.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------------------
+# 1. Forward process. Column convention: dp/dt = dsigma Q p.
+
+
+def transition(graph: str, i: Tensor, sigma: Tensor, num_states: int, mask_index: int | None) -> Tensor:
+    """The column p(x_t = . | x_0 = i) = exp(sigma Q)(., i): [...] tokens -> [..., num_states]."""
+    alpha = torch.exp(-sigma.double()).unsqueeze(-1)
+    stay = F.one_hot(i, num_states).double()
+    if graph == "uniform":
+        return alpha * stay + (1 - alpha) / num_states
+    return alpha * stay + (1 - alpha) * F.one_hot(torch.full_like(i, _index(mask_index)), num_states)
+
+
+def transp_transition(graph: str, i: Tensor, sigma: Tensor, num_states: int, mask_index: int | None) -> Tensor:
+    """The row p(x_t = i | x_0 = .) = exp(sigma Q)(i, .): [...] tokens -> [..., num_states]."""
+    if graph == "uniform":
+        return transition(graph, i, sigma, num_states, mask_index)
+    alpha = torch.exp(-sigma.double()).unsqueeze(-1)
+    came = (i == mask_index).unsqueeze(-1) * (1 - alpha)
+    return alpha * F.one_hot(i, num_states) + came
+
+
+def reverse_rate(graph: str, i: Tensor, score: Tensor, mask_index: int | None) -> Tensor:
+    """Rates of leaving i in reverse time, Q(i, y) score_y off the diagonal, for dsigma = 1: [..., V]."""
+    score = score.double()
+    if graph == "uniform":
+        rate = score / score.shape[-1]
+    else:
+        rate = score * (i == mask_index).unsqueeze(-1)
+    rate = rate.scatter(-1, i.unsqueeze(-1), 0)
+    return rate.scatter(-1, i.unsqueeze(-1), -rate.sum(-1, keepdim=True))
+
+
+def staggered_score(graph: str, score: Tensor, dsigma: Tensor, mask_index: int | None) -> Tensor:
+    """exp(-dsigma Q) score: the score seen from dsigma less noise, [..., V]."""
+    score, grow = score.double(), torch.exp(dsigma.double()).unsqueeze(-1)
+    spread = (1 - grow) * score.sum(-1, keepdim=True)
+    if graph == "uniform":
+        return grow * score + spread / score.shape[-1]
+    at_mask = torch.zeros_like(score).index_fill(-1, torch.tensor(_index(mask_index), device=score.device), 1)
+    return grow * score + spread * at_mask
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 2. Losses. Each is a function of one row and a few scalars; unscored rows are 0.
+
+
+def dce(logits: Tensor, x0: Tensor, scored: Tensor, mask_index: int | None) -> Tensor:
+    """Masked cross-entropy, logsumexp_v z_v - z_x0 over v != mask_index (None: over all v)."""
+    z = logits.double()
+    if mask_index is not None:
+        z = z.index_fill(-1, torch.tensor(mask_index, device=z.device), -torch.inf)
+    target = torch.where(scored, x0, 0)
+    loss = F.cross_entropy(z.flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
+    return torch.where(scored, loss, 0)
+
+
+def dse_absorb(log_score: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor, mask_index: int) -> Tensor:
+    """Score entropy of the absorbing graph at x_t = M, with e1 = expm1(sigma):
+
+    sum_{y != M, x0} exp(s_y) + (1/e1) phi(s_x0 + log e1), which is
+    sum_{y != M} exp(s_y) - s_x0 / e1 + (1/e1) (log(1/e1) - 1) without its cancellation.
+    """
+    s, scored = log_score.double(), xt == mask_index
+    _, inv_e1, log_e1 = _noise(torch.where(scored, sigma.double(), 1))
+    x0 = torch.where(scored, x0, 0).unsqueeze(-1)
+    others = torch.exp(s).index_fill(-1, torch.tensor(mask_index, device=s.device), 0).scatter(-1, x0, 0)
+    at_x0 = s.gather(-1, x0).squeeze(-1)
+    loss = others.sum(-1) + inv_e1 * phi(at_x0 + log_e1)
+    return torch.where(scored, loss, 0)
+
+
+def dse_uniform(log_score: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor) -> Tensor:
+    """Score entropy of the uniform graph, (1/N) sum_{y != xt} a_y phi(s_y - log a_y).
+
+    a_y is the ratio p(y | x0) / p(xt | x0): r everywhere if xt = x0, else 1 and 1/r at x0, with
+    r = e1 / (e1 + N) and e1 = expm1(sigma). Where a = 0 (sigma = 0, nothing moved) the term is exp(s_y).
+    """
+    s, n, moved = log_score.double(), log_score.shape[-1], xt != x0
+    sigma = sigma.double().expand(xt.shape)
+    o, alpha = -torch.expm1(-sigma), torch.exp(-sigma)
+    log_r = -torch.log1p(n * alpha / o)
+    at_x0 = F.one_hot(x0, n).bool() & moved.unsqueeze(-1)
+    log_a = torch.where(moved, 0, log_r).unsqueeze(-1).masked_fill(at_x0, 0)
+    log_a = torch.where(at_x0, -log_r.unsqueeze(-1), log_a)
+    still = (log_a == -torch.inf).expand(s.shape)
+    safe = torch.where(still, 0, log_a)
+    terms = torch.where(still, torch.exp(s), torch.exp(safe) * phi(s - safe))
+    return terms.scatter(-1, xt.unsqueeze(-1), 0).sum(-1) / n
+
+
+def phi(d: Tensor) -> Tensor:
+    """expm1(d) - d >= 0, by its Taylor series near 0 where the difference cancels."""
+    near = d.abs() < 1e-2
+    t = torch.where(near, d, 0)
+    series = t * t * (1 / 2 + t * (1 / 6 + t * (1 / 24 + t * (1 / 120 + t / 720))))
+    far = torch.where(near, 1, d)
+    return torch.where(near, series, torch.expm1(far) - far)
+
+
+def log_score_from_logits(logits: Tensor, sigma: Tensor, mask_index: int) -> Tensor:
+    """Absorbing log score of the conditionals c = softmax over v != M: log c_v - log e1, and 0 at M."""
+    z = logits.double()
+    at_mask = torch.tensor(mask_index, device=z.device)
+    log_c = torch.log_softmax(z.index_fill(-1, at_mask, -torch.inf), -1)
+    return (log_c - _noise(sigma.double())[2].unsqueeze(-1)).index_fill(-1, at_mask, 0)
+
+
+def scale_by_sigma(out: Tensor, sigma: Tensor, xt: Tensor) -> Tensor:
+    """SEDD's tail: log score = out - log e1 - log(V - 1), and 0 at x_t."""
+    shift = _noise(sigma.double())[2] + torch.log(torch.tensor(out.shape[-1] - 1.0, dtype=torch.float64))
+    return (out.double() - shift.unsqueeze(-1)).scatter(-1, xt.unsqueeze(-1), 0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 3. Time-free likelihood: NLL(x0) = sum_m E_{|S| = m} [(1/m) sum_{i in S} -log c(x0_i | x0 with S masked)].
+
+
+def subsets(length: int) -> tuple[Tensor, Tensor]:
+    """All non-empty masks, bool [2^L - 1, L], and their weights 1 / (m C(L, m)) on the summed loss."""
+    codes = torch.arange(1, 2**length)
+    masks = (codes.unsqueeze(1) >> torch.arange(length)) & 1 == 1
+    m = masks.sum(1)
+    choose = torch.tensor([math.comb(length, k) for k in range(length + 1)], dtype=torch.float64)
+    return masks, 1 / (m * choose[m])
+
+
+def count_law(length: int, proposal: str) -> Tensor:
+    """q(m) for m = 1..L, float64: 1/(m H_L) for "harmonic", 1/L for "uniform". The weight is 1/(m q(m))."""
+    m = torch.arange(1, length + 1, dtype=torch.float64)
+    return (1 / m) / (1 / m).sum() if proposal == "harmonic" else torch.full_like(m, 1 / length)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 4. Reverse process, from noise sigma_t to sigma_s < sigma_t.
+
+
+def reverse_step(
+    graph: str, log_score: Tensor, xt: Tensor, sigma_t: Tensor, sigma_s: Tensor, mask_index: int | None
+) -> Tensor:
+    """Tweedie's p(x_s | x_t), proportional to (exp(-dS Q) score)_y exp(dS Q)(x_t, y): [..., V].
+
+    A learned score can make entries negative: they are clamped at 0 before normalising.
+    """
+    d_sigma = sigma_t.double() - sigma_s.double()
+    stagger = staggered_score(graph, torch.exp(log_score.double()), d_sigma, mask_index)
+    probs = stagger * transp_transition(graph, xt, d_sigma, log_score.shape[-1], mask_index)
+    probs = probs.clamp_min(0)
+    return probs / probs.sum(-1, keepdim=True)
+
+
+def absorb_reverse_step(logits: Tensor, xt: Tensor, sigma_t: Tensor, sigma_s: Tensor, mask_index: int) -> Tensor:
+    """The absorbing p(x_s | x_t) from conditionals: a mask stays with (1-alpha_s)/(1-alpha_t), else c."""
+    z = logits.double()
+    at_mask = torch.tensor(mask_index, device=z.device)
+    stay = (torch.expm1(-sigma_s.double()) / torch.expm1(-sigma_t.double())).unsqueeze(-1)
+    c = torch.softmax(z.index_fill(-1, at_mask, -torch.inf), -1)
+    mask = torch.zeros_like(z).index_fill(-1, at_mask, 1)
+    probs = stay * mask + (1 - stay) * c
+    return torch.where((xt == mask_index).unsqueeze(-1), probs, F.one_hot(xt, z.shape[-1]).double())
+
+
+def race(log_p: Tensor, draws: Tensor) -> Tensor:
+    """Sample argmin_v E_v / p_v from unsigned 32-bit draws [..., V]; ties go to the lowest index."""
+    u = (torch.where(draws < 2**31, draws, 2**32 - 1 - draws).double() + 0.5) * 2.0**-32
+    exponential = torch.where(draws < 2**31, -torch.log1p(-u), -torch.log(u))
+    return torch.argmin(torch.log(exponential) - log_p.double(), -1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def _noise(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """o = 1 - alpha, 1/e1 = alpha/o and log e1 = sigma + log o, never forming e1 = expm1(sigma)."""
+    o = -torch.expm1(-sigma)
+    return o, torch.exp(-sigma) / o, sigma + torch.log(o)
+
+
+def _index(mask_index: int | None) -> int:
+    if mask_index is None:
+        raise ValueError("mask_index: expected an integer for the absorbing graph, got None")
+    return mask_index

@@ -1,0 +1,131 @@
+"""Distributions over strings whose conditionals given any subset of the tokens are known exactly.
+
+Each is a model in the sense of the estimators: ``oracle(xt)`` gives float64 logits [B, L, V], and where xt is the mask
+their softmax over the other tokens is the true conditional. ``oracle.nll(x)`` is the truth the estimators must meet.
+The mask's own column holds a large number, so that a softmax that fails to leave it out is seen at once.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MASK_LOGIT = 9.0
+
+
+class Oracle:
+    """What the distributions share; a subclass gives ``logits`` and ``log_prob``."""
+
+    mask_index: int
+
+    def log_prob(self, xt: Tensor) -> Tensor:
+        """log p of the tokens of xt that are not masked, the masked ones summed out: [B, L] -> [B]."""
+        raise NotImplementedError
+
+    def logits(self, xt: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def __call__(self, xt: Tensor) -> Tensor:
+        logits = self.logits(xt)
+        logits[..., self.mask_index] = MASK_LOGIT
+        return logits
+
+    def nll(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        """-log p(x), or with a target [B, L] that of the target tokens given the others, in nats: [B]."""
+        given = torch.full_like(x, self.mask_index) if target is None else x.masked_fill(target, self.mask_index)
+        return self.log_prob(given) - self.log_prob(x)
+
+    def sample(self, num_samples: int, length: int, *, seed: int = 0) -> Tensor:
+        """Strings [num_samples, length], drawn token after token from the conditionals."""
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.full((num_samples, length), self.mask_index)
+        for i in range(length):
+            logits = self.logits(x)[:, i].index_fill(1, torch.tensor(self.mask_index), -math.inf)
+            x[:, i] = torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
+        return x
+
+
+@dataclass
+class Mixture(Oracle):
+    """sum_z w_z prod_i p_i(x_i | z). Columns of the mask hold no probability."""
+
+    log_weights: Tensor  # [Z]
+    log_probs: Tensor  # [Z, L, V]
+    mask_index: int
+
+    def _evidence(self, xt: Tensor) -> Tensor:
+        """log w_z p(observed | z): [B, Z]."""
+        seen = self.log_probs.gather(2, xt.T.expand(len(self.log_weights), -1, -1))  # [Z, L, B]
+        return self.log_weights + seen.masked_fill(xt.T == self.mask_index, 0).sum(1).T
+
+    def log_prob(self, xt: Tensor) -> Tensor:
+        return self._evidence(xt).logsumexp(1)
+
+    def logits(self, xt: Tensor) -> Tensor:
+        posterior = self._evidence(xt).softmax(1)  # [B, Z]
+        return torch.einsum("bz,zlv->blv", posterior, self.log_probs.exp()).clamp_min(1e-300).log()
+
+
+@dataclass
+class MarkovChain(Oracle):
+    """A first-order chain, by forward-backward. Token ids are 0..V-2, the mask is V-1."""
+
+    log_initial: Tensor  # [V-1]
+    log_transition: Tensor  # [V-1, V-1], rows sum to 1
+
+    @property
+    def mask_index(self) -> int:  # type: ignore[override]
+        return len(self.log_initial)
+
+    def _messages(self, xt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Evidence at a position, and all that comes before and after it: each [B, L, V-1]."""
+        states = torch.arange(self.mask_index)
+        agrees = (xt.unsqueeze(2) == states) | (xt.unsqueeze(2) == self.mask_index)
+        evidence = torch.zeros(agrees.shape, dtype=torch.float64).masked_fill(~agrees, -math.inf)
+        before = [self.log_initial.expand_as(evidence[:, 0])]
+        after = [torch.zeros_like(evidence[:, 0])]
+        for i in range(1, xt.shape[1]):
+            reached = before[-1] + evidence[:, i - 1]
+            before.append((reached.unsqueeze(2) + self.log_transition).logsumexp(1))
+            ahead = after[0] + evidence[:, -i]
+            after.insert(0, (self.log_transition + ahead.unsqueeze(1)).logsumexp(2))
+        return evidence, torch.stack(before, 1), torch.stack(after, 1)
+
+    def log_prob(self, xt: Tensor) -> Tensor:
+        evidence, before, _ = self._messages(xt)
+        return (evidence[:, -1] + before[:, -1]).logsumexp(1)
+
+    def logits(self, xt: Tensor) -> Tensor:
+        _, before, after = self._messages(xt)
+        return torch.nn.functional.pad(before + after, (0, 1))
+
+
+def mixture(length: int, num_tokens: int, components: int = 3, *, mask_index: int = -1, seed: int = 0) -> Mixture:
+    """A random mixture over num_tokens tokens and the mask, which may sit anywhere among the ids."""
+    generator = torch.Generator().manual_seed(seed)
+    mask_index %= num_tokens + 1
+    logits = 1.5 * torch.randn(components, length, num_tokens + 1, dtype=torch.float64, generator=generator)
+    logits[..., mask_index] = -math.inf
+    weights = torch.randn(components, dtype=torch.float64, generator=generator)
+    return Mixture(weights.log_softmax(0), logits.log_softmax(2), mask_index)
+
+
+def markov_chain(num_tokens: int, *, seed: int = 0, sharpness: float = 2.0) -> MarkovChain:
+    generator = torch.Generator().manual_seed(seed)
+    logits = sharpness * torch.randn(num_tokens + 1, num_tokens, dtype=torch.float64, generator=generator)
+    return MarkovChain(logits[0].log_softmax(0), logits[1:].log_softmax(1))
+
+
+def dna_toy(seed: int = 0) -> tuple[Mixture, Tensor]:
+    """128 distinct strings of length 8 over ACGT, p proportional to exp(u / 0.5), u uniform: the oracle, the strings.
+
+    A mixture of point masses, so its conditionals count the strings that agree with what is seen; a token that no such
+    string has gets probability 1e-300, which keeps logits finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randperm(4**8, generator=generator)[:128]
+    strings = (codes.unsqueeze(1) >> (2 * torch.arange(8))) & 3
+    weights = (torch.rand(128, dtype=torch.float64, generator=generator) / 0.5).log_softmax(0)
+    points = torch.nn.functional.one_hot(strings, 5).double()
+    return Mixture(weights, points.clamp_min(1e-300).log(), mask_index=4), strings
