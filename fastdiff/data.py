@@ -63,23 +63,18 @@ class Text:
             raise ValueError("documents: expected text, got none or only empty ones")
         train, validation = _split(documents, held_out)
         self.length, self.seed = length, seed
-        self.train_bytes = _stream(train, length, "training")
-        self.validation_bytes = _stream(validation, length, "held-out")
+        self.train_bytes = as_bytes(train, length, "training")
+        self.validation_bytes = as_bytes(validation, length, "held-out")
 
     def batch(self, step: int, n: int) -> Tensor:
         """n windows at uniform places of the training text, int64 [n, length]."""
         starts = len(self.train_bytes) - self.length + 1
         draws = draw32(self.seed, Purpose.DATA, step, torch.arange(n), 0, 0)
-        return self._windows(self.train_bytes, (draws * starts) >> 32)
+        return _windows(self.train_bytes, (draws * starts) >> 32, self.length)
 
     def validation(self, n: int) -> Tensor:
-        """At most n windows, evenly spread over the held-out text and disjoint, int64 [<= n, length]."""
-        available = len(self.validation_bytes) // self.length
-        n = min(n, available)
-        return self._windows(self.validation_bytes, torch.arange(n) * available // n * self.length)
-
-    def _windows(self, text: Tensor, starts: Tensor) -> Tensor:
-        return text[starts.unsqueeze(1) + torch.arange(self.length)].long()
+        """At most n windows of the held-out text, as `even_windows` gives them."""
+        return even_windows(self.validation_bytes, self.length, n)
 
 
 class Table:
@@ -150,6 +145,21 @@ def load_documents(data: str | os.PathLike) -> list[bytes]:
     return documents
 
 
+def as_bytes(documents: list[bytes], length: int, part: str = "whole") -> Tensor:
+    """Documents one after the other, uint8 [number of bytes], at least `length` of them; `part` names them."""
+    text = b"".join(documents)
+    if len(text) < length:
+        raise ValueError(f"length: expected at most the {len(text)} bytes of the {part} text, got {length}")
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def even_windows(text: Tensor, length: int, n: int) -> Tensor:
+    """At most n disjoint windows, evenly spread over a text of bytes: uint8 [N] -> int64 [<= n, length]."""
+    available = len(text) // length
+    n = min(n, available)
+    return _windows(text, torch.arange(n) * available // n * length, length)
+
+
 def encode(text: str) -> Tensor:
     """The UTF-8 bytes of a text, int64 [number of bytes]."""
     return torch.tensor(list(text.encode()), dtype=torch.int64)
@@ -174,11 +184,8 @@ def _split(documents: list[bytes], held_out: float) -> tuple[list[bytes], list[b
     return [d for d in documents if d not in validation], [d for d in documents if d in validation]
 
 
-def _stream(documents: list[bytes], length: int, part: str) -> Tensor:
-    text = b"".join(documents)
-    if len(text) < length:
-        raise ValueError(f"length: expected at most the {len(text)} bytes of {part} text, got {length}")
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+def _windows(text: Tensor, starts: Tensor, length: int) -> Tensor:
+    return text[starts.unsqueeze(1) + torch.arange(length)].long()
 
 
 def _standard_library() -> list[bytes]:

@@ -86,7 +86,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     ema: float = 0.9999
     dtype: str = "float32"
-    eval_every: int = 0
+    eval_every: int = 500
     eval_sequences: int = 64
     eval_samples: int = 32
     save_every: int = 500
@@ -332,7 +332,7 @@ class _Trainer:
             state = torch.load(path, map_location=self.device, weights_only=True)
             then, now = state["settings"], self._settings()
         except Exception as error:  # whatever the unpickler makes of it
-            raise ValueError(f"{path}: damaged or cut short: {error}") from error
+            raise ValueError(f"{path}: damaged or cut short: {str(error).splitlines()[0]}") from error
         for name in sorted(now.keys() - _MAY_CHANGE):
             if then.get(name) != now[name]:
                 raise ValueError(f"{name}: the run in {folder} has {then.get(name)!r}, got {now[name]!r}")

@@ -88,7 +88,9 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | Non
         constants = ctx.rows.arguments()[7:]
         return _row_loss_backward(grad_loss, *ctx.saved_tensors, *constants), *unused
     (grad,) = ctx.saved_tensors
-    if _is_one(grad_loss):
+    if torch.is_grad_enabled():  # create_graph=True: a result to differentiate must reach the operator that refuses
+        grad = grad.detach().requires_grad_()
+    elif _is_one(grad_loss):
         return grad, *unused
     return _scale_grad(grad, grad_loss), *unused
 
@@ -97,9 +99,8 @@ torch.library.register_autograd("fastdiff::row_loss", _backward, setup_context=_
 
 
 def _is_one(grad_loss: Tensor) -> bool:
-    """Whether the gradient is already right. Not asked while tracing, on a device, or for a double backward."""
-    plain = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and not torch.is_grad_enabled()
-    return plain and grad_loss.item() == 1
+    """Whether the gradient is already right; not asked while tracing, or where asking would wait for a device."""
+    return type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and grad_loss.item() == 1
 
 
 def _recompute(grad_loss: Tensor, *arguments: Any) -> Tensor:

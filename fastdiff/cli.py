@@ -1,0 +1,254 @@
+"""The `fastdiff` command: train, eval, sample, doctor."""
+
+import dataclasses
+import importlib.metadata
+import math
+import platform
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+
+from fastdiff import backends
+from fastdiff.data import NUM_BYTES, Text, as_bytes, decode, encode, even_windows, load_documents
+from fastdiff.estimators import time_free_nll
+from fastdiff.model import DiffusionTransformer, ModelConfig, read_config
+from fastdiff.sampling import sample as draw_samples
+from fastdiff.training import LOSSES, Record, TrainConfig, time_free
+from fastdiff.training import train as run_training
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as error:
+    print(f"fastdiff: {error}; install it with: pip install 'fastdiff-kernels[cli]'", file=sys.stderr)
+    raise SystemExit(2) from None
+
+app = typer.Typer(
+    help="Train, score and sample small discrete-diffusion language models on bytes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, backends.BackendUnavailable)
+_LENGTH = 128
+_DEFAULTS = {f.name: f.default for c in (ModelConfig, TrainConfig) for f in dataclasses.fields(c)}
+
+Run = Annotated[Path, typer.Argument(help="run folder of `fastdiff train`")]
+Device = Annotated[
+    str | None, typer.Option(help="torch device", show_default="cuda if there is one, else cpu")
+]
+
+
+def _setting(name: str, text: str) -> Any:
+    """An option that is None unless given, so that a resumed run can keep its own settings."""
+    return typer.Option(help=text, show_default=str(_DEFAULTS[name]))
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="run folder to write")],
+    data: Annotated[
+        str | None, typer.Option(help="'stdlib', a text file or a folder", show_default="stdlib")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
+    length: Annotated[int | None, typer.Option(help="bytes in a sequence", show_default=str(_LENGTH))] = None,
+    dim: Annotated[int | None, _setting("dim", "width of the model")] = None,
+    depth: Annotated[int | None, _setting("depth", "blocks of the model")] = None,
+    heads: Annotated[int | None, _setting("heads", "attention heads")] = None,
+    loss: Annotated[str | None, _setting("loss", ", ".join(LOSSES))] = None,
+    steps: Annotated[int | None, _setting("steps", "optimiser steps")] = None,
+    batch_size: Annotated[int | None, _setting("batch_size", "sequences in a step")] = None,
+    accumulation: Annotated[int | None, _setting("accumulation", "parts a batch is cut into")] = None,
+    lr: Annotated[float | None, _setting("lr", "learning rate")] = None,
+    warmup: Annotated[int | None, _setting("warmup", "steps over which it rises")] = None,
+    weight_decay: Annotated[float | None, _setting("weight_decay", "of AdamW")] = None,
+    grad_clip: Annotated[float | None, _setting("grad_clip", "largest norm of the gradient")] = None,
+    ema: Annotated[float | None, _setting("ema", "decay of the averaged weights")] = None,
+    dtype: Annotated[str | None, _setting("dtype", "float32 or bfloat16")] = None,
+    eval_every: Annotated[int | None, _setting("eval_every", "steps between evaluations, 0 for none")] = None,
+    eval_sequences: Annotated[int | None, _setting("eval_sequences", "held-out sequences in one")] = None,
+    eval_samples: Annotated[int | None, _setting("eval_samples", "network passes for each of them")] = None,
+    save_every: Annotated[int | None, _setting("save_every", "steps between checkpoints")] = None,
+    seed: Annotated[int | None, _setting("seed", "of weights, batches and noise")] = None,
+    device: Device = None,
+) -> None:
+    """Train a model on bytes. Ctrl-C saves; --resume goes on to the numbers of an unbroken run."""
+    given = {name: value for name, value in locals().items() if value is not None}
+    saved = read_config(out) if resume else {"model": {}, "training": {}, "data": {}}
+    settings = {**saved["training"], **_pick(given, TrainConfig)}
+    config = TrainConfig(**settings)
+    data = data or saved["data"].get("path", "stdlib")
+    length = length or saved["model"].get("max_length", _LENGTH)
+
+    documents = load_documents(data)
+    source = Text(documents, length, seed=config.seed)
+    absorbing, conditioned = config.loss != "dse-uniform", config.loss.startswith("dse")
+    shape = {"num_states": NUM_BYTES + absorbing, "max_length": length, "sigma_conditioned": conditioned}
+    torch.manual_seed(config.seed)
+    model = DiffusionTransformer(ModelConfig(**{**saved["model"], **shape, **_pick(given, ModelConfig)}))
+    last: Record = {}
+    sections = {"data": {"path": data if data == "stdlib" else str(Path(data).resolve())}}
+    try:
+        run_training(
+            config,
+            model.to(_device(device)),
+            source,
+            out=out,
+            resume=resume,
+            callback=last.update,
+            sections=sections,
+        )
+    except KeyboardInterrupt:
+        step = f"step {last.get('step', 0):.0f} of {config.steps}"
+        Console(stderr=True).print(
+            f"stopped at {step} and saved; go on with: fastdiff train --out {out} --resume"
+        )
+        raise typer.Exit(130) from None
+    rows = {"steps": f"{config.steps}", "parameters": f"{sum(p.numel() for p in model.parameters()):,}"}
+    if "loss" in last:
+        rows["training loss"] = f"{last['loss']:.3f} nats per byte"
+    if "bits_per_token" in last:
+        rows["held-out bits per byte"] = f"{last['bits_per_token']:.3f} ± {last['bits_per_token_stderr']:.3f}"
+    if "validation_loss" in last:
+        rows["held-out loss"] = (
+            f"{last['validation_loss']:.3f} ± {last['validation_loss_stderr']:.3f} nats per byte"
+        )
+    _show(f"run in {out}", rows)
+
+
+@app.command("eval")
+def evaluate(
+    run: Run,
+    data: Annotated[str | None, typer.Option(help="as for train", show_default="the run's own")] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="all of a text that was not trained on")] = False,
+    num_sequences: Annotated[int, typer.Option(help="windows of the text, evenly spread")] = 64,
+    num_samples: Annotated[int, typer.Option(help="network passes for each of them")] = 64,
+    proposal: Annotated[str, typer.Option(help="stratified, uniform or harmonic")] = "stratified",
+    seed: Annotated[int, typer.Option(help="of the masks")] = 0,
+    device: Device = None,
+) -> None:
+    """Bits per byte of held-out text, with standard errors."""
+    model, loss, trained_on = _load(run, device)
+    if loss == "dse-uniform":
+        raise ValueError(
+            "loss: eval does not offer the likelihood of uniform-graph models ('dse-uniform') yet"
+        )
+    documents, length = load_documents(data or trained_on), model.config.max_length
+    text = as_bytes(documents, length) if whole else Text(documents, length).validation_bytes
+    x0 = even_windows(text, length, num_sequences).to(model.lm_head.weight.device)
+    mask_index = model.config.num_states - 1
+    estimate = time_free_nll(
+        time_free(model, mask_index),
+        x0,
+        mask_index=mask_index,
+        num_samples=num_samples,
+        proposal=proposal,
+        seed=seed,
+    )
+    bits, pooled = estimate.bits_per_token, estimate.pooled()
+    rows = {
+        "text": f"{len(x0)} x {length} bytes, {'all' if whole else 'held-out part'} of {data or trained_on}",
+        "network passes": f"{int(pooled.num_forwards)} ({proposal})",
+        "bits per byte": f"{pooled.bits_per_token.item():.4f}",
+        "± from masking": f"{pooled.bits_per_token_stderr.item():.4f}",
+        "± between windows": f"{bits.std().item() / math.sqrt(len(bits)):.4f}"
+        if len(bits) > 1
+        else "one window only",
+    }
+    _show(f"{run}", rows)
+
+
+@app.command()
+def sample(
+    run: Run,
+    prompt: Annotated[str, typer.Option(help="text to go on from")] = "",
+    length: Annotated[
+        int | None, typer.Option(help="bytes, with the prompt", show_default="all the model takes")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="reverse steps")] = 128,
+    num_samples: Annotated[int, typer.Option(help="texts to draw")] = 1,
+    temperature: Annotated[float, typer.Option(help="below 1: more likely bytes")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+    device: Device = None,
+) -> None:
+    """Draw texts that begin with a prompt."""
+    model, loss, _ = _load(run, device)
+    tokens = draw_samples(
+        model,
+        num_samples=num_samples,
+        length=length or model.config.max_length,
+        steps=steps,
+        graph="uniform" if loss == "dse-uniform" else "absorb",
+        parametrization="scale_by_sigma" if loss.startswith("dse") else "logits",
+        prompt=encode(prompt),
+        temperature=temperature,
+        seed=seed,
+    )
+    for text in map(decode, tokens):
+        typer.echo(text)
+
+
+@app.command()
+def doctor() -> None:
+    """What can run here, and why not the rest."""
+    versions = {
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+    for package in ("fastdiff-kernels", "torch", "numpy", "triton"):
+        versions[package] = _version(package)
+    _show("versions", versions)
+    table = Table("backend", "available", "detail", title="backends", title_justify="left")
+    for name, available, detail in backends.report():
+        table.add_row(name, "yes" if available else "no", detail)
+    Console().print(table)
+
+
+def main() -> None:
+    """Run the command line; what a user can put right ends as one line on stderr and exit code 2."""
+    try:
+        app()
+    except _USER_ERRORS as error:
+        print("fastdiff:", " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _pick(given: dict[str, Any], config: type) -> dict[str, Any]:
+    return {f.name: given[f.name] for f in dataclasses.fields(config) if f.name in given}
+
+
+def _load(run: Path, device: str | None) -> tuple[DiffusionTransformer, str, str]:
+    """The averaged model of a run on its device, its loss and the data it was trained on."""
+    model, config = DiffusionTransformer.from_pretrained(run), read_config(run)
+    try:
+        loss, data = config["training"]["loss"], config["data"]["path"]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"{run / 'config.json'}: expected the training and data of a `fastdiff train` run"
+        ) from None
+    return model.eval().to(_device(device)), loss, data
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device: {str(error).splitlines()[0]}") from None
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _show(title: str, rows: dict[str, str]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)

@@ -1,0 +1,421 @@
+"""The compiled row losses against the reference: values, gradients, shapes, layouts, bad input."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+import fastdiff
+from fastdiff import dce_loss, dse_loss
+
+# Largest error against float64, relative to the largest number of the result.
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+LOSSES = ["dce", "dce_all", "absorb", "absorb_logits", "absorb_scaled", "uniform", "uniform_scaled"]
+
+
+def problem(shape, num_states, dtype=torch.float32, seed=0, spread=3.0, mask_index=None):
+    """Logits, noised and clean tokens, sigma per sequence and a weight per token."""
+    g = torch.Generator().manual_seed(seed)
+    z = (torch.randn(*shape, num_states, generator=g, dtype=torch.float64) * spread).to(dtype)
+    mask_index = num_states - 1 if mask_index is None else mask_index
+    x0 = torch.randint(0, num_states - 1, shape, generator=g)
+    x0 += x0 >= mask_index
+    masked = torch.rand(shape, generator=g) < 0.5
+    xt = torch.where(masked, mask_index, x0)
+    moved = torch.where(masked, torch.randint(0, num_states, shape, generator=g), x0)
+    sigma = torch.rand(shape[0], generator=g, dtype=torch.float64) * 2 + 0.05
+    weight = torch.rand(shape, generator=g, dtype=torch.float64)
+    return dict(z=z, x0=x0, xt=xt, moved=moved, sigma=sigma, weight=weight, mask_index=mask_index)
+
+
+def loss_of(name, p, **options):
+    z, x0, mask_index = p["z"], p["x0"], p["mask_index"]
+    if name.startswith("dce"):
+        options |= dict(xt=p["xt"], weight=p["weight"], mask_index=mask_index, exclude_mask=name == "dce")
+        return dce_loss(z, x0, **options)
+    graph, _, form = name.partition("_")
+    form = {"": "log_score", "logits": "logits", "scaled": "scale_by_sigma"}[form]
+    options |= dict(graph=graph, dsigma=p["weight"], mask_index=mask_index, parametrization=form)
+    return dse_loss(z, p["sigma"], p["xt" if graph == "absorb" else "moved"], x0, **options)
+
+
+def loss_and_grad(name, p, **options):
+    z = p["z"].detach().clone().requires_grad_()
+    loss = loss_of(name, {**p, "z": z}, **options)
+    upstream = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype).view(loss.shape) if loss.dim() else None
+    loss.backward(upstream)
+    return loss.detach(), z.grad
+
+
+def assert_near(got, expected, dtype, name):
+    assert got.dtype == expected.dtype
+    assert got.shape == expected.shape
+    if got.numel():
+        expected = expected.double()
+        error = (got.double() - expected).abs().max()
+        assert error <= TOLERANCE[dtype] * expected.abs().max().clamp_min(1e-30), f"{name}: error {error:.3g}"
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_agrees_with_the_reference(name, dtype, reduction):
+    for num_states in (2, 3, 27, 252, 507, 5003):
+        p = problem((3, 5), num_states, dtype, spread=1.0 if dtype == torch.float16 else 3.0)
+        loss, grad = loss_and_grad(name, p, reduction=reduction, backend="cpu")
+        expected, expected_grad = loss_and_grad(name, p, reduction=reduction, backend="reference")
+        assert_near(loss, expected, torch.float64 if dtype == torch.float64 else torch.float32, f"loss at V = {num_states}")
+        assert_near(grad, expected_grad, dtype, f"gradient at V = {num_states}")
+
+
+@pytest.mark.parametrize("num_states", [50257, 126464])
+@pytest.mark.parametrize("name", LOSSES)
+def test_large_vocabularies(name, num_states):
+    p = problem((2, 3), num_states, mask_index=num_states - 128)
+    for got, expected in zip(
+        loss_and_grad(name, p, reduction="sum", backend="cpu"),
+        loss_and_grad(name, p, reduction="sum", backend="reference"),
+        strict=True,
+    ):
+        assert_near(got, expected, torch.float32, name)
+
+
+shapes = st.sampled_from([(1, 1), (0, 3), (2, 0), (4, 7), (1, 33), (2, 3, 4)])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    name=st.sampled_from(LOSSES),
+    shape=shapes,
+    num_states=st.one_of(st.integers(2, 70), st.sampled_from([1023, 1024, 1025, 2049])),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    reduction=st.sampled_from(["none", "sum", "mean"]),
+    seed=st.integers(0, 10**6),
+    data=st.data(),
+)
+def test_any_shape_dtype_and_mask_position(name, shape, num_states, dtype, reduction, seed, data):
+    mask_index = data.draw(st.integers(0, num_states - 1))
+    p = problem(shape, num_states, dtype, seed, 1.0, mask_index)
+    layout = data.draw(st.sampled_from(["plain", "strided", "expanded"]))
+    if layout == "strided":
+        p["z"] = torch.stack([p["z"], p["z"]], dim=1)[:, 0]
+    if layout == "expanded" and shape[0]:
+        p["z"] = p["z"][:1].expand(*shape, num_states)
+    loss, grad = loss_and_grad(name, p, reduction=reduction, backend="cpu")
+    expected, expected_grad = loss_and_grad(name, p, reduction=reduction, backend="reference")
+    assert_near(loss, expected, torch.float64 if dtype == torch.float64 else torch.float32, "loss")
+    assert_near(grad, expected_grad, dtype, "gradient")
+
+
+@pytest.mark.parametrize("name", ["absorb", "absorb_scaled", "uniform"])
+def test_float32_survives_small_and_large_sigma(name):
+    for sigma in (1e-6, 1e-4, 1e-2, 1.0, 10.0, 90.0):
+        p = problem((4, 8), 1000, spread=0.5)
+        p["sigma"] = torch.full((4,), sigma, dtype=torch.float64)
+        got, expected = (loss_of(name, p, backend=b) for b in ("cpu", "reference"))
+        assert torch.isfinite(got).all()
+        torch.testing.assert_close(got, expected, rtol=4e-5, atol=1e-34)  # exp_ is 0 below 2e-38, here 1000 times
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradcheck(name):
+    p = problem((2, 3), 6, torch.float64)
+    z = p.pop("z").requires_grad_()
+    for reduction in ("none", "sum"):
+        assert torch.autograd.gradcheck(lambda z, r=reduction: loss_of(name, {**p, "z": z}, reduction=r, backend="cpu"), z)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("functor", ["dce", "dse_absorb", "dse_uniform"])
+def test_opcheck(functor, reduction):
+    p = problem((2, 3), 7)
+    xt, sigma = (p["moved"] if functor == "dse_uniform" else p["xt"]), p["sigma"][:, None].expand(2, 3).contiguous()
+    rows = [p["x0"], xt, None, None if functor == "dce" else sigma, p["weight"], None]
+    constants = [functor, p["mask_index"], True, -100, False, reduction]
+    z = p["z"].requires_grad_()
+    for with_grad in (False, True) if reduction == "mean" else (False,):
+        torch.library.opcheck(torch.ops.fastdiff.row_loss.default, (z, *rows, *constants, with_grad))
+    upstream = torch.rand(() if reduction == "mean" else (2, 3))
+    torch.library.opcheck(torch.ops.fastdiff.row_loss_backward.default, (upstream, z.detach(), *rows, *constants))
+    torch.library.opcheck(torch.ops.fastdiff.scale_grad.default, (z.detach(), torch.tensor(2.0)))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("name", ["dce", "absorb", "uniform"])
+def test_compiles_whole(name, reduction):
+    p = problem((2, 3), 11)
+
+    def step(z):
+        return loss_of(name, {**p, "z": z * 2}, reduction=reduction).sum() * 3
+
+    z = p["z"].requires_grad_()
+    eager = torch.autograd.grad(step(z), z)[0]
+    torch._dynamo.reset()
+    compiled = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(z), z)[0]
+    torch.testing.assert_close(compiled, eager)
+
+
+def test_compiles_with_inductor():
+    p = problem((2, 3), 11)
+
+    def step(z):
+        return loss_of("dce", {**p, "z": z * 2}, reduction="mean")
+
+    z = p["z"].requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True)(z)
+    torch.testing.assert_close(compiled, step(z))
+    torch.testing.assert_close(torch.autograd.grad(compiled, z), torch.autograd.grad(step(z), z))
+
+
+def test_double_backward_is_an_error():
+    for reduction in ("none", "sum"):
+        p = problem((2, 3), 11)
+        z = p["z"].requires_grad_()
+        (grad,) = torch.autograd.grad(loss_of("dce", p, reduction=reduction).sum(), z, create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward"):
+            (z.sum() + grad.square().sum()).backward()
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_backward_may_run_again(reduction):
+    p = problem((2, 3), 11)
+    z = p["z"].requires_grad_()
+    loss = loss_of("absorb", p, reduction=reduction).sum()
+    loss.backward(retain_graph=True)
+    once = z.grad.clone()
+    for k in (2, 3, 4):
+        loss.backward(retain_graph=True)
+        torch.testing.assert_close(z.grad, k * once)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_activation_checkpointing(reduction, reentrant):
+    p = problem((2, 3), 11)
+    z = p["z"].requires_grad_()
+    (expected,) = torch.autograd.grad(loss_of("dce", p, reduction=reduction).sum(), z)
+    loss = checkpoint(lambda z: loss_of("dce", {**p, "z": z}, reduction=reduction), z, use_reentrant=reentrant)
+    loss.sum().backward()
+    torch.testing.assert_close(z.grad, expected)
+
+
+def test_scaled_losses():
+    """Loss scaling and gradient accumulation: any upstream gradient."""
+    p = problem((2, 3), 11)
+    z = p["z"].requires_grad_()
+    (plain,) = torch.autograd.grad(loss_of("dce", p, reduction="sum"), z)
+    (scaled,) = torch.autograd.grad(loss_of("dce", p, reduction="sum") * 1024 / 8, z)
+    torch.testing.assert_close(scaled, plain * 128)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (autocast,) = torch.autograd.grad(loss_of("dce", p, reduction="sum"), z)
+    assert torch.equal(autocast, plain)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_row_does_not_depend_on_its_batch_and_runs_repeat(name):
+    p = problem((8, 40), 300)
+    loss, grad = loss_and_grad(name, p)
+    again = loss_and_grad(name, p)
+    assert torch.equal(loss, again[0])
+    assert torch.equal(grad, again[1])
+    part = {k: v[5:6] if isinstance(v, torch.Tensor) else v for k, v in p.items()}
+    assert torch.equal(loss_of(name, part), loss[5:6])
+
+
+def test_inputs_are_not_changed():
+    p = problem((2, 3), 11)
+    before = copy.deepcopy(p)
+    for name in LOSSES:
+        loss_and_grad(name, p, reduction="sum")
+    assert all(torch.equal(p[k], before[k]) for k in p if k != "mask_index")
+
+
+def test_unscored_rows_and_the_excluded_id_are_never_read():
+    p = problem((4, 8), 60)
+    unscored = p["xt"] != p["mask_index"]
+    for name in ("dce", "absorb"):
+        clean = loss_and_grad(name, p, reduction="sum")
+        dirty = {**p, "z": p["z"].clone()}
+        dirty["z"][unscored] = torch.nan
+        dirty["z"][..., p["mask_index"]] = torch.nan
+        got = loss_and_grad(name, dirty, reduction="sum")
+        assert torch.equal(got[0], clean[0])
+        assert torch.equal(got[1], clean[1])
+        assert (got[1][unscored] == 0).all()
+    clean = loss_and_grad("uniform", p)
+    dirty = {**p, "z": p["z"].scatter(-1, p["moved"].unsqueeze(-1), torch.nan)}
+    assert torch.equal(loss_and_grad("uniform", dirty)[1], clean[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_is_written_everywhere(dtype, monkeypatch):
+    """The kernel gets an uninitialised buffer: with NaN in it beforehand none may be left."""
+    p = problem((4, 8), 4099, dtype)
+    clean = loss_and_grad("dce", p, reduction="sum")[1]
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        for name in LOSSES:
+            assert not loss_and_grad(name, p, reduction="sum")[1].isnan().any()
+        assert torch.equal(loss_and_grad("dce", p, reduction="sum")[1], clean)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("row", ["nan", "all -inf", "x0 -inf", "+inf", "others -inf", "huge"])
+def test_non_finite_rows_as_cross_entropy(row):
+    z = torch.randn(3, 9)
+    x0 = torch.tensor([4, 4, 4])
+    edits = {
+        "nan": lambda r: r.__setitem__(2, torch.nan),
+        "all -inf": lambda r: r.fill_(-torch.inf),
+        "x0 -inf": lambda r: r.__setitem__(4, -torch.inf),
+        "+inf": lambda r: r.__setitem__(2, torch.inf),
+        "others -inf": lambda r: (r.fill_(-torch.inf), r.__setitem__(4, 1.0)),
+        "huge": lambda r: r.mul_(1e30),
+    }
+    edits[row](z[1])
+    z.requires_grad_()
+    expected = F.cross_entropy(z, x0, reduction="none")
+    got = dce_loss(z, x0, exclude_mask=False)
+    torch.testing.assert_close(got, expected, equal_nan=True)
+    grads = [torch.autograd.grad(loss[[0, 2]].sum() + loss[1], z)[0] for loss in (got, expected)]
+    torch.testing.assert_close(*grads, equal_nan=True)
+
+
+def test_non_finite_scores_as_the_reference():
+    for value in (torch.nan, -torch.inf, torch.inf, 88.0, 1e30):
+        for column in (0, 3):
+            p = problem((2, 4), 9)
+            p["z"][0, :, column] = value
+            for name in ("absorb", "uniform"):
+                got, expected = (loss_of(name, p, backend=b) for b in ("cpu", "reference"))
+                torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+def test_reductions_weights_and_num_items():
+    p = problem((3, 4), 9)
+    tokens = loss_of("dce", p)
+    scored = (p["xt"] == p["mask_index"]).sum()
+    torch.testing.assert_close(loss_of("dce", p, reduction="sum"), tokens.sum())
+    torch.testing.assert_close(loss_of("dce", p, reduction="mean"), tokens.sum() / scored)
+    for num_items in (7, 7.0, torch.tensor(7), torch.tensor([7.0])):
+        torch.testing.assert_close(loss_of("dce", p, reduction="mean", num_items=num_items), tokens.sum() / 7)
+    plain = dce_loss(p["z"], p["x0"], xt=p["xt"])
+    square = problem((3, 3), 9)
+    unweighted = dce_loss(square["z"], square["x0"])
+    per_sequence = torch.tensor([1.0, 2.0, 3.0])
+    for weight in (per_sequence, per_sequence[:, None], per_sequence.double()[:, None].expand(3, 3)):
+        weighted = dce_loss(square["z"], square["x0"], weight=weight)
+        torch.testing.assert_close(weighted, unweighted * per_sequence[:, None])
+    torch.testing.assert_close(dce_loss(p["z"], p["x0"], xt=p["xt"], weight=2), plain * 2)
+
+
+def test_none_and_all_masked_and_ignored():
+    p = problem((2, 5), 9)
+    assert dce_loss(p["z"], p["x0"], mask=torch.zeros(2, 5, dtype=torch.bool), reduction="mean") == 0
+    everywhere = dce_loss(p["z"], p["x0"], mask=torch.ones(2, 5, dtype=torch.bool))
+    torch.testing.assert_close(everywhere, dce_loss(p["z"], p["x0"]))
+    labels = p["x0"].clone()
+    labels[0, :2] = -100
+    ignoring = dce_loss(p["z"], labels)
+    assert (ignoring[0, :2] == 0).all()
+    torch.testing.assert_close(ignoring[1], everywhere[1])
+    torch.testing.assert_close(dce_loss(p["z"], labels, reduction="mean"), ignoring.sum() / 8)
+
+
+def test_identities_with_pytorch():
+    """DCE over all v is cross_entropy; absorbing DSE of conditionals is DCE / expm1(sigma)."""
+    p = problem((3, 4), 50)
+    expected = F.cross_entropy(p["z"].flatten(0, 1), p["x0"].flatten(), reduction="none").view(3, 4)
+    torch.testing.assert_close(dce_loss(p["z"], p["x0"], exclude_mask=False), expected)
+    sigma = p["sigma"][:, None]
+    dce = dce_loss(p["z"], p["x0"], xt=p["xt"], weight=1 / torch.expm1(sigma))
+    dse = dse_loss(p["z"], sigma, p["xt"], p["x0"], parametrization="logits")
+    log_probs = torch.log_softmax(p["z"][..., :-1], -1)
+    log_score = F.pad(log_probs - torch.log(torch.expm1(sigma))[..., None].float(), (0, 1))
+    torch.testing.assert_close(dse, dce)
+    torch.testing.assert_close(dse_loss(log_score, sigma, p["xt"], p["x0"]), dce, rtol=1e-5, atol=1e-5)
+
+
+BAD = [
+    (dict(x0=torch.full((2, 3), 9)), ValueError, r"x0: expected ids in \[0, 9\), got 9"),
+    (dict(x0=torch.full((2, 3), -1)), ValueError, "x0: expected ids"),
+    (dict(x0=torch.full((2, 3), 8), xt=torch.full((2, 3), 8)), ValueError, "x0: expected a token"),
+    (dict(x0=torch.zeros(2, 4, dtype=torch.long)), ValueError, r"x0: expected shape \(2, 3\), got \(2, 4\)"),
+    (dict(x0=torch.zeros(2, 3)), TypeError, "x0: expected int64"),
+    (dict(x0=[1, 2]), TypeError, "x0: expected a torch.Tensor, got list"),
+    (dict(z=torch.zeros(2, 3, 9, dtype=torch.long)), TypeError, "expected float32"),
+    (dict(z=torch.zeros(9)), ValueError, r"expected shape \[..., V\]"),
+    (dict(xt=torch.full((2, 3), 5)), ValueError, "xt: expected x0 or the mask"),
+    (dict(xt=torch.zeros(3, 3, dtype=torch.long)), ValueError, "xt: expected shape"),
+    (dict(mask_index=9), ValueError, "mask_index: expected an id"),
+    (dict(reduction="average"), ValueError, "reduction: expected one of 'none', 'sum', 'mean', got 'average'"),
+    (dict(num_items=3), ValueError, "num_items: needs reduction='mean'"),
+    (dict(backend="tpu"), ValueError, "backend: expected one of"),
+    (dict(x0=torch.zeros(2, 3, dtype=torch.long, device="meta")), ValueError, "x0: expected a tensor on cpu, got meta"),
+]
+BAD_DCE = [
+    (dict(weight=torch.ones(3)), ValueError, "weight: expected a number or a shape that is a prefix"),
+    (dict(weight=torch.ones(2, 3, requires_grad=True)), ValueError, "weight: has no gradient"),
+    (dict(weight="1"), TypeError, "weight: expected a number"),
+    (dict(mask=torch.ones(2, 3)), TypeError, "mask: expected a bool tensor"),
+    (dict(mask=torch.ones(2, 3, dtype=torch.bool), xt=torch.full((2, 3), 8)), ValueError, "got both"),
+]
+BAD_DSE = [
+    (dict(sigma=0.0), ValueError, "sigma: expected numbers > 0"),
+    (dict(sigma=-1.0), ValueError, "sigma: expected finite numbers >= 0"),
+    (dict(sigma=float("nan")), ValueError, "sigma: expected finite"),
+    (dict(sigma=float("inf")), ValueError, "sigma: expected finite"),
+    (dict(sigma=torch.ones(2, requires_grad=True)), ValueError, "sigma: has no gradient"),
+    (dict(dsigma=torch.ones(4)), ValueError, "dsigma: expected a number or a shape"),
+    (dict(graph="star"), ValueError, "graph: expected one of"),
+    (dict(parametrization="score"), ValueError, "parametrization: expected one of"),
+    (dict(graph="uniform", parametrization="logits"), ValueError, "needs the absorbing graph"),
+    (dict(graph="uniform", xt=torch.full((2, 3), 9)), ValueError, r"xt: expected ids in \[0, 9\)"),
+    (dict(x0=torch.full((2, 3), -100)), ValueError, "x0: expected ids"),
+]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("change", "error", "message"), BAD + BAD_DCE)
+def test_bad_input_to_dce(change, error, message, backend):
+    arguments = dict(z=torch.zeros(2, 3, 9), x0=torch.zeros(2, 3, dtype=torch.long), backend=backend) | change
+    with pytest.raises(error, match=message):
+        dce_loss(arguments.pop("z"), arguments.pop("x0"), **arguments)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("change", "error", "message"), BAD + BAD_DSE)
+def test_bad_input_to_dse(change, error, message, backend):
+    xt = torch.full((2, 3), 8)
+    arguments = dict(z=torch.zeros(2, 3, 9), sigma=0.5, xt=xt, x0=torch.zeros(2, 3, dtype=torch.long), backend=backend)
+    arguments |= change
+    z, sigma, xt, x0 = (arguments.pop(k) for k in ("z", "sigma", "xt", "x0"))
+    with pytest.raises(error, match=message):
+        dse_loss(z, sigma, xt, x0, **arguments)
+
+
+def test_still_tokens_need_no_noise_in_the_uniform_graph():
+    p = problem((2, 3), 9)
+    for backend in ("cpu", "reference"):
+        loss = dse_loss(p["z"], 0.0, p["x0"], p["x0"], graph="uniform", backend=backend)
+        expected = (p["z"].exp().sum(-1) - p["z"].exp().gather(-1, p["x0"][..., None])[..., 0]) / 9
+        torch.testing.assert_close(loss, expected)
+
+
+def test_mask_outside_the_vocabulary_when_it_is_not_excluded():
+    z, x0 = torch.randn(2, 3, 9), torch.zeros(2, 3, dtype=torch.long)
+    xt = torch.tensor([[9, 0, 9], [0, 0, 9]])
+    got = dce_loss(z, x0, xt=xt, mask_index=9, exclude_mask=False)
+    torch.testing.assert_close(got, dce_loss(z, x0, mask=xt == 9, exclude_mask=False))
+
+
+def test_both_backends_are_here():
+    assert all(r.available for r in fastdiff.backends.report() if r.name in ("cpu", "reference"))
