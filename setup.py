@@ -20,7 +20,7 @@ else:
                 "fastdiff._C_cpu",
                 [f"csrc/cpu/{name}.cpp" for name in ("library", "row_loss", "corrupt")],
                 depends=["setup.py"],
-                extra_compile_args={"cxx": [*TARGET, *OPTIMISE, "-fvisibility=hidden", "-Wall"]},
+                extra_compile_args={"cxx": ["-g0", *TARGET, *OPTIMISE, "-fvisibility=hidden", "-Wall"]},
                 py_limited_api=True,
             )
         ],

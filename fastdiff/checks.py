@@ -63,6 +63,14 @@ def per_token(name: str, value: Number | Tensor, shape: torch.Size, device: torc
     return spread.to(device=device, dtype=torch.float64).expand(shape)
 
 
+def check_values(name: str, value: Tensor, wrong: Tensor, expected: str) -> None:
+    """Raises where `wrong` is true. Looking at values would break a graph or wait for a device: not done there."""
+    if torch.compiler.is_compiling() or value.device.type != "cpu" or not wrong.any():
+        return
+    at = tuple(wrong.nonzero()[0].tolist())
+    raise ValueError(f"{name}: expected {expected}, got {value[at].item()} at {list(at)}")
+
+
 def vocabulary_index(name: str, index: int, num_states: int) -> int:
     """A token id, negative ones counted from the end."""
     if not -num_states <= index < num_states:

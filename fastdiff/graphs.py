@@ -7,21 +7,20 @@ import torch
 from torch import Tensor
 
 from fastdiff import losses, noising, philox, reference
-from fastdiff.checks import check_rows, check_tokens, per_token, vocabulary_index
+from fastdiff.checks import check_rows, check_tokens, check_values, per_token, vocabulary_index
 
 
 @dataclasses.dataclass(frozen=True)
 class _Graph:
+    """What both graphs share; `_mask` is the mask's id, or None where there is none."""
+
     num_states: int
     name: ClassVar[str]
+    _mask: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
         if self.num_states < 2:
             raise ValueError(f"num_states: expected at least 2, got {self.num_states}")
-
-    @property
-    def _mask(self) -> int | None:
-        return None
 
     def sample_transition(self, x0: Tensor, sigma: float | Tensor, **names) -> Tensor:
         """Tokens noised to sigma, as `fastdiff.corrupt` (its seed, step, sample_ids, generator)."""
@@ -38,7 +37,7 @@ class _Graph:
     def reverse_rate(self, i: Tensor, score: Tensor) -> Tensor:
         """Reverse-time rates out of i at dsigma = 1, float64 [..., num_states]; each row sums to 0."""
         self._check_rows("score", score)
-        check_tokens("i", i, score.shape[:-1], score.device)
+        self._check_tokens(i, score.shape[:-1])
         return reference.reverse_rate(self.name, i, score, self._mask)
 
     def staggered_score(self, score: Tensor, dsigma: float | Tensor) -> Tensor:
@@ -54,8 +53,14 @@ class _Graph:
         return losses.dse_loss(log_score, sigma, xt, x0, graph=self.name, mask_index=mask_index)
 
     def _sigma(self, i: Tensor, sigma: float | Tensor) -> Tensor:
-        check_tokens("i", i, None)
-        return per_token("sigma", sigma, i.shape, i.device)
+        self._check_tokens(i, None)
+        sigma = per_token("sigma", sigma, i.shape, i.device)
+        check_values("sigma", sigma, ~((sigma >= 0) & sigma.isfinite()), "finite numbers >= 0")
+        return sigma
+
+    def _check_tokens(self, i: Tensor, shape: torch.Size | None) -> None:
+        check_tokens("i", i, shape)
+        check_values("i", i, (i < 0) | (i >= self.num_states), f"ids in [0, {self.num_states})")
 
     def _check_rows(self, name: str, rows: Tensor) -> None:
         check_rows(name, rows)
@@ -75,7 +80,7 @@ class Absorbing(_Graph):
         object.__setattr__(self, "mask_index", vocabulary_index("mask_index", self.mask_index, self.num_states))
 
     @property
-    def _mask(self) -> int:
+    def _mask(self) -> int:  # type: ignore[override]
         return self.mask_index
 
     def sample_limit(self, *shape: int, device: torch.device | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.checks import Number, check_bool, check_choice, check_tensor, check_tokens, per_token
+from fastdiff.checks import Number, check_bool, check_choice, check_tensor, check_tokens, check_values, per_token
 from fastdiff.ops import corrupt as ops
 from fastdiff.philox import Purpose, draw32, uniform
 
@@ -156,8 +156,9 @@ def sample_mask_counts(
     if n < 1:
         raise ValueError(f"n: expected at least 1, got {n}")
     lengths = torch.as_tensor(length)
-    if lengths.dtype != torch.int64 or lengths.dim() > 1 or (lengths < 1).any():
-        raise ValueError(f"length: expected a number >= 1 or int64 [B] of such, got {length}")
+    if lengths.dtype != torch.int64 or lengths.dim() > 1:
+        raise ValueError(f"length: expected a number or int64 [B], got {length}")
+    check_values("length", lengths, lengths < 1, "at least 1")
     rows = lengths.reshape(-1)
     seed, steps, sample_ids = _names(rows, seed, step, sample_ids, generator)
     j = torch.arange(n, device=rows.device)
@@ -195,12 +196,15 @@ def corrupt(
     Returns:
         xt [B, L] int64.
     """
-    mask_index = getattr(graph, "mask_index", 0)
-    names = _check(x0, mask_index, None, seed, step, sample_ids, generator)
-    p = -torch.expm1(-per_token("sigma", sigma, x0.shape, x0.device))
-    x0 = x0.long().contiguous()
+    if getattr(graph, "name", None) not in ("absorb", "uniform"):
+        raise TypeError(f"graph: expected Absorbing or Uniform, got {graph!r}")
+    names = _check(x0, 0, None, seed, step, sample_ids, generator)
+    sigma = per_token("sigma", sigma, x0.shape, x0.device)
+    check_values("sigma", sigma, ~((sigma >= 0) & sigma.isfinite()), "finite numbers >= 0")
+    check_values("x0", x0, (x0 < 0) | (x0 >= graph.num_states), f"ids in [0, {graph.num_states})")
+    p, x0 = -torch.expm1(-sigma), x0.long().contiguous()
     if graph.name == "absorb":
-        return ops.mask_tokens(x0, p, None, names, mask_index, backend)[0]
+        return ops.mask_tokens(x0, p, None, names, graph.mask_index, backend)[0]
     return ops.uniform_tokens(x0, p, names, graph.num_states, backend)
 
 

@@ -40,7 +40,7 @@ struct Thresholds {
     for (int64_t b = 0; b < t.size(0); ++b)
       for (int64_t i = 0; i < (stride_l ? length : std::min<int64_t>(length, 1)); ++i)
         if (const double value = at(b, i); !(value >= 0 && value <= 1))
-          bad_value("p: expected probabilities in [0, 1], got ", value, " in sequence ", b);
+          bad_value("p: expected probabilities in [0, 1], got ", value, " at [", b, ", ", i, "]");
   }
 
   double at(int64_t b, int64_t i) const { return p[b * stride_b + i * stride_l]; }
@@ -129,7 +129,7 @@ std::tuple<Tensor, Tensor> mask_exactly(Tensor x0, Tensor counts, std::optional<
   const int64_t* m = data<int64_t>(counts);
   for (int64_t b = 0; b < x0.size(0); ++b)
     if (const int64_t most = subset.num_maskable(b); m[b] < 0 || m[b] > most)
-      bad_value("counts: expected numbers in [0, ", most, "], the maskable positions of sequence ", b, ", got ", m[b]);
+      bad_value("counts: expected numbers in [0, maskable positions], here ", most, ", got ", m[b], " at [", b, "]");
   for_each_sequence(
       x0, [&](int64_t b, std::vector<uint32_t>& draws) { subset(b, m[b], names.stream(kSubset, b), draws); });
   return {xt, mask};
@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> harmonic_mask(Tensor x0, std::optiona
   std::vector<double> harmonic(x0.size(1) + 1, 0.0);  // H_m
   for (size_t m = 1; m < harmonic.size(); ++m) harmonic[m] = harmonic[m - 1] + 1.0 / static_cast<double>(m);
   for (int64_t b = 0; b < x0.size(0); ++b)
-    if (subset.num_maskable(b) == 0) bad_value("maskable: expected at least one position in sequence ", b, ", got none");
+    if (subset.num_maskable(b) == 0) bad_value("maskable: expected at least one position in each sequence, got 0 at [", b, "]");
 
   for_each_sequence(x0, [&](int64_t b, std::vector<uint32_t>& draws) {
     const double norm = harmonic[subset.num_maskable(b)];

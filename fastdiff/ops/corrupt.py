@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.backends import resolve
+from fastdiff.checks import check_values
 from fastdiff.ops.library import define
 from fastdiff.philox import Purpose, draw32
 
@@ -42,13 +43,8 @@ def mask_exactly(
     """Masks a uniform subset of counts[b] maskable tokens: xt, mask."""
     if resolve(backend, x0.device) != "reference":
         return _mask_exactly(x0, counts, maskable, *names, mask_index)
-    most = _num_maskable(x0, maskable)
-    if not torch.compiler.is_compiling() and ((counts < 0) | (counts > most)).any():
-        b = int(((counts < 0) | (counts > most)).nonzero()[0])
-        raise ValueError(
-            f"counts: expected numbers in [0, {int(most[b])}], the maskable positions of sequence {b}, "
-            f"got {int(counts[b])}"
-        )
+    wrong = (counts < 0) | (counts > _num_maskable(x0, maskable))
+    check_values("counts", counts, wrong, "numbers in [0, maskable positions]")
     return _masked(x0, _subset(x0, counts, maskable, names), mask_index)
 
 
@@ -59,9 +55,7 @@ def harmonic_mask(
     if resolve(backend, x0.device) != "reference":
         return _harmonic_mask(x0, maskable, *names, mask_index)
     length = _num_maskable(x0, maskable)
-    if not torch.compiler.is_compiling() and (length == 0).any():
-        b = int((length == 0).nonzero()[0])
-        raise ValueError(f"maskable: expected at least one position in sequence {b}, got none")
+    check_values("maskable", length, length == 0, "at least one position in each sequence")
     counts, weight = harmonic_counts(draw32(*_named(Purpose.COUNT, names), 0).squeeze(1), length, x0.shape[1])
     return *_masked(x0, _subset(x0, counts, maskable, names), mask_index), counts, weight
 
@@ -122,9 +116,7 @@ def _draws(purpose: Purpose, x0: Tensor, names: Names) -> Tensor:
 
 
 def _threshold(p: Tensor) -> Tensor:
-    if not torch.compiler.is_compiling() and not ((p >= 0) & (p <= 1)).all():
-        wrong = p[~((p >= 0) & (p <= 1))][0]
-        raise ValueError(f"p: expected probabilities in [0, 1], got {wrong.item()}")
+    check_values("p", p, ~((p >= 0) & (p <= 1)), "probabilities in [0, 1]")
     return torch.round(p * 2.0**32).long()
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastdiff import reference
 from fastdiff.backends import resolve
+from fastdiff.checks import check_values
 from fastdiff.ops.library import define, implement, library, no_double_backward
 
 # z [..., V] with any strides before the last; x0, xt int64, mask bool, sigma and weight float64, contiguous [...];
@@ -123,8 +124,7 @@ no_double_backward("scale_grad")
 
 
 def _reference(rows: Rows) -> Tensor:
-    if not torch.compiler.is_compiling():
-        _check_values(rows)
+    _check_values(rows)
     live = rows.x0 != rows.ignore_index
     scored = live & _scored(rows)
     x0 = torch.where(live, rows.x0, 0)
@@ -163,24 +163,18 @@ def _check_values(rows: Rows) -> None:
     """What the kernels check of the values, RowLoss::check in csrc/cpu/row_loss_cpu.h."""
     x0, xt, sigma, num_states = rows.x0, rows.xt, rows.sigma, rows.z.shape[-1]
     live, scored, uniform = x0 != rows.ignore_index, _scored(rows), rows.functor == "dse_uniform"
-    _refuse("x0", x0, live & ((x0 < 0) | (x0 >= num_states)), f"ids in [0, {num_states})")
+    check_values("x0", x0, live & ((x0 < 0) | (x0 >= num_states)), f"ids in [0, {num_states})")
     if xt is not None and uniform:
-        _refuse("xt", xt, live & ((xt < 0) | (xt >= num_states)), f"ids in [0, {num_states})")
+        check_values("xt", xt, live & ((xt < 0) | (xt >= num_states)), f"ids in [0, {num_states})")
     if xt is not None and not uniform:
         wrong = live & (xt != rows.mask_index) & (xt != x0)
-        _refuse("xt", xt, wrong, f"x0 or the mask {rows.mask_index} (are xt and x0 swapped?)")
+        check_values("xt", xt, wrong, f"x0 or the mask {rows.mask_index} (are xt and x0 swapped?)")
     if rows.exclude_mask and not uniform:
-        _refuse("x0", x0, live & scored & (x0 == rows.mask_index), "a token, not the mask")
+        check_values("x0", x0, live & scored & (x0 == rows.mask_index), "a token, not the mask")
     if sigma is not None:
-        _refuse("sigma", sigma, live & ~((sigma >= 0) & sigma.isfinite()), "finite numbers >= 0")
+        check_values("sigma", sigma, live & ~((sigma >= 0) & sigma.isfinite()), "finite numbers >= 0")
         needed = scored & (xt != x0) if uniform and not rows.scale_by_sigma else scored
-        _refuse("sigma", sigma, live & needed & (sigma == 0), "numbers > 0 where a token was masked or moved")
-
-
-def _refuse(name: str, value: Tensor, wrong: Tensor, expected: str) -> None:
-    if wrong.any():
-        token = int(wrong.flatten().nonzero()[0])
-        raise ValueError(f"{name}: expected {expected}, got {value.flatten()[token].item()} at token {token}")
+        check_values("sigma", sigma, live & needed & (sigma == 0), "numbers > 0 where a token was masked or moved")
 
 
 def _loss_dtype(z: Tensor) -> torch.dtype:

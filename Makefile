@@ -1,0 +1,58 @@
+# From a fresh clone, `make demo` and `make test` do all set-up themselves; the second time they start at once.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/*)
+
+.PHONY: help demo test bench lint format clean
+help:
+	@echo "make demo   train a small model on real text and print its likelihood, about 5 minutes on two cores"
+	@echo "make test   run the tests"
+	@echo "make bench  measure the kernels against the published formulas"
+	@echo "make lint   check style and types;  make format  mends the style"
+
+demo: $(VENV)/built
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/built
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+lint: $(VENV)/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*')
+	$(BIN)/mypy
+
+format: $(VENV)/built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
+
+clean:
+	rm -rf $(VENV) build *.egg-info fastdiff/*.so
+
+# An installed torch >= 2.10 is reused; otherwise $(TORCH) goes into the environment.
+HAS_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+
+$(VENV)/ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2])' \
+		|| { echo "fastdiff needs Python 3.10 or newer; name one with PYTHON=..."; exit 1; }
+	@echo "Setting up $(VENV): torch, the tools, then the CPU kernels. A few minutes, once."
+	@if $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null; then \
+		echo "Reusing the torch of $(PYTHON)."; $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else \
+		$(PYTHON) -m venv $(VENV) && echo "Installing $(TORCH)." && $(BIN)/pip install -q "$(TORCH)"; \
+	fi
+	@echo "Installing the tools."
+	@$(BIN)/pip install -q 'setuptools>=77' wheel ninja
+	@touch $@
+
+$(VENV)/built: $(VENV)/ready $(SOURCES)
+	@command -v $${CXX:-c++} >/dev/null || { echo "fastdiff needs a C++17 compiler (g++ or clang++)."; exit 1; }
+	@echo "Building the CPU kernels."
+	@$(BIN)/pip install -q --no-build-isolation -e '.[dev]'
+	@touch $@

@@ -1,0 +1,312 @@
+"""The forward process: same bits on every backend, exact laws, bad input."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdiff import (
+    Absorbing,
+    Uniform,
+    corrupt,
+    harmonic_mask,
+    mask_exactly,
+    mask_tokens,
+    reference,
+    sample_mask_counts,
+    sample_times,
+)
+
+M = 50
+
+
+def tokens(batch=3, length=7, seed=0):
+    return torch.randint(0, M, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def chi_square(counts, probabilities):
+    """Pearson's statistic in standard deviations from its mean; above 4 is one in many thousands."""
+    expected = counts.sum() * probabilities
+    assert expected.min() > 5
+    freedom = len(counts) - 1
+    return float((((counts - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * freedom))
+
+
+def calls(x0, maskable, names):
+    """Every operation, as tuples of tensors, on one backend."""
+    most = torch.full((len(x0),), x0.shape[1]) if maskable is None else maskable.sum(1)
+    options = dict(mask_index=M, maskable=maskable, **names)
+    p = torch.linspace(0, 1, len(x0) + 1)[1:]
+    yield mask_tokens(x0, p, **options)
+    yield mask_exactly(x0, most // 2, **options)
+    yield mask_exactly(x0, most, **options)
+    if len(x0) and most.min() > 0:
+        yield harmonic_mask(x0, **options)
+    for graph in (Absorbing(M + 1), Uniform(M)):
+        yield (corrupt(x0, 0.7, graph, **names),)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(0, 5),
+    st.integers(1, 70),
+    st.integers(-(2**63), 2**63 - 1),
+    st.integers(0, 2**26),
+    st.integers(0, 2**40),
+    st.booleans(),
+)
+def test_backends_agree_bit_for_bit(batch, length, seed, step, first_id, restrict):
+    x0 = tokens(batch, length)
+    maskable = x0 % 3 > 0 if restrict else None
+    names = dict(seed=seed, step=step, sample_ids=first_id + torch.arange(batch))
+    pairs = zip(
+        calls(x0, maskable, names | {"backend": "cpu"}),
+        calls(x0, maskable, names | {"backend": "reference"}),
+        strict=True,
+    )
+    for got, expected in pairs:
+        for a, b in zip(got, expected, strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+
+
+def test_draws_do_not_depend_on_the_batch_around_them():
+    x0 = tokens(40, 23)
+    order = torch.tensor([30, 2, 17])
+    steps = torch.arange(40) % 4
+    for whole, part in zip(
+        calls(x0, None, dict(seed=5, step=steps)),
+        calls(x0[order], None, dict(seed=5, step=steps[order], sample_ids=order)),
+        strict=True,
+    ):
+        if len(whole) != 2:  # mask_tokens and mask_exactly depend on p and counts, which follow the batch here
+            assert all(torch.equal(a[order], b) for a, b in zip(whole, part, strict=True))
+    whole = mask_tokens(x0, 0.3, mask_index=M, seed=5, step=steps).xt
+    assert torch.equal(whole[order], mask_tokens(x0[order], 0.3, mask_index=M, seed=5, step=steps[order], sample_ids=order).xt)
+
+
+def test_masks_and_tokens_agree():
+    x0 = tokens(20, 30)
+    maskable = x0 % 2 == 0
+    for result in calls(x0, maskable, dict(seed=1)):
+        if len(result) > 1:
+            xt, mask = result[:2]
+            assert torch.equal(xt, torch.where(mask, M, x0))
+            assert not (mask & ~maskable).any()
+
+
+def test_probabilities_at_the_ends_and_between():
+    x0 = torch.zeros(200, 500, dtype=torch.long)
+    assert mask_tokens(x0, 1.0, mask_index=M, seed=0).mask.all()
+    assert not mask_tokens(x0, 0.0, mask_index=M, seed=0).mask.any()
+    p = torch.tensor([0.1, 0.5, 0.9, 0.001]).repeat_interleave(50)
+    share = mask_tokens(x0, p, mask_index=M, seed=0).mask.double().view(4, -1).mean(1)
+    error = (share - p[::50]) / (p[::50] * (1 - p[::50]) / 25_000).sqrt()
+    assert error.abs().max() < 4
+    per_token = torch.rand(200, 500)
+    mask = mask_tokens(x0, per_token, mask_index=M, seed=0).mask
+    assert mask[per_token > 0.9].double().mean() > 0.9
+    assert mask[per_token < 0.1].double().mean() < 0.1
+
+
+def test_exact_counts():
+    x0, counts = tokens(11, 10), torch.arange(11)
+    assert torch.equal(mask_exactly(x0, counts, mask_index=M, seed=2).mask.sum(1), counts)
+
+
+def test_subset_law_is_uniform():
+    x0 = torch.zeros(60_000, 6, dtype=torch.long)
+    mask = mask_exactly(x0, torch.full((60_000,), 3), mask_index=M, seed=3).mask
+    codes = (mask.long() << torch.arange(6)).sum(1)
+    counts = torch.bincount(codes, minlength=64)
+    assert (counts > 0).sum() == math.comb(6, 3)
+    assert chi_square(counts[counts > 0], torch.full((20,), 1 / 20)) < 4
+
+
+@pytest.mark.parametrize("length", [1, 5, 32])
+def test_harmonic_count_law_includes_the_full_mask(length):
+    x0 = torch.zeros(100_000, length, dtype=torch.long)
+    result = harmonic_mask(x0, mask_index=M, seed=4)
+    assert torch.equal(result.mask.sum(1), result.counts)
+    harmonic = sum(1 / m for m in range(1, length + 1))
+    assert result.weight.sub(harmonic).abs().max() < 1e-12
+    counts = torch.bincount(result.counts, minlength=length + 1)[1:]
+    assert counts[-1] > 0
+    if length > 1:
+        assert chi_square(counts, reference.count_law(length, "harmonic")) < 4
+
+
+def test_harmonic_subset_law():
+    """p(I) = B(L - |I|, |I| + 1) / H_L over the unmasked sets I."""
+    length = 4
+    mask = harmonic_mask(torch.zeros(100_000, length, dtype=torch.long), mask_index=M, seed=5).mask
+    codes = (mask.long() << torch.arange(length)).sum(1)
+    masks, weights = reference.subsets(length)
+    assert chi_square(torch.bincount(codes, minlength=16)[1:], weights / weights.sum()) < 4
+
+
+def test_harmonic_counts_follow_the_maskable_positions():
+    x0 = torch.zeros(50_000, 9, dtype=torch.long)
+    maskable = torch.zeros_like(x0, dtype=torch.bool)
+    maskable[:, [1, 4, 8]] = True
+    result = harmonic_mask(x0, mask_index=M, maskable=maskable, seed=6)
+    assert result.weight[0] == pytest.approx(11 / 6)
+    assert chi_square(torch.bincount(result.counts, minlength=4)[1:], reference.count_law(3, "harmonic")) < 4
+
+
+def test_uniform_noise_law():
+    x0 = torch.full((1000, 100), 2)
+    xt = corrupt(x0, 0.8, Uniform(5), seed=7)
+    law = reference.transition("uniform", torch.tensor(2), torch.tensor(0.8), 5, None)
+    assert chi_square(torch.bincount(xt.flatten(), minlength=5), law) < 4
+    assert torch.equal(corrupt(x0, 0.0, Uniform(5), seed=7), x0)
+
+
+def test_absorbing_noise_is_masking():
+    x0, sigma = tokens(6, 40), torch.linspace(0.1, 3, 6)
+    p = -torch.expm1(-sigma.double())
+    assert torch.equal(
+        corrupt(x0, sigma, Absorbing(M + 1), seed=8), mask_tokens(x0, p, mask_index=M, seed=8).xt
+    )
+
+
+def test_own_uniforms_match_torch_rand():
+    x0, p = tokens(4, 30), torch.tensor([0.1, 0.4, 0.6, 1.0])
+    torch.manual_seed(0)
+    expected = torch.rand(4, 30) < p[:, None]
+    torch.manual_seed(0)
+    got = mask_tokens(x0, p, mask_index=M, uniforms=torch.rand(4, 30))
+    assert torch.equal(got.mask, expected)
+    assert torch.equal(got.xt, torch.where(expected, M, x0))
+
+
+def test_seeds_and_generators():
+    x0 = tokens(4, 60)
+
+    def draw(**names):
+        return mask_tokens(x0, 0.5, mask_index=M, **names).mask
+
+    assert torch.equal(draw(seed=3), draw(seed=torch.tensor(3)))
+    assert not torch.equal(draw(seed=3), draw(seed=4))
+    assert not torch.equal(draw(seed=3), draw(seed=3, step=1))
+    torch.manual_seed(11)
+    first, second = draw(), draw()
+    assert not torch.equal(first, second)
+    torch.manual_seed(11)
+    assert torch.equal(first, draw())
+    assert torch.equal(draw(generator=torch.Generator().manual_seed(1)), draw(generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("proposal", ["harmonic", "uniform"])
+def test_count_laws_and_weights(proposal):
+    counts, weights = sample_mask_counts(200_000, 12, proposal=proposal, seed=9)
+    law = reference.count_law(12, proposal)
+    assert chi_square(torch.bincount(counts, minlength=13)[1:], law) < 4
+    torch.testing.assert_close(weights, 1 / (counts * law[counts - 1]))
+
+
+def test_stratified_counts():
+    counts, weights = sample_mask_counts(6, torch.tensor([12, 1, 100]), seed=1)
+    assert counts.shape == weights.shape == (3, 6)
+    assert torch.equal((counts[0] - 1) // 2, torch.arange(6))
+    assert (counts[1] == 1).all()
+    many = torch.stack([sample_mask_counts(5, 12, seed=s)[0] for s in range(4000)])
+    counts = torch.bincount(many.flatten(), minlength=13)[1:].double()
+    assert (counts / counts.mean() - 1).abs().max() < 0.1
+    torch.testing.assert_close(sample_mask_counts(5, 12, seed=3)[1], 12 / many[3].double())
+
+
+def test_harmonic_mask_and_sample_mask_counts_draw_alike():
+    x0 = torch.zeros(500, 20, dtype=torch.long)
+    counts = sample_mask_counts(1, torch.full((500,), 20), proposal="harmonic", seed=2)[0][:, 0]
+    assert torch.equal(counts, harmonic_mask(x0, mask_index=M, seed=2).counts)
+
+
+def test_times():
+    times = sample_times(8, eps=0.1, seed=0)
+    assert torch.equal(((times - 0.1) / 0.9 * 8).floor(), torch.arange(8.0))
+    ranks = [sample_times(4, eps=0.1, seed=0, rank=r, world_size=2) for r in range(2)]
+    assert torch.equal(torch.cat(ranks), times)
+    pairs = sample_times(7, method="antithetic", eps=0, seed=1)
+    torch.testing.assert_close(pairs[0:6:2] + pairs[1:6:2], torch.ones(3))
+    many = sample_times(10_000, method="iid", eps=1e-3, seed=2)
+    assert many.min() >= 1e-3
+    assert chi_square(torch.histc(many, 20, 1e-3, 1), torch.full((20,), 0.05)) < 4
+
+
+def test_opcheck():
+    x0, ids = tokens(), torch.arange(3)
+    names = (torch.tensor(1), torch.zeros(3, dtype=torch.long), ids)
+    maskable, p = x0 % 2 == 0, torch.rand(3, 7, dtype=torch.float64)
+    ops = torch.ops.fastdiff
+    torch.library.opcheck(ops.mask_tokens.default, (x0, p, maskable, *names, M))
+    torch.library.opcheck(ops.mask_exactly.default, (x0, torch.zeros_like(ids), None, *names, M))
+    torch.library.opcheck(ops.harmonic_mask.default, (x0, None, *names, M))
+    torch.library.opcheck(ops.uniform_tokens.default, (x0, p, *names, M))
+
+
+def test_compiles_whole():
+    def step(x0, p, seed):
+        masked = mask_tokens(x0, p, mask_index=M, seed=seed)
+        harmonic = harmonic_mask(masked.xt, mask_index=M, seed=seed, step=3)
+        return corrupt(harmonic.xt, 0.3, Uniform(M + 1), seed=seed), harmonic.weight
+
+    arguments = tokens(), torch.rand(3), torch.tensor(5)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(*arguments), step(*arguments), strict=True):
+        assert torch.equal(got, expected)
+    drawn = torch.compile(lambda x0: mask_tokens(x0, 0.5, mask_index=M).mask, fullgraph=True, backend="aot_eager")
+    assert not torch.equal(drawn(tokens()), drawn(tokens()))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda **k: mask_tokens(tokens(), 1.5, mask_index=M, **k), ValueError, r"p: expected probabilities in \[0, 1\], got 1.5"),
+        (lambda **k: mask_tokens(tokens(), torch.full((3, 7), torch.nan), mask_index=M, **k), ValueError, "p: expected prob"),
+        (lambda **k: mask_tokens(tokens(), torch.rand(7), mask_index=M, **k), ValueError, "p: expected a number or a shape"),
+        (lambda **k: mask_tokens(tokens()[0], 0.5, mask_index=M, **k), ValueError, r"x0: expected shape \[B, L\]"),
+        (lambda **k: mask_tokens(tokens(3, 0), 0.5, mask_index=M, **k), ValueError, r"x0: expected shape \[B, L\] with L >= 1"),
+        (lambda **k: mask_tokens(tokens().float(), 0.5, mask_index=M, **k), TypeError, "x0: expected int64"),
+        (lambda **k: mask_tokens(tokens(), 0.5, mask_index=-1, **k), ValueError, "mask_index: expected an id >= 0"),
+        (lambda **k: mask_tokens(tokens(), 0.5, mask_index=M, maskable=tokens(), **k), TypeError, "maskable: expected a bool"),
+        (lambda **k: mask_tokens(tokens(), 0.5, mask_index=M, seed=0.5, **k), TypeError, "seed: expected an int"),
+        (lambda **k: mask_tokens(tokens(), 0.5, mask_index=M, seed=torch.zeros(2, dtype=torch.long), **k), ValueError, "seed: expected one"),
+        (lambda **k: mask_tokens(tokens(), 0.5, mask_index=M, seed=1, generator=torch.Generator(), **k), ValueError, "got both"),
+        (lambda **k: mask_tokens(tokens(), 0.5, mask_index=M, sample_ids=torch.arange(2), **k), ValueError, "sample_ids: expected shape"),
+        (lambda **k: mask_tokens(tokens(), 0.5, mask_index=M, uniforms=torch.rand(3), **k), ValueError, "uniforms: expected"),
+        (lambda **k: mask_exactly(tokens(), torch.tensor([0, 8, 1]), mask_index=M, **k), ValueError, r"counts: expected numbers in \[0, .*got 8"),
+        (lambda **k: mask_exactly(tokens(), torch.tensor([0, -1, 1]), mask_index=M, **k), ValueError, "counts: expected numbers"),
+        (lambda **k: mask_exactly(tokens(), torch.tensor([1, 1]), mask_index=M, **k), ValueError, "counts: expected shape"),
+        (lambda **k: harmonic_mask(tokens(), mask_index=M, maskable=tokens() < 0, **k), ValueError, "maskable: expected at least one"),
+        (lambda **k: corrupt(tokens(), -1.0, Uniform(M), **k), ValueError, "sigma: expected finite numbers >= 0"),
+        (lambda **k: corrupt(tokens(), torch.nan, Uniform(M), **k), ValueError, "sigma: expected finite numbers >= 0"),
+        (lambda **k: corrupt(tokens(), 1.0, Uniform(9), **k), ValueError, r"x0: expected ids in \[0, 9\)"),
+        (lambda **k: corrupt(tokens(), 1.0, "absorb", **k), TypeError, "graph: expected Absorbing or Uniform"),
+    ],
+)
+def test_bad_input(call, error, message, backend):
+    with pytest.raises(error, match=message):
+        call(backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sample_mask_counts(0, 5), "n: expected at least 1"),
+        (lambda: sample_mask_counts(3, 0), "length: expected at least 1"),
+        (lambda: sample_mask_counts(3, torch.tensor([3.0])), "length: expected"),
+        (lambda: sample_mask_counts(3, 5, proposal="best"), "proposal: expected one of"),
+        (lambda: sample_times(0), "expected n >= 1"),
+        (lambda: sample_times(3, eps=1.0), "0 <= eps < 1"),
+        (lambda: sample_times(3, rank=2, world_size=2), "rank < world_size"),
+        (lambda: sample_times(3, method="sobol"), "method: expected one of"),
+    ],
+)
+def test_bad_input_to_schedules_of_counts_and_times(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
