@@ -14,6 +14,7 @@ from fastdiff.noising import (
     sample_mask_counts,
     sample_times,
 )
+from fastdiff.sampling import sample
 from fastdiff.schedules import Cosine, Geometric, Linear, LogLinear, Polynomial
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "harmonic_mask",
     "mask_exactly",
     "mask_tokens",
+    "sample",
     "sample_mask_counts",
     "sample_times",
     "time_free_nll",

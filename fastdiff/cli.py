@@ -34,6 +34,11 @@ app = typer.Typer(
 )
 
 _USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, backends.BackendUnavailable)
+_RESULTS = {
+    "loss": "training loss, nats per byte",
+    "bits_per_token": "held-out bits per byte",
+    "validation_loss": "held-out loss, nats per byte",
+}
 _LENGTH = 128
 _DEFAULTS = {f.name: f.default for c in (ModelConfig, TrainConfig) for f in dataclasses.fields(c)}
 
@@ -78,45 +83,29 @@ def train(
 ) -> None:
     """Train a model on bytes. Ctrl-C saves; --resume goes on to the numbers of an unbroken run."""
     given = {name: value for name, value in locals().items() if value is not None}
-    saved = read_config(out) if resume else {"model": {}, "training": {}, "data": {}}
-    settings = {**saved["training"], **_pick(given, TrainConfig)}
-    config = TrainConfig(**settings)
+    saved = _read_run(out) if resume else {"model": {}, "training": {}, "data": {}}
+    config = TrainConfig(**{**saved["training"], **_pick(given, TrainConfig)})
     data = data or saved["data"].get("path", "stdlib")
     length = length or saved["model"].get("max_length", _LENGTH)
 
-    documents = load_documents(data)
-    source = Text(documents, length, seed=config.seed)
+    source = Text(load_documents(data), length, seed=config.seed)
     absorbing, conditioned = config.loss != "dse-uniform", config.loss.startswith("dse")
     shape = {"num_states": NUM_BYTES + absorbing, "max_length": length, "sigma_conditioned": conditioned}
     torch.manual_seed(config.seed)
     model = DiffusionTransformer(ModelConfig(**{**saved["model"], **shape, **_pick(given, ModelConfig)}))
-    last: Record = {}
     sections = {"data": {"path": data if data == "stdlib" else str(Path(data).resolve())}}
+    last: Record = {}
+    model.to(_device(device))
     try:
-        run_training(
-            config,
-            model.to(_device(device)),
-            source,
-            out=out,
-            resume=resume,
-            callback=last.update,
-            sections=sections,
-        )
+        run_training(config, model, source, out=out, resume=resume, callback=last.update, sections=sections)
     except KeyboardInterrupt:
-        step = f"step {last.get('step', 0):.0f} of {config.steps}"
-        Console(stderr=True).print(
-            f"stopped at {step} and saved; go on with: fastdiff train --out {out} --resume"
-        )
+        typer.echo(f"stopped and saved; go on with: fastdiff train --out {out} --resume", err=True)
         raise typer.Exit(130) from None
     rows = {"steps": f"{config.steps}", "parameters": f"{sum(p.numel() for p in model.parameters()):,}"}
-    if "loss" in last:
-        rows["training loss"] = f"{last['loss']:.3f} nats per byte"
-    if "bits_per_token" in last:
-        rows["held-out bits per byte"] = f"{last['bits_per_token']:.3f} ± {last['bits_per_token_stderr']:.3f}"
-    if "validation_loss" in last:
-        rows["held-out loss"] = (
-            f"{last['validation_loss']:.3f} ± {last['validation_loss_stderr']:.3f} nats per byte"
-        )
+    for name, title in _RESULTS.items():
+        if name in last:
+            error = f" ± {last[name + '_stderr']:.3f}" if name + "_stderr" in last else ""
+            rows[title] = f"{last[name]:.3f}{error}"
     _show(f"run in {out}", rows)
 
 
@@ -135,7 +124,7 @@ def evaluate(
     model, loss, trained_on = _load(run, device)
     if loss == "dse-uniform":
         raise ValueError(
-            "loss: eval does not offer the likelihood of uniform-graph models ('dse-uniform') yet"
+            "loss: eval does not offer the likelihood of uniform-graph models, 'dse-uniform', yet"
         )
     documents, length = load_documents(data or trained_on), model.config.max_length
     text = as_bytes(documents, length) if whole else Text(documents, length).validation_bytes
@@ -221,16 +210,18 @@ def _pick(given: dict[str, Any], config: type) -> dict[str, Any]:
     return {f.name: given[f.name] for f in dataclasses.fields(config) if f.name in given}
 
 
+def _read_run(run: Path) -> dict[str, Any]:
+    config = read_config(run)
+    if not {"model", "training", "data"} <= set(config):
+        raise ValueError(f"{run / 'config.json'}: expected the training and data of a `fastdiff train` run")
+    return config
+
+
 def _load(run: Path, device: str | None) -> tuple[DiffusionTransformer, str, str]:
-    """The averaged model of a run on its device, its loss and the data it was trained on."""
-    model, config = DiffusionTransformer.from_pretrained(run), read_config(run)
-    try:
-        loss, data = config["training"]["loss"], config["data"]["path"]
-    except (KeyError, TypeError):
-        raise ValueError(
-            f"{run / 'config.json'}: expected the training and data of a `fastdiff train` run"
-        ) from None
-    return model.eval().to(_device(device)), loss, data
+    """The averaged model of a run, on its device, its loss and the data it was trained on."""
+    config = _read_run(run)
+    model = DiffusionTransformer.from_pretrained(run).eval().to(_device(device))
+    return model, config["training"]["loss"], config["data"]["path"]
 
 
 def _device(name: str | None) -> torch.device:

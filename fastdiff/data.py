@@ -38,8 +38,8 @@ class TokenSource(Protocol):
 class Text:
     """Windows of `length` bytes from documents, split so that no held-out byte is ever trained on.
 
-    Exact duplicates are dropped first. From 20 documents on, whole ones are held out, in the order of a hash of
-    their content, until they make up `held_out` of the bytes. Of fewer documents each gives up its tail.
+    Exact duplicates are dropped first. From 20 documents on, whole ones are held out, in the order of a hash
+    of their content, until they make up `held_out` of the bytes. Of fewer documents each gives up its tail.
 
     Args:
         documents: the texts, as bytes, in an order that does not vary.
@@ -146,7 +146,7 @@ def load_documents(data: str | os.PathLike) -> list[bytes]:
 
 
 def as_bytes(documents: list[bytes], length: int, part: str = "whole") -> Tensor:
-    """Documents one after the other, uint8 [number of bytes], at least `length` of them; `part` names them."""
+    """Documents one after the other, uint8 [number of bytes], `length` of them or more; `part` names them."""
     text = b"".join(documents)
     if len(text) < length:
         raise ValueError(f"length: expected at most the {len(text)} bytes of the {part} text, got {length}")
@@ -155,6 +155,8 @@ def as_bytes(documents: list[bytes], length: int, part: str = "whole") -> Tensor
 
 def even_windows(text: Tensor, length: int, n: int) -> Tensor:
     """At most n disjoint windows, evenly spread over a text of bytes: uint8 [N] -> int64 [<= n, length]."""
+    if n < 1:
+        raise ValueError(f"n: expected at least 1 window, got {n}")
     available = len(text) // length
     n = min(n, available)
     return _windows(text, torch.arange(n) * available // n * length, length)

@@ -79,6 +79,7 @@ def mask_exactly(
     *,
     mask_index: int,
     maskable: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     seed: int | Tensor | None = None,
     step: int | Tensor = 0,
     sample_ids: Tensor | None = None,
@@ -88,17 +89,19 @@ def mask_exactly(
     """Masks a uniformly drawn subset of exactly counts[b] maskable tokens of each sequence.
 
     Args:
-        x0: [B, L] int64 tokens.
+        x0: [B, L] int64 tokens, or [T] with cu_seqlens.
         counts: [B] int64 in [0, maskable positions of the sequence].
+        cu_seqlens: [B + 1] int64 offsets of B documents packed into x0 [T]; a document's mask is what it would be alone.
         mask_index, maskable, seed, step, sample_ids, generator: as `mask_tokens`.
 
     Raises:
         ValueError, TypeError: an argument does not fit, or (on the CPU) a count is out of range.
     """
-    names = _check(x0, mask_index, maskable, seed, step, sample_ids, generator)
-    check_tokens("counts", counts, x0.shape[:1], x0.device)
-    arguments = (x0.long().contiguous(), counts.long().contiguous(), _contiguous(maskable), names, mask_index)
-    return Masked(*ops.mask_exactly(*arguments, backend))
+    names = _check(x0, mask_index, maskable, seed, step, sample_ids, generator, cu_seqlens)
+    check_tokens("counts", counts, names[1].shape, x0.device)
+    x0, counts = x0.long().contiguous(), counts.long().contiguous()
+    sequences = _contiguous(maskable), _offsets(cu_seqlens)
+    return Masked(*ops.mask_exactly(x0, counts, *sequences, names, mask_index, backend))
 
 
 def harmonic_mask(
@@ -106,6 +109,7 @@ def harmonic_mask(
     *,
     mask_index: int,
     maskable: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     seed: int | Tensor | None = None,
     step: int | Tensor = 0,
     sample_ids: Tensor | None = None,
@@ -118,16 +122,16 @@ def harmonic_mask(
     time-free NLL (Jeon et al. 2025): in subset terms p(I) = B(L-|I|, |I|+1) / H_L over unmasked sets I.
 
     Args:
-        x0: [B, L] int64 tokens.
+        x0: [B, L] int64 tokens, or [T] with cu_seqlens.
+        cu_seqlens: as `mask_exactly`.
         mask_index, maskable, seed, step, sample_ids, generator: as `mask_tokens`.
 
     Raises:
         ValueError, TypeError: an argument does not fit, or (on the CPU) a sequence has no maskable position.
     """
-    names = _check(x0, mask_index, maskable, seed, step, sample_ids, generator)
-    return HarmonicMask(
-        *ops.harmonic_mask(x0.long().contiguous(), _contiguous(maskable), names, mask_index, backend)
-    )
+    names = _check(x0, mask_index, maskable, seed, step, sample_ids, generator, cu_seqlens)
+    sequences = _contiguous(maskable), _offsets(cu_seqlens)
+    return HarmonicMask(*ops.harmonic_mask(x0.long().contiguous(), *sequences, names, mask_index, backend))
 
 
 def sample_mask_counts(
@@ -271,15 +275,22 @@ def _check(
     step: int | Tensor,
     sample_ids: Tensor | None,
     generator: torch.Generator | None,
+    cu_seqlens: Tensor | None = None,
 ) -> ops.Names:
     check_tokens("x0", x0, None)
-    if x0.dim() != 2 or x0.shape[1] == 0:
+    if cu_seqlens is None and (x0.dim() != 2 or x0.shape[1] == 0):
         raise ValueError(f"x0: expected shape [B, L] with L >= 1, got {tuple(x0.shape)}")
+    if cu_seqlens is not None:
+        check_tokens("cu_seqlens", cu_seqlens, None, x0.device)
+        if x0.dim() != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
+            raise ValueError(
+                f"cu_seqlens: expected [B + 1] offsets into x0 [T], got {tuple(cu_seqlens.shape)} and {tuple(x0.shape)}"
+            )
     if mask_index < 0:
         raise ValueError(f"mask_index: expected an id >= 0 (the vocabulary size is not known here), got {mask_index}")
     if maskable is not None:
         check_bool("maskable", maskable, x0.shape, x0.device)
-    return _names(x0[:, 0], seed, step, sample_ids, generator)
+    return _names(x0[:, 0] if cu_seqlens is None else cu_seqlens[1:], seed, step, sample_ids, generator)
 
 
 def _names(
@@ -304,3 +315,7 @@ def _names(
 
 def _contiguous(maskable: Tensor | None) -> Tensor | None:
     return None if maskable is None else maskable.contiguous()
+
+
+def _offsets(cu_seqlens: Tensor | None) -> Tensor | None:
+    return None if cu_seqlens is None else cu_seqlens.long().contiguous()

@@ -73,6 +73,8 @@ def sample(
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
     mask_index = _mask_index(model, mask_index) if graph == "absorb" else None
+    if prompt is not None:
+        _check_prompt(prompt, num_samples, length, mask_index)
     xt, moving = _start(model, num_samples, length, mask_index, prompt, seed)
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=xt.device)
     sigmas = (schedule or LogLinear()).total_noise(times)
@@ -134,20 +136,23 @@ def _start(
         xt = torch.full((num_samples, length), mask_index, device=device)
     moving = torch.ones_like(xt, dtype=torch.bool)
     if prompt is not None:
-        check_tokens("prompt", prompt, None)
-        if (
-            prompt.dim() not in (1, 2)
-            or prompt.shape[-1] > length
-            or prompt.shape[:-1] not in ((), (num_samples,))
-        ):
-            raise ValueError(
-                f"prompt: expected shape [P] or [{num_samples}, P], P <= {length}, got {tuple(prompt.shape)}"
-            )
-        if (prompt < 0).any() or (mask_index is not None and (prompt == mask_index).any()):
-            raise ValueError("prompt: expected ids >= 0 other than the mask's")
         xt[:, : prompt.shape[-1]] = prompt.to(device)
         moving[:, : prompt.shape[-1]] = False
     return xt, moving
+
+
+def _check_prompt(prompt: Tensor, num_samples: int, length: int, mask_index: int | None) -> None:
+    check_tokens("prompt", prompt, None)
+    if (
+        prompt.dim() not in (1, 2)
+        or prompt.shape[-1] > length
+        or prompt.shape[:-1] not in ((), (num_samples,))
+    ):
+        raise ValueError(
+            f"prompt: expected shape [P] or [{num_samples}, P], P <= {length}, got {tuple(prompt.shape)}"
+        )
+    if (prompt < 0).any() or (mask_index is not None and (prompt == mask_index).any()):
+        raise ValueError("prompt: expected ids >= 0 other than the mask's")
 
 
 def _mask_index(model: Callable[..., Any], mask_index: int | None) -> int:

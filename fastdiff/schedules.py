@@ -1,7 +1,7 @@
-"""Noise schedules: the total noise sigma(t), its rate dsigma(t) and the survival probability alpha(t) = exp(-sigma(t)).
+"""Noise schedules: total noise sigma(t), its rate dsigma(t), survival probability alpha(t) = exp(-sigma(t)).
 
-Time runs from 0 (data) to 1 (noise). A schedule is three formulas, written once in float64: near t = 0 they keep the
-relative precision of 1 - alpha, near t = 1 that of alpha. Results come back in the dtype of the argument.
+Time runs from 0 (data) to 1 (noise). A schedule is three formulas, evaluated in float64, in forms that keep
+1 - alpha precise near t = 0. Results come back in the dtype of the argument.
 """
 
 import math
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from fastdiff.checks import check_tensor
 
-__all__ = ["Schedule", "LogLinear", "Geometric", "Cosine", "Linear", "Polynomial"]
+__all__ = ["Cosine", "Geometric", "Linear", "LogLinear", "Polynomial", "Schedule"]
 
 
 class Schedule(ABC):
-    """A noise schedule. Times lie in [0, 1]; tensors of any shape and floating dtype go in, the same come out.
+    """A noise schedule. Times are in [0, 1]; tensors of any shape and float dtype go in, the same come out.
 
-    Calling a schedule gives what a diffusion loss needs: ``sigma, dsigma = schedule(t)``. A new schedule defines
-    ``_sigma``, ``_dsigma`` and ``_time``, each float64 in and float64 out.
+    A diffusion loss takes ``sigma, dsigma = schedule(t)``. A new schedule defines ``_sigma``, ``_dsigma`` and
+    ``_time``, each float64 in and float64 out.
 
     Raises:
         TypeError: a time or a noise level that is not a floating-point tensor.
@@ -28,7 +28,7 @@ class Schedule(ABC):
     """
 
     def total_noise(self, t: Tensor) -> Tensor:
-        """Total noise sigma(t), called sigma_bar in the papers: a token survives with probability exp(-sigma)."""
+        """Total noise sigma(t), sigma_bar in the papers: a token survives with probability exp(-sigma)."""
         return self._sigma(_float64("t", t)).to(t.dtype)
 
     def rate_noise(self, t: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class Linear(Schedule):
 
 @dataclass(frozen=True)
 class Polynomial(Schedule):
-    """alpha = 1 - (1 - eps) t^k; k = 1 is `LogLinear`. At eps = 0, sigma(1) is infinite; at k < 1, dsigma(0) is."""
+    """alpha = 1 - (1 - eps) t^k. At eps = 0, sigma(1) is infinite; at k < 1, dsigma(0) is."""
 
     k: float
     eps: float = 1e-3
@@ -178,4 +178,4 @@ def _check_eps(eps: float) -> None:
 
 def _check_range(sigma_min: float, sigma_max: float) -> None:
     if not 0 <= sigma_min < sigma_max < math.inf:
-        raise ValueError(f"sigma_min, sigma_max: expected 0 <= sigma_min < sigma_max, got {sigma_min}, {sigma_max}")
+        raise ValueError(f"sigma_min: expected 0 <= sigma_min < sigma_max, got {sigma_min} and {sigma_max}")

@@ -332,7 +332,7 @@ class _Trainer:
             state = torch.load(path, map_location=self.device, weights_only=True)
             then, now = state["settings"], self._settings()
         except Exception as error:  # whatever the unpickler makes of it
-            raise ValueError(f"{path}: damaged or cut short: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{path}: damaged or cut short") from error
         for name in sorted(now.keys() - _MAY_CHANGE):
             if then.get(name) != now[name]:
                 raise ValueError(f"{name}: the run in {folder} has {then.get(name)!r}, got {now[name]!r}")

@@ -1,7 +1,7 @@
 """Distributions over strings whose conditionals given any subset of the tokens are known exactly.
 
-Each is a model in the sense of the estimators: ``oracle(xt)`` gives float64 logits [B, L, V], and where xt is the mask
-their softmax over the other tokens is the true conditional. ``oracle.nll(x)`` is the truth the estimators must meet.
+Each is a model in the sense of the estimators: ``oracle(xt)`` gives float64 logits [B, L, V], and where xt is
+the mask their softmax over the other tokens is the true conditional. ``oracle.nll(x)`` is the truth to meet.
 The mask's own column holds a large number, so that a softmax that fails to leave it out is seen at once.
 """
 
@@ -33,7 +33,7 @@ class Oracle:
 
     def nll(self, x: Tensor, target: Tensor | None = None) -> Tensor:
         """-log p(x), or with a target [B, L] that of the target tokens given the others, in nats: [B]."""
-        given = torch.full_like(x, self.mask_index) if target is None else x.masked_fill(target, self.mask_index)
+        given = x.masked_fill(torch.ones_like(x).bool() if target is None else target, self.mask_index)
         return self.log_prob(given) - self.log_prob(x)
 
     def sample(self, num_samples: int, length: int, *, seed: int = 0) -> Tensor:
@@ -57,7 +57,7 @@ class Mixture(Oracle):
     def _evidence(self, xt: Tensor) -> Tensor:
         """log w_z p(observed | z): [B, Z]."""
         seen = self.log_probs.gather(2, xt.T.expand(len(self.log_weights), -1, -1))  # [Z, L, B]
-        return self.log_weights + seen.masked_fill(xt.T == self.mask_index, 0).sum(1).T
+        return self.log_weights + seen.masked_fill(xt.T.eq(self.mask_index), 0).sum(1).T
 
     def log_prob(self, xt: Tensor) -> Tensor:
         return self._evidence(xt).logsumexp(1)
@@ -81,7 +81,7 @@ class MarkovChain(Oracle):
     def _messages(self, xt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Evidence at a position, and all that comes before and after it: each [B, L, V-1]."""
         states = torch.arange(self.mask_index)
-        agrees = (xt.unsqueeze(2) == states) | (xt.unsqueeze(2) == self.mask_index)
+        agrees = (states == xt.unsqueeze(2)) | (xt.unsqueeze(2) == self.mask_index)
         evidence = torch.zeros(agrees.shape, dtype=torch.float64).masked_fill(~agrees, -math.inf)
         before = [self.log_initial.expand_as(evidence[:, 0])]
         after = [torch.zeros_like(evidence[:, 0])]
@@ -101,7 +101,9 @@ class MarkovChain(Oracle):
         return torch.nn.functional.pad(before + after, (0, 1))
 
 
-def mixture(length: int, num_tokens: int, components: int = 3, *, mask_index: int = -1, seed: int = 0) -> Mixture:
+def mixture(
+    length: int, num_tokens: int, components: int = 3, mask_index: int = -1, seed: int = 0
+) -> Mixture:
     """A random mixture over num_tokens tokens and the mask, which may sit anywhere among the ids."""
     generator = torch.Generator().manual_seed(seed)
     mask_index %= num_tokens + 1
@@ -118,10 +120,10 @@ def markov_chain(num_tokens: int, *, seed: int = 0, sharpness: float = 2.0) -> M
 
 
 def dna_toy(seed: int = 0) -> tuple[Mixture, Tensor]:
-    """128 distinct strings of length 8 over ACGT, p proportional to exp(u / 0.5), u uniform: the oracle, the strings.
+    """128 distinct strings of length 8 over ACGT, p proportional to exp(u / 0.5), u uniform: oracle, strings.
 
-    A mixture of point masses, so its conditionals count the strings that agree with what is seen; a token that no such
-    string has gets probability 1e-300, which keeps logits finite.
+    A mixture of point masses: its conditionals count the strings that agree with what is seen. A token none
+    of them has gets probability 1e-300, which keeps logits finite.
     """
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randperm(4**8, generator=generator)[:128]

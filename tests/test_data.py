@@ -70,6 +70,8 @@ def test_validation_windows_are_disjoint_and_spread():
     text = torch.arange(100, dtype=torch.uint8)
     assert even_windows(text, 10, 99)[:, 0].tolist() == list(range(0, 100, 10))
     assert even_windows(text, 10, 3)[:, 0].tolist() == [0, 30, 60]
+    with pytest.raises(ValueError, match="n: expected at least 1 window, got 0"):
+        even_windows(text, 10, 0)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,14 @@ def test_standard_library():
 
 def test_standard_library_leaves_out_tests_and_packages(tmp_path, monkeypatch):
     wanted = ["abc.py", "json/decoder.py"]
-    for name in [*wanted, "test/a.py", "json/tests/b.py", "site-packages/c.py", "pydoc_data/topics.py", "d.txt"]:
+    for name in [
+        *wanted,
+        "test/a.py",
+        "json/tests/b.py",
+        "site-packages/c.py",
+        "pydoc_data/topics.py",
+        "d.txt",
+    ]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))

@@ -17,8 +17,8 @@ SCHEDULES = [
     Polynomial(0.5),
 ]
 # close to both ends, where careless forms lose their digits
-TIMES = torch.cat([torch.logspace(-12, -2, 11), torch.linspace(0.05, 0.95, 19), 1 - torch.logspace(-2, -12, 11)])
-TIMES = TIMES.double()
+SMALL = torch.logspace(-12, -2, 11, dtype=torch.float64)
+TIMES = torch.cat([SMALL, torch.linspace(0.05, 0.95, 19, dtype=torch.float64), 1 - SMALL.flip(0)])
 
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 
@@ -51,7 +51,9 @@ def test_call_alpha_and_inverse_agree_with_total_noise(schedule: Schedule) -> No
 @each_schedule
 def test_noise_grows_with_time(schedule: Schedule) -> None:
     sigma = schedule.total_noise(torch.linspace(0, 1, 1001, dtype=torch.float64))
-    assert bool((sigma.diff() > 0).all()) and bool((sigma >= 0).all()) and bool(sigma.isfinite().all())
+    assert (sigma.diff() > 0).all()
+    assert sigma[0] >= 0
+    assert sigma[-1].isfinite()
 
 
 @pytest.mark.parametrize(
@@ -66,8 +68,9 @@ def test_noise_grows_with_time(schedule: Schedule) -> None:
     ids=repr,
 )
 def test_alpha_is_the_published_formula(schedule: Schedule, alpha) -> None:
-    for t in (0.0, 0.25, 0.5, 0.9, 1.0):
-        assert schedule.alpha(torch.tensor(t, dtype=torch.float64)).item() == pytest.approx(alpha(t), rel=1e-12)
+    t = [0.0, 0.25, 0.5, 0.9, 1.0]
+    result = schedule.alpha(torch.tensor(t, dtype=torch.float64))
+    assert result.tolist() == pytest.approx([alpha(s) for s in t], rel=1e-12)
 
 
 @each_schedule
@@ -76,19 +79,19 @@ def test_every_float_dtype_is_exact_to_its_own_rounding(schedule: Schedule, dtyp
     t = torch.tensor([2.0**-10, 0.25, 0.5, 0.75, 1.0], dtype=dtype).reshape(1, 5)
     for method in (schedule.total_noise, schedule.rate_noise, schedule.alpha):
         result = method(t)
-        assert result.dtype == dtype and result.shape == t.shape
-        torch.testing.assert_close(result, method(t.double()).to(dtype), rtol=0, atol=0)
+        assert result.dtype == dtype
+        assert torch.equal(result, method(t.double()).to(dtype))
 
 
 @pytest.mark.parametrize("schedule", [LogLinear(), Cosine(), Polynomial(2.0)], ids=repr)
 def test_small_times_keep_their_relative_precision(schedule: Schedule) -> None:
     t = torch.tensor([1e-6], dtype=torch.float64)
-    leading = {LogLinear: 0.999e-6, Cosine: 0.999 * (math.pi * 1e-6) ** 2 / 8, Polynomial: 0.999e-12}[type(schedule)]
-    assert schedule.total_noise(t).item() == pytest.approx(leading, rel=1e-6)
+    leading = {LogLinear: 1e-6, Cosine: (math.pi * 1e-6) ** 2 / 8, Polynomial: 1e-12}[type(schedule)]
+    assert schedule.total_noise(t).item() == pytest.approx(0.999 * leading, rel=1e-6)
 
 
 def test_polynomial_of_degree_one_is_log_linear() -> None:
-    torch.testing.assert_close(Polynomial(1.0).total_noise(TIMES), LogLinear().total_noise(TIMES), rtol=0, atol=0)
+    assert torch.equal(Polynomial(1.0).total_noise(TIMES), LogLinear().total_noise(TIMES))
 
 
 @pytest.mark.parametrize("kind", [LogLinear, Cosine, lambda eps: Polynomial(2.0, eps)])
@@ -118,7 +121,7 @@ def test_polynomial_degree_out_of_range_is_an_error(k: float) -> None:
 
 @pytest.mark.parametrize("bad", [0.5, torch.tensor([0, 1])], ids=["number", "integers"])
 def test_times_that_are_not_floating_tensors_are_errors(bad) -> None:
-    with pytest.raises(TypeError, match="^t: expected a"):
+    with pytest.raises(TypeError, match=r"^t: expected a"):
         LogLinear().total_noise(bad)
-    with pytest.raises(TypeError, match="^sigma: expected a"):
+    with pytest.raises(TypeError, match=r"^sigma: expected a"):
         LogLinear().inverse(bad)

@@ -10,9 +10,18 @@ namespace fastdiff {
 
 enum class Isa { baseline, v3, v4 };
 
+// FASTDIFF_FOR_EACH_ISA(DEFINE) expands DEFINE(suffix, target attribute) for each instruction set, and
+// FASTDIFF_FOR_ISA(f, isa, <arguments>) picks f_baseline, f_v3 or f_v4 of the templates so defined.
 #if defined(__x86_64__)
-#define FASTDIFF_V3 __attribute__((target("arch=x86-64-v3")))
-#define FASTDIFF_V4 __attribute__((target("arch=x86-64-v4,prefer-vector-width=512")))
+#define FASTDIFF_FOR_EACH_ISA(DEFINE)                   \
+  DEFINE(baseline, )                                    \
+  DEFINE(v3, __attribute__((target("arch=x86-64-v3")))) \
+  DEFINE(v4, __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))))
+#define FASTDIFF_FOR_ISA(f, isa, ...) \
+  ((isa) == Isa::v4 ? f##_v4 __VA_ARGS__ : (isa) == Isa::v3 ? f##_v3 __VA_ARGS__ : f##_baseline __VA_ARGS__)
+#else
+#define FASTDIFF_FOR_EACH_ISA(DEFINE) DEFINE(baseline, )
+#define FASTDIFF_FOR_ISA(f, isa, ...) (static_cast<void>(isa), f##_baseline __VA_ARGS__)
 #endif
 
 inline Isa best_isa() {

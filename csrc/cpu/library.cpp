@@ -31,8 +31,8 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C_cpu", "fastdiff's CPU kernels.", -1, methods, nullptr,
-                      nullptr,               nullptr,  nullptr};
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C_cpu", "fastdiff's CPU kernels.", -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

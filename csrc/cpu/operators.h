@@ -17,10 +17,12 @@ std::tuple<Tensor, Tensor> row_loss(Tensor z, Tensor x0, std::optional<Tensor> x
 
 std::tuple<Tensor, Tensor> mask_tokens(Tensor x0, Tensor p, std::optional<Tensor> maskable, Tensor seed, Tensor steps,
                                        Tensor sample_ids, int64_t mask_index);
-std::tuple<Tensor, Tensor> mask_exactly(Tensor x0, Tensor counts, std::optional<Tensor> maskable, Tensor seed,
-                                        Tensor steps, Tensor sample_ids, int64_t mask_index);
-std::tuple<Tensor, Tensor, Tensor, Tensor> harmonic_mask(Tensor x0, std::optional<Tensor> maskable, Tensor seed,
-                                                         Tensor steps, Tensor sample_ids, int64_t mask_index);
+std::tuple<Tensor, Tensor> mask_exactly(Tensor x0, Tensor counts, std::optional<Tensor> maskable,
+                                        std::optional<Tensor> cu_seqlens, Tensor seed, Tensor steps, Tensor sample_ids,
+                                        int64_t mask_index);
+std::tuple<Tensor, Tensor, Tensor, Tensor> harmonic_mask(Tensor x0, std::optional<Tensor> maskable,
+                                                         std::optional<Tensor> cu_seqlens, Tensor seed, Tensor steps,
+                                                         Tensor sample_ids, int64_t mask_index);
 Tensor uniform_tokens(Tensor x0, Tensor p, Tensor seed, Tensor steps, Tensor sample_ids, int64_t num_states);
 
 }  // namespace fastdiff

@@ -167,31 +167,19 @@ FASTDIFF_HD void row_loss_rows(const RowLoss& op, int64_t begin, int64_t end) {
   }
 }
 
-#define FASTDIFF_ROWS(NAME, TARGET)                           \
-  template <bool kGrad, typename T>                           \
-  TARGET void NAME(const RowLoss& op, int64_t b, int64_t e) { \
-    row_loss_rows<kGrad, T>(op, b, e);                        \
+#define FASTDIFF_ROWS(SUFFIX, TARGET)                                  \
+  template <bool kGrad, typename T>                                    \
+  TARGET void rows_##SUFFIX(const RowLoss& op, int64_t b, int64_t e) { \
+    row_loss_rows<kGrad, T>(op, b, e);                                 \
   }
-FASTDIFF_ROWS(rows_baseline, )
-#ifdef FASTDIFF_V4
-FASTDIFF_ROWS(rows_v3, FASTDIFF_V3)
-FASTDIFF_ROWS(rows_v4, FASTDIFF_V4)
-#endif
+FASTDIFF_FOR_EACH_ISA(FASTDIFF_ROWS)
 
 using Rows = void (*)(const RowLoss&, int64_t, int64_t);
 
-template <bool kGrad, typename T>
-Rows rows_for(Isa isa) {
-#ifdef FASTDIFF_V4
-  if (isa == Isa::v4) return rows_v4<kGrad, T>;
-  if (isa == Isa::v3) return rows_v3<kGrad, T>;
-#endif
-  return rows_baseline<kGrad, T>;
-}
-
 template <typename T>
 Rows rows_for(Isa isa, bool grad) {
-  return grad ? rows_for<true, T>(isa) : rows_for<false, T>(isa);
+  if (grad) return FASTDIFF_FOR_ISA(rows, isa, <true, T>);
+  return FASTDIFF_FOR_ISA(rows, isa, <false, T>);
 }
 
 Rows rows_for(ScalarType dtype, Isa isa, bool grad) {

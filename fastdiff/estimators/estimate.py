@@ -51,10 +51,11 @@ class NLLEstimate:
         return torch.exp(self.nll / self.num_tokens)
 
     def pooled(self) -> "NLLEstimate":
-        """The B sequences as one text (B = 1): nats, tokens and passes add, and so do squared standard errors.
+        """The B sequences as one text (B = 1): nats, tokens and passes add up, and so do squared errors.
 
-        Sequences draw their masks independently. The error is that of the masking only: how far these sequences stand
-        for the text they were taken from is another question. Degrees of freedom by Welch-Satterthwaite.
+        Sequences with different names draw their masks independently. The error is that of the masking; how
+        well these sequences stand for the text they were taken from is another matter. Degrees of freedom by
+        Welch-Satterthwaite.
         """
         variance = self.stderr**2
         spread = (variance**2 / self.degrees_of_freedom).sum()
@@ -83,10 +84,11 @@ class NLLEstimate:
 
 
 def student_t(level: float, degrees_of_freedom: Tensor) -> Tensor:
-    """The t with P(|T| < t) = level for Student's T, float64, shaped as degrees_of_freedom (>= 1, also infinite).
+    """The t with P(|T| < t) = level for Student's T with nu degrees of freedom (>= 1, or infinite), float64.
 
-    With T = sqrt(nu) tan(a), P = c int_0^a cos(u)^(nu-1) du, c = 2 Gamma((nu+1)/2) / (sqrt(pi) Gamma(nu/2)). P is
-    concave in a, so Newton's steps from 0 climb to the root without passing it; Simpson's rule does the integral.
+    With T = sqrt(nu) tan(A), P(|A| < a) = c int_0^a cos(u)^(nu-1) du, c = 2 Gamma((nu+1)/2) / (sqrt(pi)
+    Gamma(nu/2)). It is concave in a, so Newton's steps from 0 climb to the root and never pass it. Simpson's
+    rule gives the integral.
     """
     if not 0 < level < 1:
         raise ValueError(f"level: expected a number in (0, 1), got {level}")

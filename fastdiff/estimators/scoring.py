@@ -1,4 +1,4 @@
-"""What the masked estimators share: checked inputs, and the losses of masked sequences a batch of rows at a time."""
+"""What the masked estimators share: checked inputs, and losses of masked sequences, a batch at a time."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,14 +14,16 @@ from fastdiff.noising import Masked
 Model = Callable[[Tensor], Any]
 
 _LOGITS_PER_BATCH = 2**26  # 256 MB in float32
-_LEAST_VOCABULARY = 1024  # what else a network holds for a token counts as so many logits
+_LEAST_VOCABULARY = 1024  # what else a network holds for a token counts as this many logits
 
 
 class Scorer:
-    """-log c(x0_i | xt) of the masked tokens of B sequences x0 under a model.
+    """-log c(x0_i | xt) at the masked tokens of B sequences x0, c the conditionals of a model.
 
     Attributes:
-        x0: [B, L] int64.  target: [B, L] bool.  num_tokens: [B] int64, target positions.
+        x0: [B, L] int64.
+        target: [B, L] bool, the positions that may be masked.
+        num_tokens: [B] int64, how many those are.
     """
 
     def __init__(
@@ -36,23 +38,28 @@ class Scorer:
     ) -> None:
         _check_x0(x0)
         if mask_index < 0:
-            raise ValueError(f"mask_index: expected an id >= 0 (V is not known before xt is made), got {mask_index}")
+            raise ValueError(
+                f"mask_index: expected an id >= 0 (xt is made before V is known), got {mask_index}"
+            )
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         if target is None:
             target = torch.ones_like(x0, dtype=torch.bool)
         check_bool("target", target, x0.shape, x0.device)
-        self.num_tokens = target.sum(1)
-        if (empty := (self.num_tokens == 0).nonzero()).numel():
-            raise ValueError(f"target: expected at least one target position, got none in sequence {int(empty[0])}")
+        if not target.any(1).all():
+            empty = int((~target.any(1)).nonzero()[0])
+            raise ValueError(f"target: expected at least one position in a sequence, got none in x0[{empty}]")
         if (target & (x0 == mask_index)).any():
-            raise ValueError(f"x0: expected tokens at the target positions, got the mask (mask_index={mask_index})")
+            raise ValueError(
+                f"x0: expected no mask (mask_index={mask_index}) at the target positions, got one"
+            )
         self.model, self.x0, self.target, self.mask_index = model, x0, target, mask_index
         self.exclude_mask, self.batch_size, self.backend = exclude_mask, batch_size, backend
-        self._largest_id = max(mask_index, int(x0.max()) if x0.numel() else 0)
+        self.num_tokens = target.sum(1)
+        self._largest_id = max([mask_index, *x0.amax(1).tolist()])
 
     def batches(self, num_rows: int) -> Iterator[Tensor]:
-        """Row numbers 0..num_rows-1 in runs of batch_size; where that is None the first run, of one row, sets it."""
+        """Rows 0..num_rows-1 in runs of batch_size; where that is None, a first run of one row sets it."""
         start = 0
         while start < num_rows:
             stop = min(num_rows, start + (self.batch_size or 1))
@@ -60,33 +67,36 @@ class Scorer:
             start = stop
 
     def __call__(self, which: Tensor, masked: Masked) -> Tensor:
-        """Losses [b, L] in float64, 0 where nothing is masked, of the sequences `which` [b] masked as given."""
-        x0, (xt, mask) = self.x0[which], masked
-        output = self.model(xt)
-        logits = getattr(output, "logits", output)
-        self._check_logits(logits, xt.shape)
+        """Losses [b, L], float64, of the sequences `which` [b] masked as given; 0 where nothing is masked."""
+        output = self.model(masked.xt)
+        logits = self._check_logits(getattr(output, "logits", output), masked.xt.shape)
         if self.batch_size is None:
             width = max(logits.shape[2], _LEAST_VOCABULARY)
             self.batch_size = max(1, _LOGITS_PER_BATCH // (logits.shape[1] * width))
-        loss = dce_loss(
-            logits, x0, mask=mask, mask_index=self.mask_index, exclude_mask=self.exclude_mask, backend=self.backend
-        )
-        return loss.double()
+        return dce_loss(
+            logits,
+            self.x0[which],
+            mask=masked.mask,
+            mask_index=self.mask_index,
+            exclude_mask=self.exclude_mask,
+            backend=self.backend,
+        ).double()
 
-    def _check_logits(self, logits: Any, shape: torch.Size) -> None:
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"model: expected logits, or an object that has them, got {type(logits).__name__}")
+    def _check_logits(self, logits: Any, shape: torch.Size) -> Tensor:
+        check_tensor("model's logits", logits)
         if logits.dim() != 3 or logits.shape[:2] != shape:
-            raise ValueError(f"model: expected logits of shape {(*shape, 'V')}, got {tuple(logits.shape)}")
-        if self._largest_id >= logits.shape[2]:
             raise ValueError(
-                f"x0, mask_index: expected ids in [0, {logits.shape[2]}), the model's V, got {self._largest_id}"
+                f"model's logits: expected shape [{shape[0]}, {shape[1]}, V], got {[*logits.shape]}"
             )
+        num_states = logits.shape[2]
+        if self._largest_id >= num_states:
+            raise ValueError(f"x0, mask_index: expected ids in [0, V={num_states}), got {self._largest_id}")
+        return logits
 
 
 @contextmanager
 def evaluating(model: Model) -> Iterator[None]:
-    """No gradients, and an nn.Module in evaluation mode; every submodule gets its own mode back."""
+    """No gradients, and an nn.Module in evaluation mode; each submodule gets its own mode back."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     modes = [module.training for module in modules]
     try:

@@ -10,17 +10,19 @@ from fastdiff.checks import check_values
 from fastdiff.ops.library import define
 from fastdiff.philox import Purpose, draw32
 
-# x0 int64 [B, L]; p float64 [B, L] with any strides; maskable bool [B, L]; seed int64 []; steps, sample_ids and
-# counts int64 [B]. xt and mask are [B, L]. The draws are draw32(seed, purpose, step, sample_id, 0, position).
+# x0 int64 [B, L], or packed [T] with cu_seqlens int64 [B + 1]; p float64 [B, L] with any strides; maskable bool as x0;
+# seed int64 []; steps, sample_ids and counts int64 [B]. xt and mask are shaped as x0. The draws are draw32(seed, purpose, step, sample_id, 0, position).
 _NAMES = "Tensor seed, Tensor steps, Tensor sample_ids"
 _mask_tokens = define(
     f"mask_tokens(Tensor x0, Tensor p, Tensor? maskable, {_NAMES}, int mask_index) -> (Tensor, Tensor)"
 )
 _mask_exactly = define(
-    f"mask_exactly(Tensor x0, Tensor counts, Tensor? maskable, {_NAMES}, int mask_index) -> (Tensor, Tensor)"
+    f"mask_exactly(Tensor x0, Tensor counts, Tensor? maskable, Tensor? cu_seqlens, {_NAMES}, int mask_index)"
+    " -> (Tensor, Tensor)"
 )
 _harmonic_mask = define(
-    f"harmonic_mask(Tensor x0, Tensor? maskable, {_NAMES}, int mask_index) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"harmonic_mask(Tensor x0, Tensor? maskable, Tensor? cu_seqlens, {_NAMES}, int mask_index)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _uniform_tokens = define(f"uniform_tokens(Tensor x0, Tensor p, {_NAMES}, int num_states) -> Tensor")
 
@@ -38,26 +40,40 @@ def mask_tokens(
 
 
 def mask_exactly(
-    x0: Tensor, counts: Tensor, maskable: Tensor | None, names: Names, mask_index: int, backend: str | None
+    x0: Tensor,
+    counts: Tensor,
+    maskable: Tensor | None,
+    cu_seqlens: Tensor | None,
+    names: Names,
+    mask_index: int,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Masks a uniform subset of counts[b] maskable tokens: xt, mask."""
     if resolve(backend, x0.device) != "reference":
-        return _mask_exactly(x0, counts, maskable, *names, mask_index)
-    wrong = (counts < 0) | (counts > _num_maskable(x0, maskable))
+        return _mask_exactly(x0, counts, maskable, cu_seqlens, *names, mask_index)
+    places = _Places(x0, maskable, cu_seqlens)
+    wrong = (counts < 0) | (counts > places.num_maskable)
     check_values("counts", counts, wrong, "numbers in [0, maskable positions]")
-    return _masked(x0, _subset(x0, counts, maskable, names), mask_index)
+    return _masked(x0, places.subset(counts, names), mask_index)
 
 
 def harmonic_mask(
-    x0: Tensor, maskable: Tensor | None, names: Names, mask_index: int, backend: str | None
+    x0: Tensor,
+    maskable: Tensor | None,
+    cu_seqlens: Tensor | None,
+    names: Names,
+    mask_index: int,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Masks a uniform subset of m tokens, p(m) = 1/(m H_L): xt, mask, counts [B], weight H_L [B]."""
     if resolve(backend, x0.device) != "reference":
-        return _harmonic_mask(x0, maskable, *names, mask_index)
-    length = _num_maskable(x0, maskable)
+        return _harmonic_mask(x0, maskable, cu_seqlens, *names, mask_index)
+    places = _Places(x0, maskable, cu_seqlens)
+    length, (seed, steps, sample_ids) = places.num_maskable, names
     check_values("maskable", length, length == 0, "at least one position in each sequence")
-    counts, weight = harmonic_counts(draw32(*_named(Purpose.COUNT, names), 0).squeeze(1), length, x0.shape[1])
-    return *_masked(x0, _subset(x0, counts, maskable, names), mask_index), counts, weight
+    draws = draw32(seed, Purpose.COUNT, steps, sample_ids, 0, 0)
+    counts, weight = harmonic_counts(draws, length, x0.shape[-1])
+    return *_masked(x0, places.subset(counts, names), mask_index), counts, weight
 
 
 def uniform_tokens(x0: Tensor, p: Tensor, names: Names, num_states: int, backend: str | None) -> Tensor:
@@ -92,8 +108,8 @@ def _(x0: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("fastdiff::harmonic_mask")
-def _(x0: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    counts = x0.new_empty(x0.shape[0])
+def _(x0: Tensor, maskable: Tensor, cu_seqlens: Tensor, seed: Tensor, steps: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    counts = torch.empty_like(steps)
     return torch.empty_like(x0), torch.empty_like(x0, dtype=torch.bool), counts, counts.double()
 
 
@@ -106,13 +122,10 @@ def _(x0: Tensor, *_: Any) -> Tensor:
 # The pieces of the reference.
 
 
-def _named(purpose: Purpose, names: Names) -> tuple[Tensor, int, Tensor, Tensor, int]:
-    seed, steps, sample_ids = names
-    return seed, int(purpose), steps.unsqueeze(1), sample_ids.unsqueeze(1), 0
-
-
 def _draws(purpose: Purpose, x0: Tensor, names: Names) -> Tensor:
-    return draw32(*_named(purpose, names), torch.arange(x0.shape[1], device=x0.device))
+    seed, steps, sample_ids = names
+    positions = torch.arange(x0.shape[1], device=x0.device)
+    return draw32(seed, purpose, steps.unsqueeze(1), sample_ids.unsqueeze(1), 0, positions)
 
 
 def _threshold(p: Tensor) -> Tensor:
@@ -120,17 +133,32 @@ def _threshold(p: Tensor) -> Tensor:
     return torch.round(p * 2.0**32).long()
 
 
-def _num_maskable(x0: Tensor, maskable: Tensor | None) -> Tensor:
-    return torch.full_like(x0[:, 0], x0.shape[1]) if maskable is None else maskable.sum(1)
+class _Places:
+    """The sequence and the position in it of every token, dense or packed."""
 
+    def __init__(self, x0: Tensor, maskable: Tensor | None, cu_seqlens: Tensor | None) -> None:
+        self.shape, tokens = x0.shape, x0.numel()
+        if cu_seqlens is None:
+            cu_seqlens = torch.arange(x0.shape[0] + 1, device=x0.device) * x0.shape[1]
+        length = cu_seqlens.diff()
+        check_values("cu_seqlens", length, length < 0, "rising offsets")
+        ends = cu_seqlens[[0, -1]]
+        check_values("cu_seqlens", ends, ends != ends.new_tensor([0, tokens]), f"offsets from 0 to {tokens}")
+        self.start = cu_seqlens[:-1]
+        self.sequence = torch.repeat_interleave(length, output_size=tokens)
+        self.position = torch.arange(tokens, device=x0.device) - self.start[self.sequence]
+        self.maskable = torch.ones_like(self.sequence, dtype=torch.bool) if maskable is None else maskable.flatten()
+        self.num_maskable = torch.zeros_like(length).index_add_(0, self.sequence, self.maskable.long())
 
-def _subset(x0: Tensor, counts: Tensor, maskable: Tensor | None, names: Names) -> Tensor:
-    """The counts[b] maskable positions with the smallest (draw, position)."""
-    draws = _draws(Purpose.SUBSET, x0, names)
-    if maskable is not None:
-        draws = draws.masked_fill(~maskable, 2**32)
-    rank = torch.argsort(torch.argsort(draws, dim=1, stable=True), dim=1)
-    return rank < counts.unsqueeze(1)
+    def subset(self, counts: Tensor, names: Names) -> Tensor:
+        """The counts[b] maskable positions of each sequence with the smallest (draw, position)."""
+        seed, steps, sample_ids = names
+        b = self.sequence
+        draws = draw32(seed, Purpose.SUBSET, steps[b], sample_ids[b], 0, self.position)
+        order = torch.argsort(draws.masked_fill(~self.maskable, 2**32), stable=True)
+        order = order[torch.argsort(b[order], stable=True)]
+        rank = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+        return (rank - self.start[b] < counts[b]).view(self.shape)
 
 
 def _masked(x0: Tensor, mask: Tensor, mask_index: int) -> tuple[Tensor, Tensor]:

@@ -156,6 +156,31 @@ def test_harmonic_counts_follow_the_maskable_positions():
     assert chi_square(torch.bincount(result.counts, minlength=4)[1:], reference.count_law(3, "harmonic")) < 4
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_packed_documents_are_masked_as_alone(backend):
+    lengths = [5, 1, 12, 0, 7]
+    documents = [tokens(1, n, seed=n) for n in lengths]
+    packed, offsets = torch.cat(documents, 1)[0], torch.tensor([0, *lengths]).cumsum(0)
+    maskable, counts = packed % 4 > 0, torch.tensor([2, 0, 6, 0, 1])
+    names = dict(mask_index=M, seed=3, backend=backend)
+    whole = mask_exactly(packed, counts, maskable=maskable, cu_seqlens=offsets, **names)
+    keep = [0, 1, 2, 4]  # harmonic counts need a position
+    no_empty = torch.tensor([0, *(lengths[b] for b in keep)]).cumsum(0)
+    harmonic = harmonic_mask(packed, cu_seqlens=no_empty, sample_ids=torch.tensor(keep), **names)
+    for b, n in enumerate(lengths):
+        span = slice(int(offsets[b]), int(offsets[b]) + n)
+        if n == 0:
+            continue
+        alone = dict(names, sample_ids=torch.tensor([b]))
+        expected = mask_exactly(documents[b], counts[b : b + 1], maskable=maskable[None, span], **alone)
+        assert torch.equal(whole.xt[span], expected.xt[0])
+        assert torch.equal(whole.mask[span], expected.mask[0])
+        expected = harmonic_mask(documents[b], **alone)
+        assert torch.equal(harmonic.xt[span], expected.xt[0])
+        assert harmonic.counts[keep.index(b)] == expected.counts[0]
+        assert harmonic.weight[keep.index(b)] == expected.weight[0]
+
+
 def test_uniform_noise_law():
     x0 = torch.full((1000, 100), 2)
     xt = corrupt(x0, 0.8, Uniform(5), seed=7)
@@ -242,8 +267,11 @@ def test_opcheck():
     maskable, p = x0 % 2 == 0, torch.rand(3, 7, dtype=torch.float64)
     ops = torch.ops.fastdiff
     torch.library.opcheck(ops.mask_tokens.default, (x0, p, maskable, *names, M))
-    torch.library.opcheck(ops.mask_exactly.default, (x0, torch.zeros_like(ids), None, *names, M))
-    torch.library.opcheck(ops.harmonic_mask.default, (x0, None, *names, M))
+    packed, offsets = x0.flatten(), torch.tensor([0, 4, 9, 21])
+    torch.library.opcheck(ops.mask_exactly.default, (x0, torch.zeros_like(ids), None, None, *names, M))
+    torch.library.opcheck(ops.mask_exactly.default, (packed, ids, None, offsets, *names, M))
+    torch.library.opcheck(ops.harmonic_mask.default, (x0, None, None, *names, M))
+    torch.library.opcheck(ops.harmonic_mask.default, (packed, None, offsets, *names, M))
     torch.library.opcheck(ops.uniform_tokens.default, (x0, p, *names, M))
 
 
@@ -283,6 +311,9 @@ def test_compiles_whole():
         (lambda **k: mask_exactly(tokens(), torch.tensor([0, -1, 1]), mask_index=M, **k), ValueError, "counts: expected numbers"),
         (lambda **k: mask_exactly(tokens(), torch.tensor([1, 1]), mask_index=M, **k), ValueError, "counts: expected shape"),
         (lambda **k: harmonic_mask(tokens(), mask_index=M, maskable=tokens() < 0, **k), ValueError, "maskable: expected at least one"),
+        (lambda **k: harmonic_mask(tokens(), cu_seqlens=torch.tensor([0, 21]), mask_index=M, **k), ValueError, "cu_seqlens: expected"),
+        (lambda **k: harmonic_mask(tokens()[0], cu_seqlens=torch.tensor([0, 5]), mask_index=M, **k), ValueError, "offsets from 0 to 7"),
+        (lambda **k: harmonic_mask(tokens()[0], cu_seqlens=torch.tensor([0, 5, 3, 7]), mask_index=M, **k), ValueError, "rising offsets"),
         (lambda **k: corrupt(tokens(), -1.0, Uniform(M), **k), ValueError, "sigma: expected finite numbers >= 0"),
         (lambda **k: corrupt(tokens(), torch.nan, Uniform(M), **k), ValueError, "sigma: expected finite numbers >= 0"),
         (lambda **k: corrupt(tokens(), 1.0, Uniform(9), **k), ValueError, r"x0: expected ids in \[0, 9\)"),

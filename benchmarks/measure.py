@@ -1,0 +1,78 @@
+"""How the benchmarks measure: interleaved calls, medians, the machine's own rates in the same run, peak memory."""
+
+import mmap
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+MB = 1 << 20
+
+
+class Machine(NamedTuple):
+    """Rates measured here and now, in GB/s (bytes read plus bytes written) and GFLOP/s."""
+
+    read: float
+    copy: float
+    fresh_fill: float
+    matmul: float
+
+
+class Row(NamedTuple):
+    """One measured call: median seconds, the least that its bytes need, memory beyond the inputs."""
+
+    case: str
+    who: str
+    seconds: float
+    floor: float | None
+    extra_bytes: int
+
+
+def machine(size: int = 256 * MB) -> Machine:
+    """The rates that floors are made of. Fresh memory is what an output costs: 2 MB pages, touched the first time."""
+    source, target = torch.ones(size // 4), torch.ones(size // 4)
+    a, b = torch.rand(1024, 1024), torch.rand(1024, 1024)
+
+    def fresh_fill() -> None:
+        with mmap.mmap(-1, size) as pages:
+            pages.madvise(mmap.MADV_HUGEPAGE)
+            torch.frombuffer(pages, dtype=torch.float32).fill_(1)
+
+    calls = {
+        "read": source.sum,
+        "copy": lambda: target.copy_(source),
+        "fresh_fill": fresh_fill,
+        "matmul": lambda: a @ b,
+    }
+    t = {name: statistics.median(times) for name, times in interleave(calls, rounds=9).items()}
+    rates = {"read": size / t["read"], "copy": 2 * size / t["copy"], "fresh_fill": size / t["fresh_fill"]}
+    return Machine(**{name: rate / 1e9 for name, rate in rates.items()}, matmul=2 * 1024**3 / t["matmul"] / 1e9)
+
+
+def interleave(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, one of each a round, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for k in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if k:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def peak_extra_bytes(call: Callable[[], object]) -> int:
+    """The most resident memory that a call needs beyond what is there before it (Linux)."""
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")  # the high-water mark starts again from here
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    with open("/proc/self/status") as f:
+        line = next(line for line in f if line.startswith(field))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,78 @@
+"""The losses and masks as the published codebases compute them: the formulas, in plain PyTorch, gradients by autograd.
+
+z [B, L, V] is what the network gives; x0, xt [B, L]; sigma, dsigma, rate [B]; the mask is V - 1. Each loss is a sum.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sedd_absorb(z: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor) -> Tensor:
+    """SEDD's score entropy of the absorbing graph: masked rows are gathered, then exponentiated and summed."""
+    masked = xt == z.shape[-1] - 1
+    e1 = torch.where(sigma < 0.5, torch.expm1(sigma), torch.exp(sigma) - 1)
+    ratio = (1 / e1)[:, None].expand_as(xt)[masked]
+    negative = ratio * z[masked].gather(-1, x0[masked][:, None]).squeeze(-1)
+    positive = z[masked][:, :-1].exp().sum(-1)
+    entropy = torch.zeros(xt.shape, dtype=z.dtype)
+    entropy[masked] += (positive - negative + ratio * (ratio.log() - 1)).to(z.dtype)
+    return entropy.sum()
+
+
+def sedd_uniform(z: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor) -> Tensor:
+    """SEDD's score entropy of the uniform graph: three reductions over [B, L, V]."""
+    n, same = z.shape[-1], xt == x0
+    e1 = torch.where(sigma < 0.5, torch.expm1(sigma), torch.exp(sigma) - 1)[:, None]
+    ratio = 1 - n / (e1 + n)
+    at_xt, at_x0 = (z.gather(-1, x[..., None]).squeeze(-1) for x in (xt, x0))
+    negative = z.mean(-1) - at_xt / n
+    negative = torch.where(same, ratio * negative, at_x0 / e1 + negative)
+    still = (n - 1) / n * ratio * (ratio.log() - 1)
+    constant = torch.where(same, still, ((-ratio.log() - 1) / ratio - (n - 2)) / n)
+    score = z.exp()
+    positive = score.mean(-1) - score.gather(-1, xt[..., None]).squeeze(-1) / n
+    return (positive - negative + constant).sum()
+
+
+def mdlm_subs(z: Tensor, rate: Tensor, xt: Tensor, x0: Tensor) -> Tensor:
+    """MDLM's SUBS parametrisation, then the weighted log-likelihood of x0."""
+    mask_index = z.shape[-1] - 1
+    offset = torch.zeros(mask_index + 1, dtype=z.dtype)
+    offset[mask_index] = -1e6
+    z = z + offset
+    log_p = z - torch.logsumexp(z, -1, keepdim=True)
+    clean = xt != mask_index
+    log_p[clean] = -1e6
+    log_p[clean, xt[clean]] = 0
+    return -(log_p.gather(-1, x0[..., None]).squeeze(-1) * rate[:, None]).sum()
+
+
+def radd_lambda(z: Tensor, rate: Tensor, xt: Tensor, x0: Tensor) -> Tensor:
+    """RADD's lambda-DCE: log-probabilities without the mask at every position, those of masked ones kept."""
+    log_p = F.log_softmax(z[..., :-1].float(), -1)
+    loss = -log_p.gather(-1, x0[..., None]).squeeze(-1) * (xt == z.shape[-1] - 1)
+    return (loss.double() * rate[:, None]).sum()
+
+
+def llada_ce(z: Tensor, rate: Tensor, xt: Tensor, x0: Tensor) -> Tensor:
+    """LLaDA's guideline: cross_entropy on the indexed masked rows, over all of V, divided by the mask probability."""
+    masked = xt == z.shape[-1] - 1
+    loss = F.cross_entropy(z[masked], x0[masked], reduction="none")
+    return (loss * rate[:, None].expand_as(xt)[masked]).sum()
+
+
+def masked_tokens(x0: Tensor, p: Tensor, mask_index: int) -> Tensor:
+    """A uniform for each token, compared and replaced."""
+    move = torch.rand(x0.shape) < p[:, None]
+    return torch.where(move, mask_index, x0)
+
+
+def harmonic(x0: Tensor, mask_index: int) -> tuple[Tensor, Tensor, float]:
+    """Counts by multinomial, subsets by sorting a uniform for each token."""
+    length = x0.shape[1]
+    law = 1 / torch.arange(1, length + 1)
+    counts = 1 + torch.multinomial(law, len(x0), replacement=True)
+    rank = torch.rand(x0.shape).argsort(1).argsort(1)
+    mask = rank < counts[:, None]
+    return torch.where(mask, mask_index, x0), mask, float(law.sum())

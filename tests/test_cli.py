@@ -1,0 +1,174 @@
+import builtins
+import importlib
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fastdiff import cli, data
+
+SMALL = "--length 16 --dim 16 --depth 1 --heads 2 --batch-size 4 --steps 4 --warmup 2"
+EVALUATION = "--eval-every 2 --eval-sequences 4 --eval-samples 15"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder to work in, with a text of 2000 bytes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    (tmp_path / "text.txt").write_text("".join(f"line {i} of the text\n" for i in range(100)))
+    return tmp_path
+
+
+def invoke(command: str, *more: str) -> str:
+    result = CliRunner().invoke(cli.app, [*command.split(), *more], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fail(capsys, monkeypatch, command: str) -> str:
+    """Run as the installed command would, expect exit code 2 and one line on stderr, which is returned."""
+    monkeypatch.setattr(sys, "argv", ["fastdiff", *command.split()])
+    with pytest.raises(SystemExit) as exited:
+        cli.main()
+    assert exited.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastdiff: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def records(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_end_to_end(folder):
+    shown = invoke(f"train --data text.txt --out run {SMALL} {EVALUATION}")
+    assert "training loss" in shown
+    assert "held-out bits per byte" in shown
+    assert [r["step"] for r in records(folder / "run")] == [1, 2, 2, 3, 4, 4]
+
+    for proposal in ("stratified", "uniform", "harmonic"):
+        shown = invoke(f"eval run --num-samples 15 --num-sequences 4 --proposal {proposal}")
+        assert "4 x 16 bytes, held-out part of" in shown
+        assert f"60 ({proposal})" in shown
+        bits = float(shown.split("bits per byte")[1].split()[1])
+        assert 7 < bits < 8.5  # hardly trained
+        assert "± from masking" in shown
+    (folder / "other.txt").write_text("x" * 40)
+    assert "2 x 16 bytes, all of other.txt" in invoke("eval run --data other.txt --whole --num-samples 15")
+
+    texts = invoke("sample run --num-samples 2 --steps 4 --length 9 --seed 3 --prompt", "näh")
+    assert texts.count("näh") == 2
+    assert texts == invoke("sample run --num-samples 2 --steps 4 --length 9 --seed 3 --prompt", "näh")
+
+
+def test_resume_equals_an_unbroken_run(folder):
+    invoke(f"train --data text.txt --out unbroken {SMALL} {EVALUATION}")
+    invoke(f"train --data text.txt --out run {SMALL} {EVALUATION} --steps 2")
+    invoke("train --out run --resume --steps 4")
+    timeless = [[{**r, "tokens_per_second": 0} for r in records(folder / run)] for run in ("unbroken", "run")]
+    assert timeless[0] == timeless[1]
+
+
+def test_interrupt(folder, monkeypatch):
+    batch = data.Text.batch
+
+    def interrupted(self, step, n):
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return batch(self, step, n)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Text, "batch", interrupted)
+        result = CliRunner().invoke(
+            cli.app, f"train --data text.txt --out run {SMALL} --eval-every 0".split()
+        )
+    assert result.exit_code == 130
+    assert "stopped and saved; go on with: fastdiff train --out run --resume" in result.stderr
+    invoke("train --out run --resume")
+    assert [r["step"] for r in records(folder / "run")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("loss", ["dse-absorb", "dse-uniform"])
+def test_score_entropy_runs(folder, capsys, monkeypatch, loss):
+    shown = invoke(f"train --data text.txt --out run {SMALL} {EVALUATION} --loss {loss}")
+    assert ("held-out loss" if loss == "dse-uniform" else "held-out bits per byte") in shown
+    assert invoke("sample run --steps 4 --length 8 --prompt ab").startswith("ab")
+    if loss == "dse-uniform":
+        error = fail(capsys, monkeypatch, "eval run")
+        assert "does not offer the likelihood of uniform-graph models" in error
+    else:
+        assert "bits per byte" in invoke("eval run --num-samples 15 --num-sequences 4")
+
+
+def test_data_of_a_run_is_found_from_elsewhere(folder, monkeypatch):
+    invoke(f"train --data text.txt --out run {SMALL} --eval-every 0")
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    assert "bits per byte" in invoke("eval ../run --num-samples 15 --num-sequences 4")
+
+
+def test_doctor(monkeypatch):
+    monkeypatch.setattr(cli.backends, "report", lambda: [("cpu", True, "fine"), ("cuda", False, "no GPU")])
+    shown = invoke("doctor")
+    for text in ("python", torch.__version__, "numpy", "triton", "fine", "no GPU"):
+        assert text in shown
+
+
+def test_user_errors_are_one_line(folder, capsys, monkeypatch):
+    def expect(command: str, text: str) -> None:
+        assert text in fail(capsys, monkeypatch, command)
+
+    expect("train --data nowhere.txt --out run", "there is no nowhere.txt")
+    expect(f"train --data text.txt --out run {SMALL} --loss dce", "loss: expected one of")
+    expect(f"train --data text.txt --out run {SMALL} --length 9999", "length: expected at most")
+    expect(f"train --data text.txt --out run {SMALL} --heads 3", "dim: expected a multiple of 2 x heads = 6")
+    expect(f"train --data text.txt --out run {SMALL} --device abacus", "device: ")
+    expect("train --out run --resume", "no such file: run/config.json")
+    expect("eval run", "no such file: run/config.json")
+    assert not (folder / "run").exists()
+
+    invoke(f"train --data text.txt --out run {SMALL} --eval-every 0")
+    expect(f"train --data text.txt --out run {SMALL}", "holds a run already")
+    expect("train --out run --resume --lr 0.5", "lr: the run in run has 0.001, got 0.5")
+    expect("eval run --proposal best --num-samples 15", "proposal: expected one of")
+    expect("sample run --prompt 0123456789abcdefg", "prompt: expected shape")
+    expect("sample run --length 99", "xt: expected a length in [1, 16], got 99")
+    (folder / "run" / "trainer.pt").write_bytes(b"half")
+    expect("train --out run --resume", "trainer.pt: damaged or cut short")
+    (folder / "run" / "model.safetensors").write_bytes(b"half")
+    expect("sample run", "model.safetensors: damaged or cut short")
+    config = json.loads((folder / "run" / "config.json").read_text())
+    (folder / "run" / "config.json").write_text(json.dumps({"model": config["model"]}))
+    expect("sample run", "config.json: expected the training and data of a `fastdiff train` run")
+    expect("train --out run --resume", "config.json: expected the training and data of a `fastdiff train` run")
+
+
+def test_missing_extras(monkeypatch, capsys):
+    real = builtins.__import__
+
+    def without_typer(name, *arguments, **named):
+        if name == "typer":
+            raise ImportError("No module named 'typer'")
+        return real(name, *arguments, **named)
+
+    monkeypatch.setattr(builtins, "__import__", without_typer)
+    monkeypatch.delitem(sys.modules, "fastdiff.cli")
+    with pytest.raises(SystemExit) as exited:
+        importlib.import_module("fastdiff.cli")
+    assert exited.value.code == 2
+    assert capsys.readouterr().err == (
+        "fastdiff: No module named 'typer'; install it with: pip install 'fastdiff-kernels[cli]'\n"
+    )
+
+
+def test_import_needs_no_extras():
+    code = "import sys, fastdiff; print([m for m in ('typer', 'rich', 'safetensors') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
+    assert result.stderr == ""

@@ -1,0 +1,309 @@
+import json
+import math
+import signal
+
+import pytest
+import torch
+
+from fastdiff.data import Table
+from fastdiff.model import DiffusionTransformer, ModelConfig
+from fastdiff.training import LOSSES, TrainConfig, noise, time_free, train
+
+TOKENS = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 1, 1]])
+SETTINGS = {"steps": 6, "batch_size": 4, "lr": 0.01, "warmup": 2, "eval_every": 0}
+
+
+def make(loss: str = "dce-k", seed: int = 0) -> DiffusionTransformer:
+    torch.manual_seed(seed)
+    return DiffusionTransformer(ModelConfig(4 + (loss != "dse-uniform"), 4, 16, 1, 2, loss.startswith("dse")))
+
+
+def source(seed: int = 0) -> Table:
+    return Table(TOKENS, num_tokens=4, held_out=TOKENS, seed=seed)
+
+
+def run(out=None, *, resume=False, model=None, callback=None, data=None, **settings):
+    """Trains; returns the averaged model and the records."""
+    records = []
+
+    def collect(record):
+        records.append(record)
+        if callback is not None:
+            callback(record)
+
+    config = TrainConfig(**(SETTINGS | settings))
+    model = make(config.loss) if model is None else model
+    averaged = train(config, model, data or source(), out=out, resume=resume, callback=collect)
+    return averaged, records
+
+
+def losses(records) -> list[float]:
+    return [r["loss"] for r in records if "loss" in r]
+
+
+def on_disk(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(
+        torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
+
+
+# -- learning --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_untrained_loss_and_learning(loss):
+    averaged, records = run(
+        loss=loss, steps=150, batch_size=32, ema=0.9, eval_every=150, eval_samples=15
+    )
+    first, last = losses(records)[0], sum(losses(records)[-50:]) / 50
+    if loss not in (
+        "dce-harmonic",
+        "dse-uniform",
+    ):  # a model that knows nothing loses log 4 wherever it looks
+        assert first == pytest.approx(math.log(4), rel=0.15)
+    assert last < 0.75 * first
+    held_out = records[-1].get("bits_per_token", records[-1].get("validation_loss"))
+    assert 0 < held_out < 1.5  # 3 sequences of 4 tokens: the truth is log2(3) / 4 = 0.4 bits
+    assert not any(p.requires_grad for p in averaged.parameters())
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "dse-uniform"])
+def test_losses_estimate_one_quantity(loss):
+    """All bound the same likelihood, so a model that loses 1 nat at each mask loses 1 nat a token."""
+    x0 = torch.randint(0, 4, (4000, 4), generator=torch.Generator().manual_seed(0))
+    xt, sigma, weight = noise(x0, loss, 5, seed=1, step=0)[1:]
+    masked = (xt == 4).sum(1).double()
+    assert ((xt == 4) | (xt == x0)).all()
+    if loss == "dse-absorb":
+        weight = weight / torch.expm1(sigma)
+    per_token = masked * weight.double() / 4
+    assert abs(per_token.mean().item() - 1) <= 4 * per_token.std().item() / len(x0) ** 0.5
+    assert torch.equal(xt, noise(x0, loss, 5, seed=1, step=0).xt)
+    assert not torch.equal(xt, noise(x0, loss, 5, seed=1, step=1).xt)
+
+
+def test_noise_counts():
+    x0 = torch.zeros(4, 4, dtype=torch.int64)
+    xt, _, weight = noise(x0, "dce-k", 5, seed=0, step=0)[1:]
+    assert (xt == 4).sum(1).tolist() == [1, 2, 3, 4]  # one in each stratum
+    assert weight.tolist() == [4, 2, 4 / 3, 1]
+    harmonic = noise(x0, "dce-harmonic", 5, seed=0, step=0).weight
+    assert harmonic.tolist() == pytest.approx([1 + 1 / 2 + 1 / 3 + 1 / 4] * 4)
+
+
+def test_time_free_follows_the_number_of_masks():
+    model = make("dse-absorb")
+    asked = []
+    model.forward = lambda xt, sigma: asked.append(sigma) or torch.zeros(*xt.shape, 5)
+    time_free(model, 4)(torch.tensor([[4, 4, 4, 4], [0, 4, 1, 2]]))
+    alpha = torch.exp(-asked[0])
+    torch.testing.assert_close(alpha, torch.tensor([1e-3, 1 - 0.999 / 4]))
+    plain = make()
+    assert time_free(plain, 4) is plain
+
+
+def test_accumulation_changes_nothing():
+    _, whole = run(steps=3)
+    _, parts = run(steps=3, accumulation=2)
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_warmup_clipping_and_averaging():
+    model = make()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    averaged, records = run(model=model, steps=1, warmup=100, lr=0.1, weight_decay=0, ema=0.5, grad_clip=1e-3)
+    assert records[0]["grad_norm"] > 0.1  # as it was before clipping
+    raw = dict(model.named_parameters())["lm_head.weight"]
+    moved = (raw - before["lm_head.weight"]).abs().max().item()
+    assert moved == pytest.approx(0.1 / 100, rel=1e-3)  # Adam's first step is lr, here a hundredth of it
+    expected = torch.lerp(before["lm_head.weight"], raw, 1 - 1 / 10)  # (1 + 0) / (10 + 0) < 0.5
+    torch.testing.assert_close(averaged.lm_head.weight, expected)
+
+
+def test_bfloat16():
+    _, exact = run(steps=2)
+    model = make()
+    _, records = run(model=model, steps=2, dtype="bfloat16", eval_every=2)
+    assert losses(records) == pytest.approx(losses(exact), rel=0.02)
+    assert losses(records)[1] != losses(exact)[1]
+    assert model.lm_head.weight.dtype == torch.float32
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["dce-k", "dse-uniform"])
+def test_resumed_run_equals_unbroken_run(tmp_path, loss):
+    unbroken, expected = run(tmp_path / "a", loss=loss, eval_every=2, eval_samples=15)
+    run(tmp_path / "b", loss=loss, eval_every=2, eval_samples=15, steps=3)
+    resumed, rest = run(
+        tmp_path / "b", loss=loss, eval_every=2, eval_samples=15, resume=True, model=make(loss, seed=9)
+    )
+    assert len(losses(rest)) == 3
+    assert same_weights(resumed, unbroken)
+    timeless = [
+        [{**r, "tokens_per_second": 0} for r in records] for records in (expected, on_disk(tmp_path / "b"))
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_records_after_the_checkpoint_are_dropped(tmp_path):
+    _, expected = run(tmp_path / "a")
+    run(tmp_path / "b", steps=3)
+    with (tmp_path / "b" / "metrics.jsonl").open(
+        "a"
+    ) as file:  # steps after the checkpoint, the last cut short
+        file.write('{"step": 4, "loss": 0.5}\n{"step": 5, "lo')
+    run(tmp_path / "b", resume=True)
+    assert [r["step"] for r in on_disk(tmp_path / "b")] == [1, 2, 3, 4, 5, 6]
+    assert losses(on_disk(tmp_path / "b")) == losses(expected)
+
+
+def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
+    class Killed(Exception):
+        pass
+
+    def kill(record):
+        if record["step"] == 5:
+            raise Killed
+
+    unbroken, expected = run(tmp_path / "a")
+    with pytest.raises(Killed):
+        run(tmp_path / "b", save_every=2, callback=kill)
+    resumed, rest = run(tmp_path / "b", save_every=2, resume=True)
+    assert losses(rest) == losses(expected)[4:]
+    assert losses(on_disk(tmp_path / "b")) == losses(expected)
+    assert same_weights(resumed, unbroken)
+
+
+def raise_interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["callback", "within the step"])
+def test_interrupt_saves_and_resumes(tmp_path, where):
+    class Interrupted(Table):
+        def batch(self, step, n):
+            if where == "within the step" and step == 2:
+                signal.raise_signal(signal.SIGINT)
+            return super().batch(step, n)
+
+    def interrupt(record):
+        if where == "callback" and record["step"] == 3:
+            raise KeyboardInterrupt
+
+    unbroken, expected = run(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", callback=interrupt, data=Interrupted(TOKENS, num_tokens=4))
+    assert [r["step"] for r in on_disk(tmp_path / "b")] == [1, 2, 3]  # the step at hand was finished
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed, rest = run(tmp_path / "b", resume=True)
+    assert losses(rest) == losses(expected)[3:]
+    assert same_weights(resumed, unbroken)
+
+
+def test_run_folder(tmp_path):
+    averaged, _ = run(tmp_path / "run")
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "trainer.pt",
+    }
+    assert same_weights(DiffusionTransformer.from_pretrained(tmp_path / "run"), averaged)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert TrainConfig(**config["training"]) == TrainConfig(**SETTINGS)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "no settings"])
+def test_damaged_checkpoint(tmp_path, damage):
+    run(tmp_path)
+    path = tmp_path / "trainer.pt"
+    whole = path.read_bytes()
+    if damage == "no settings":
+        torch.save({"step": 3}, path)
+    else:
+        path.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "garbage": b"garbage" * 99}[damage])
+    with pytest.raises(ValueError, match=r"trainer\.pt: damaged or cut short"):
+        run(tmp_path, resume=True)
+
+
+def test_what_a_resumed_run_may_not_change(tmp_path):
+    run(tmp_path, steps=1)
+    with pytest.raises(ValueError, match=r"lr: the run in \S+ has 0.01, got 0.5"):
+        run(tmp_path, resume=True, lr=0.5)
+    other = DiffusionTransformer(ModelConfig(5, 4, 32, 1, 2))
+    with pytest.raises(ValueError, match=r"dim: the run in \S+ has 16, got 32"):
+        run(tmp_path, resume=True, model=other)
+
+
+def test_nothing_to_resume_and_nothing_overwritten(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"out: expected a run folder to resume, but there is no \S+trainer.pt"
+    ):
+        run(tmp_path, resume=True)
+    with pytest.raises(FileNotFoundError, match="out: expected a run folder"):
+        run(None, resume=True)
+    run(tmp_path, steps=1)
+    with pytest.raises(FileExistsError, match=r"out: .* holds a run already"):
+        run(tmp_path)
+
+
+# -- errors ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"loss": "dce"}, "loss: expected one of 'dce-t'.*got 'dce'"),
+        ({"dtype": "float16"}, "dtype: expected one of 'float32', 'bfloat16', got 'float16'"),
+        ({"steps": 0}, "steps: expected an integer of at least 1, got 0"),
+        ({"batch_size": 2.0}, "batch_size: expected an integer of at least 1, got 2.0"),
+        ({"accumulation": 3}, "batch_size: expected a multiple of accumulation = 3, got 4"),
+        ({"lr": 0.0}, "lr: expected a number > 0, got 0.0"),
+        ({"lr": math.nan}, "lr: expected a number > 0, got nan"),
+        ({"weight_decay": -0.1}, "weight_decay: expected a number >= 0"),
+        ({"grad_clip": 0.0}, "grad_clip: expected a number > 0"),
+        ({"ema": 1.0}, r"ema: expected a decay in \[0, 1\), got 1.0"),
+        ({"eval_sequences": 1}, "eval_sequences: expected an integer of at least 2, got 1"),
+    ],
+)
+def test_bad_config(changes, text):
+    with pytest.raises(ValueError, match=text):
+        TrainConfig(**(SETTINGS | changes))
+
+
+def test_model_that_does_not_fit():
+    with pytest.raises(ValueError, match="model: expected num_states = 5, got 4"):
+        run(model=make("dse-uniform"))
+    with pytest.raises(ValueError, match="model: expected num_states = 4, got 5"):
+        run(model=make("dse-absorb"), loss="dse-uniform")
+    with pytest.raises(ValueError, match="model: expected sigma_conditioned = True for loss 'dse-absorb'"):
+        run(model=make(), loss="dse-absorb")
+
+
+def test_too_little_to_evaluate():
+    with pytest.raises(ValueError, match="source: expected 2 held-out sequences or more, got 1"):
+        run(eval_every=1, data=Table(TOKENS, num_tokens=4, held_out=TOKENS[:1]))
+
+
+def test_divergence_stops_with_the_last_checkpoint_whole(tmp_path):
+    model = make()
+
+    def poison(record):
+        if record["step"] == 3:
+            torch.nn.init.constant_(model.lm_head.weight, math.nan)
+
+    with pytest.raises(FloatingPointError, match=r"step 4: loss nan.*try a lower lr"):
+        run(tmp_path, model=model, save_every=2, callback=poison)
+    averaged = DiffusionTransformer.from_pretrained(tmp_path)
+    assert all(p.isfinite().all() for p in averaged.parameters())
+
+
+def test_nothing_is_printed_away_from_a_terminal(capfd):
+    run(steps=2)
+    assert capfd.readouterr() == ("", "")
