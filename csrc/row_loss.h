@@ -46,10 +46,10 @@ struct Term {
   T value, slope;
 };
 
-// a phi(s - log a) and its derivative exp(s) - a, a > 0.
+// a phi(d) and its derivative exp(s) - a, for d = s - log a and a > 0. d comes from the caller, who can round once.
 template <typename T>
-FASTDIFF_HD Term<T> scaled_phi(T s, T a, T log_a) {
-  const T e = exp_(s), d = s - log_a;
+FASTDIFF_HD Term<T> scaled_phi(T s, T d, T a) {
+  const T e = exp_(s);
   const T series = a * (d * d) * (T(1) / 2 + d * (T(1) / 6 + d * (T(1) / 24 + d * (T(1) / 120 + d / 720))));
   const bool near = std::fabs(d) < near_zero(T());
   const T value = near ? series : e - a * (1 + d);

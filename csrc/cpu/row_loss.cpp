@@ -31,8 +31,9 @@ struct MaxSum {
 
   FASTDIFF_HD void add(T other_max, double other_sum) {
     const T top = other_max > max ? other_max : max;
-    if (max < top) sum *= std::exp(static_cast<double>(max) - top);
-    if (other_max < top) other_sum *= std::exp(static_cast<double>(other_max) - top);
+    // != rather than <, so that a NaN among the maxima reaches the sum
+    if (max != top) sum *= std::exp(static_cast<double>(max) - top);
+    if (other_max != top) other_sum *= std::exp(static_cast<double>(other_max) - top);
     max = top;
     sum += other_sum;
   }
@@ -74,16 +75,16 @@ FASTDIFF_HD double exp_terms(const T* z, T* grad, int64_t n, Acc<T> shift, Acc<T
   return total;
 }
 
-// sum of a phi(s - log a), s = z - shift; the gradient is scale * (exp(s) - a).
+// sum of a phi(s - log a), s = z - shift, shift_a = shift + log a; the gradient is scale * (exp(s) - a).
 template <bool kGrad, typename T>
-FASTDIFF_HD double phi_terms(const T* z, T* grad, int64_t n, Acc<T> shift, Acc<T> scale, Acc<T> a, Acc<T> log_a) {
+FASTDIFF_HD double phi_terms(const T* z, T* grad, int64_t n, Acc<T> shift, Acc<T> scale, Acc<T> a, Acc<T> shift_a) {
   double total = 0;
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t end = std::min(start + kBlock, n);
     Acc<T> sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t v = start; v < end; ++v) {
-      const Term<Acc<T>> term = scaled_phi<Acc<T>>(load(z[v]) - shift, a, log_a);
+      const Term<Acc<T>> term = scaled_phi<Acc<T>>(load(z[v]) - shift, load(z[v]) - shift_a, a);
       sum += term.value;
       if constexpr (kGrad) store(grad + v, scale * term.slope);
     }
@@ -115,14 +116,16 @@ FASTDIFF_HD double dce_row(const T* z, T* grad, int64_t num_states, int64_t x0, 
   const Acc<T> at_x0 = load(z[x0]);
   MaxSum<Acc<T>> all = others;
   all.add(at_x0, 1);
-  const double log_norm = all.max + std::log(all.sum);
+  if (all.max == std::numeric_limits<Acc<T>>::infinity()) all.sum = NAN;  // inf - inf, as in PyTorch
+  // log p(x0). The maximum is never added to log(sum): beside a large one the sum's digits would be lost.
+  const double log_p = (static_cast<double>(at_x0) - all.max) - std::log(all.sum);
   if constexpr (kGrad) {
+    const Acc<T> scale = static_cast<Acc<T>>(weight / all.sum);
     for (int k = 0; k < 3; ++k)
-      exp_terms<true>(z + ranges.begin[k], grad + ranges.begin[k], ranges.end[k] - ranges.begin[k],
-                      static_cast<Acc<T>>(log_norm), static_cast<Acc<T>>(weight));
-    store(grad + x0, static_cast<Acc<T>>(weight * std::expm1(at_x0 - log_norm)));
+      exp_terms<true>(z + ranges.begin[k], grad + ranges.begin[k], ranges.end[k] - ranges.begin[k], all.max, scale);
+    store(grad + x0, static_cast<Acc<T>>(weight * std::expm1(log_p)));
   }
-  return weight * (log_norm - at_x0);
+  return -weight * log_p;
 }
 
 template <bool kGrad, typename T>
@@ -136,11 +139,11 @@ FASTDIFF_HD double dse_row(const T* z, T* grad, int64_t num_states, int64_t x0, 
     T* to = kGrad ? grad + ranges.begin[k] : nullptr;
     const int64_t n = ranges.end[k] - ranges.begin[k];
     const Acc<T> shift_ = static_cast<Acc<T>>(shift);
-    sum += a > 0 ? phi_terms<kGrad>(from, to, n, shift_, scale, a, static_cast<Acc<T>>(row.log_a))
+    sum += a > 0 ? phi_terms<kGrad>(from, to, n, shift_, scale, a, static_cast<Acc<T>>(shift + row.log_a))
                  : exp_terms<kGrad>(from, to, n, shift_, scale);
   }
   if (x0 != excluded) {
-    const Term<double> term = scaled_phi<double>(load(z[x0]) - shift, row.a_x0, row.log_a_x0);
+    const Term<double> term = scaled_phi<double>(load(z[x0]) - shift, load(z[x0]) - (shift + row.log_a_x0), row.a_x0);
     sum += term.value;
     if constexpr (kGrad) store(grad + x0, static_cast<Acc<T>>(weight * row.scale * term.slope));
   }

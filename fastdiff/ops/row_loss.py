@@ -139,7 +139,7 @@ def _reference(rows: Rows) -> Tensor:
 
 
 def _reference_loss(rows: Rows, x0: Tensor, scored: Tensor) -> Tensor:
-    z, xt = rows.z, rows.xt
+    z, xt = torch.where(scored.unsqueeze(-1), rows.z, 0), rows.xt  # unscored rows are not read, not even for NaN
     sigma = None if rows.sigma is None else torch.where(scored, rows.sigma, 1)
     if rows.functor == "dce":
         loss = reference.dce(z, x0, scored, rows.mask_index if rows.exclude_mask else None)
