@@ -3,10 +3,15 @@
 Without torch at build time the package is pure Python: it works, slower, on its reference backend.
 """
 
+import os
+
 from setuptools import setup
 
 TARGET = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-OPTIMISE = ["-O3", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+OPTIMISE = ["-O3", "-g0", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+
+if os.environ.get("FASTDIFF_SANITIZE") == "1":
+    OPTIMISE = ["-O1", "-g", "-fopenmp-simd", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -20,7 +25,7 @@ else:
                 "fastdiff._C_cpu",
                 [f"csrc/cpu/{name}.cpp" for name in ("library", "row_loss", "corrupt")],
                 depends=["setup.py"],
-                extra_compile_args={"cxx": ["-g0", *TARGET, *OPTIMISE, "-fvisibility=hidden", "-Wall"]},
+                extra_compile_args={"cxx": [*TARGET, *OPTIMISE, "-fvisibility=hidden", "-Wall"]},
                 py_limited_api=True,
             )
         ],

@@ -43,7 +43,7 @@ def pytest_terminal_summary(terminalreporter, config):
     rates = machine()
     write = terminalreporter.write_line
     write(f"\n{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    write("GB/s: read {0:.1f}, copy {1:.1f}, fresh fill {2:.1f};  matmul {3:.0f} GFLOP/s".format(*rates))
+    write("GB/s: read {:.1f}, copy {:.1f}, fresh fill {:.1f};  matmul {:.0f} GFLOP/s".format(*rates))
     write(f"\n{'case':44} {'who':22} {'ms':>9} {'of floor':>9} {'slower':>8} {'extra MB':>9}")
     first: Row | None = None
     for row in _rows:

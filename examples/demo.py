@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdiff import exact_nll, sample, time_free_nll
-from fastdiff.data import NUM_BYTES, Table as Strings, Text, decode, encode, load_documents
+from fastdiff.data import NUM_BYTES, Text, decode, encode, load_documents
+from fastdiff.data import Table as Strings
 from fastdiff.model import DiffusionTransformer, ModelConfig, write_atomically
 from fastdiff.training import TrainConfig, train
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 OUT = Path("runs/demo")
 QUICK = os.environ.get("FASTDIFF_DEMO_QUICK") == "1"  # a few steps of everything, to see that it runs

@@ -56,7 +56,10 @@ def resolve(backend: str | None, device: torch.device) -> str:
 
 def report() -> list[Report]:
     """What can run here, and why not the rest."""
-    cpu = CPU_MISSING or f"instruction set {importlib.import_module('fastdiff._C_cpu').isa()}"
+    cpu = CPU_MISSING
+    if cpu is None:
+        extension = importlib.import_module("fastdiff._C_cpu")
+        cpu = f"instruction set {extension.isa()}; built by {extension.build()}"
     return [Report("cpu", CPU_MISSING is None, cpu), Report("reference", True, "float64 PyTorch, any device, slow")]
 
 

@@ -1,7 +1,7 @@
 """The two noising graphs, with the methods the field gives them. Formulas: reference.py, sections 1 and 4."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,45 +11,45 @@ from fastdiff.checks import check_rows, check_tokens, check_values, per_token, v
 
 
 @dataclasses.dataclass(frozen=True)
-class _Graph:
-    """What both graphs share; `_mask` is the mask's id, or None where there is none."""
+class Graph:
+    """What both graphs share. num_states counts the mask, where there is one."""
 
     num_states: int
     name: ClassVar[str]
-    _mask: ClassVar[int | None] = None
+    mask_index: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
         if self.num_states < 2:
             raise ValueError(f"num_states: expected at least 2, got {self.num_states}")
 
-    def sample_transition(self, x0: Tensor, sigma: float | Tensor, **names) -> Tensor:
+    def sample_transition(self, x0: Tensor, sigma: float | Tensor, **names: Any) -> Tensor:
         """Tokens noised to sigma, as `fastdiff.corrupt` (its seed, step, sample_ids, generator)."""
         return noising.corrupt(x0, sigma, self, **names)
 
     def transition(self, i: Tensor, sigma: float | Tensor) -> Tensor:
         """Probabilities p(x_t = . | x_0 = i), float64 [..., num_states]; they sum to 1."""
-        return reference.transition(self.name, i, self._sigma(i, sigma), self.num_states, self._mask)
+        return reference.transition(self.name, i, self._sigma(i, sigma), self.num_states, self.mask_index)
 
     def transp_transition(self, i: Tensor, sigma: float | Tensor) -> Tensor:
         """Probabilities p(x_t = i | x_0 = .), float64 [..., num_states]; they need not sum to 1."""
-        return reference.transp_transition(self.name, i, self._sigma(i, sigma), self.num_states, self._mask)
+        return reference.transp_transition(self.name, i, self._sigma(i, sigma), self.num_states, self.mask_index)
 
     def reverse_rate(self, i: Tensor, score: Tensor) -> Tensor:
         """Reverse-time rates out of i at dsigma = 1, float64 [..., num_states]; each row sums to 0."""
         self._check_rows("score", score)
         self._check_tokens(i, score.shape[:-1])
-        return reference.reverse_rate(self.name, i, score, self._mask)
+        return reference.reverse_rate(self.name, i, score, self.mask_index)
 
     def staggered_score(self, score: Tensor, dsigma: float | Tensor) -> Tensor:
         """The score seen from dsigma less noise, exp(-dsigma Q) score, float64 [..., num_states]."""
         self._check_rows("score", score)
         dsigma = per_token("dsigma", dsigma, score.shape[:-1], score.device)
-        return reference.staggered_score(self.name, score, dsigma, self._mask)
+        return reference.staggered_score(self.name, score, dsigma, self.mask_index)
 
     def score_entropy(self, log_score: Tensor, sigma: float | Tensor, xt: Tensor, x0: Tensor) -> Tensor:
         """Score entropy per token in nats, as `fastdiff.dse_loss`."""
         self._check_rows("log_score", log_score)
-        mask_index = -1 if self._mask is None else self._mask
+        mask_index = -1 if self.mask_index is None else self.mask_index
         return losses.dse_loss(log_score, sigma, xt, x0, graph=self.name, mask_index=mask_index)
 
     def _sigma(self, i: Tensor, sigma: float | Tensor) -> Tensor:
@@ -69,19 +69,15 @@ class _Graph:
 
 
 @dataclasses.dataclass(frozen=True)
-class Absorbing(_Graph):
-    """Each token becomes the mask M with probability 1 - exp(-sigma). num_states counts the mask."""
+class Absorbing(Graph):
+    """Each token becomes the mask M with probability 1 - exp(-sigma)."""
 
-    mask_index: int = -1
+    mask_index: int = -1  # type: ignore[misc]  # a field here, where the base has none
     name: ClassVar[str] = "absorb"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "mask_index", vocabulary_index("mask_index", self.mask_index, self.num_states))
-
-    @property
-    def _mask(self) -> int:  # type: ignore[override]
-        return self.mask_index
 
     def sample_limit(self, *shape: int, device: torch.device | None = None) -> Tensor:
         """Tokens at infinite noise: all masks, int64 of the given shape."""
@@ -89,7 +85,7 @@ class Absorbing(_Graph):
 
 
 @dataclasses.dataclass(frozen=True)
-class Uniform(_Graph):
+class Uniform(Graph):
     """Each token is redrawn uniformly from all num_states with probability 1 - exp(-sigma)."""
 
     name: ClassVar[str] = "uniform"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 from pathlib import Path
 from types import ModuleType
@@ -61,6 +60,7 @@ class DiffusionTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.num_states, config.dim)
+        self.embed_position = nn.Embedding(config.max_length, config.dim)  # tells all-masked places apart
         self.embed_sigma = _SigmaEmbedding(config.dim) if config.sigma_conditioned else None
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.depth))
         self.norm = _Norm(config)
@@ -68,7 +68,9 @@ class DiffusionTransformer(nn.Module):
         half = config.dim // config.heads // 2
         angle = torch.outer(torch.arange(config.max_length), 10000 ** -(torch.arange(half) / half))
         self.register_buffer("rotary", torch.stack((angle.cos(), angle.sin())), persistent=False)
-        self._initialise()
+        for name, parameter in self.named_parameters():
+            if "modulate" in name or name in ("embed_position.weight", "lm_head.weight"):
+                nn.init.zeros_(parameter)  # adaLN starts as a plain norm, and the loss at log V
 
     def forward(self, xt: Tensor, sigma: Tensor | None = None) -> Tensor:
         """Logits, or the unscaled log score of a sigma-conditioned model: [B, L, num_states].
@@ -88,7 +90,7 @@ class DiffusionTransformer(nn.Module):
             TypeError, ValueError: a wrong dtype, shape or length; ids or sigma out of range (on the CPU).
         """
         self._check(xt, sigma)
-        h, rotary = self.embed(xt), self.rotary[:, : xt.shape[1]]
+        h, rotary = self.embed(xt) + self.embed_position.weight[: xt.shape[1]], self.rotary[:, : xt.shape[1]]
         c = None if sigma is None or self.embed_sigma is None else self.embed_sigma(sigma)
         for block in self.blocks:
             h = block(h, rotary, c)
@@ -134,16 +136,6 @@ class DiffusionTransformer(nn.Module):
             raise ValueError(f"{path}: damaged or cut short: {error}") from error
         _load(model, weights, path)
         return model
-
-    @torch.no_grad()
-    def _initialise(self) -> None:
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias") or "modulate" in name or "lm_head" in name:
-                parameter.zero_()  # adaLN starts as a plain norm, and the loss at log V
-            elif name.endswith(("attention_out.weight", "mlp_out.weight")):
-                parameter.normal_(std=0.02 / math.sqrt(2 * self.config.depth))  # the residual keeps its scale
-            elif parameter.dim() == 2:
-                parameter.normal_(std=0.02)
 
     def _check(self, xt: Tensor, sigma: Tensor | None) -> None:
         check_tokens("xt", xt, None, self.lm_head.weight.device)

@@ -14,7 +14,7 @@ from fastdiff.ops import corrupt as ops
 from fastdiff.philox import Purpose, draw32, uniform
 
 if TYPE_CHECKING:
-    from fastdiff.graphs import Absorbing, Uniform
+    from fastdiff.graphs import Graph
 
 
 class Masked(NamedTuple):
@@ -91,7 +91,7 @@ def mask_exactly(
     Args:
         x0: [B, L] int64 tokens, or [T] with cu_seqlens.
         counts: [B] int64 in [0, maskable positions of the sequence].
-        cu_seqlens: [B + 1] int64 offsets of B documents packed into x0 [T]; a document's mask is what it would be alone.
+        cu_seqlens: [B + 1] int64 offsets of B documents packed into x0 [T]; each is masked as if alone.
         mask_index, maskable, seed, step, sample_ids, generator: as `mask_tokens`.
 
     Raises:
@@ -181,7 +181,7 @@ def sample_mask_counts(
 def corrupt(
     x0: Tensor,
     sigma: Number | Tensor,
-    graph: "Absorbing | Uniform",
+    graph: "Graph",
     *,
     seed: int | Tensor | None = None,
     step: int | Tensor = 0,
@@ -207,9 +207,9 @@ def corrupt(
     check_values("sigma", sigma, ~((sigma >= 0) & sigma.isfinite()), "finite numbers >= 0")
     check_values("x0", x0, (x0 < 0) | (x0 >= graph.num_states), f"ids in [0, {graph.num_states})")
     p, x0 = -torch.expm1(-sigma), x0.long().contiguous()
-    if graph.name == "absorb":
-        return ops.mask_tokens(x0, p, None, names, graph.mask_index, backend)[0]
-    return ops.uniform_tokens(x0, p, names, graph.num_states, backend)
+    if graph.mask_index is None:
+        return ops.uniform_tokens(x0, p, names, graph.num_states, backend)
+    return ops.mask_tokens(x0, p, None, names, graph.mask_index, backend)[0]
 
 
 def sample_times(
@@ -228,7 +228,7 @@ def sample_times(
 
     Args:
         n: times on this rank.
-        method: "iid"; "antithetic", pairs u and 1 - u; "stratified", one jittered draw in each of n * world_size strata.
+        method: "iid"; "antithetic", pairs u and 1 - u; "stratified", a jittered draw in each of n * world_size strata.
         eps: the smallest time.
         seed, step, generator: what names the draws; ranks need a common seed.
         rank, world_size: which n of the n * world_size times to return.
@@ -236,7 +236,8 @@ def sample_times(
     check_choice("method", method, ("iid", "antithetic", "stratified"))
     if n < 1 or not 0 <= eps < 1 or not 0 <= rank < world_size:
         raise ValueError(
-            f"n, eps, rank: expected n >= 1, 0 <= eps < 1, 0 <= rank < world_size, got {n}, {eps}, {rank} of {world_size}"
+            "n, eps, rank: expected n >= 1, 0 <= eps < 1, 0 <= rank < world_size, "
+            f"got {n}, {eps}, {rank} of {world_size}"
         )
     index = torch.arange(rank * n, (rank + 1) * n, device=device)
     seed = resolve_seed(seed, generator, device)
@@ -249,9 +250,7 @@ def sample_times(
     return (eps + (1 - eps) * u).float()
 
 
-def resolve_seed(
-    seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device | None
-) -> Tensor:
+def resolve_seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device | None) -> Tensor:
     """The seed as an int64 tensor on the device; None draws one from the generator."""
     if seed is None:
         drawn_on = device if generator is None else generator.device

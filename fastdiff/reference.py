@@ -30,17 +30,15 @@ def transp_transition(graph: str, i: Tensor, sigma: Tensor, num_states: int, mas
     if graph == "uniform":
         return transition(graph, i, sigma, num_states, mask_index)
     alpha = torch.exp(-sigma.double()).unsqueeze(-1)
-    came = (i == mask_index).unsqueeze(-1) * (1 - alpha)
+    came = torch.eq(i, _index(mask_index)).unsqueeze(-1) * (1 - alpha)
     return alpha * F.one_hot(i, num_states) + came
 
 
 def reverse_rate(graph: str, i: Tensor, score: Tensor, mask_index: int | None) -> Tensor:
     """Rates of leaving i in reverse time, Q(i, y) score_y off the diagonal, for dsigma = 1: [..., V]."""
     score = score.double()
-    if graph == "uniform":
-        rate = score / score.shape[-1]
-    else:
-        rate = score * (i == mask_index).unsqueeze(-1)
+    leaving = 1 / score.shape[-1] if graph == "uniform" else torch.eq(i, _index(mask_index)).unsqueeze(-1)
+    rate = score * leaving
     rate = rate.scatter(-1, i.unsqueeze(-1), 0)
     return rate.scatter(-1, i.unsqueeze(-1), -rate.sum(-1, keepdim=True))
 

@@ -390,7 +390,7 @@ def _progress(config: TrainConfig, step: int) -> Iterator[Callable[[Record], Non
         yield lambda record: None
         return
     console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    columns = (BarColumn(16), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task, seen = bar.add_task("", total=config.steps, completed=step), Record()
 
@@ -398,7 +398,7 @@ def _progress(config: TrainConfig, step: int) -> Iterator[Callable[[Record], Non
             seen.update(record)
             text = f"loss {seen['loss']:.3f}  {seen['tokens_per_second']:,.0f} tokens/s"
             if "bits_per_token" in seen:
-                text += f"  held out {seen['bits_per_token']:.3f} bits/token"
+                text += f"  held out {seen['bits_per_token']:.2f} bits"
             bar.update(task, completed=seen["step"], description=text)
 
         yield show

@@ -71,39 +71,41 @@ class Mixture(Oracle):
 class MarkovChain(Oracle):
     """A first-order chain, by forward-backward. Token ids are 0..V-2, the mask is V-1."""
 
-    log_initial: Tensor  # [V-1]
-    log_transition: Tensor  # [V-1, V-1], rows sum to 1
+    initial: Tensor  # [V-1]
+    transition: Tensor  # [V-1, V-1], rows sum to 1
 
-    @property
-    def mask_index(self) -> int:  # type: ignore[override]
-        return len(self.log_initial)
+    def __post_init__(self) -> None:
+        self.mask_index = len(self.initial)
 
-    def _messages(self, xt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Evidence at a position, and all that comes before and after it: each [B, L, V-1]."""
+    def _evidence(self, xt: Tensor) -> list[Tensor]:
+        """1 for each state that agrees with xt, else 0: [B, V-1] per position."""
         states = torch.arange(self.mask_index)
-        agrees = (states == xt.unsqueeze(2)) | (xt.unsqueeze(2) == self.mask_index)
-        evidence = torch.zeros(agrees.shape, dtype=torch.float64).masked_fill(~agrees, -math.inf)
-        before = [self.log_initial.expand_as(evidence[:, 0])]
-        after = [torch.zeros_like(evidence[:, 0])]
-        for i in range(1, xt.shape[1]):
-            reached = before[-1] + evidence[:, i - 1]
-            before.append((reached.unsqueeze(2) + self.log_transition).logsumexp(1))
-            ahead = after[0] + evidence[:, -i]
-            after.insert(0, (self.log_transition + ahead.unsqueeze(1)).logsumexp(2))
-        return evidence, torch.stack(before, 1), torch.stack(after, 1)
+        return list(((states == xt.unsqueeze(2)) | (self.mask_index == xt.unsqueeze(2))).double().unbind(1))
+
+    def _forward(self, xt: Tensor) -> tuple[list[Tensor], Tensor]:
+        """p(x_i | observed before i), [B, V-1] per position, and log p(observed), [B]."""
+        before, log_prob = [self.initial.expand(len(xt), -1)], torch.zeros(len(xt), dtype=torch.float64)
+        for evidence in self._evidence(xt):
+            reached = before[-1] * evidence
+            total = reached.sum(1, keepdim=True)
+            log_prob = log_prob + total.squeeze(1).log()
+            before.append(reached / total @ self.transition)
+        return before[:-1], log_prob
 
     def log_prob(self, xt: Tensor) -> Tensor:
-        evidence, before, _ = self._messages(xt)
-        return (evidence[:, -1] + before[:, -1]).logsumexp(1)
+        return self._forward(xt)[1]
 
     def logits(self, xt: Tensor) -> Tensor:
-        _, before, after = self._messages(xt)
-        return torch.nn.functional.pad(before + after, (0, 1))
+        before, _ = self._forward(xt)
+        after = [torch.ones_like(before[0])]  # p(observed after i | x_i), up to a factor
+        for evidence in self._evidence(xt)[:0:-1]:
+            message = (after[-1] * evidence) @ self.transition.T
+            after.append(message / message.sum(1, keepdim=True))
+        joint = torch.stack(before, 1) * torch.stack(after[::-1], 1)
+        return torch.nn.functional.pad(joint.log(), (0, 1))
 
 
-def mixture(
-    length: int, num_tokens: int, components: int = 3, mask_index: int = -1, seed: int = 0
-) -> Mixture:
+def mixture(length: int, num_tokens: int, components: int = 3, mask_index: int = -1, seed: int = 0) -> Mixture:
     """A random mixture over num_tokens tokens and the mask, which may sit anywhere among the ids."""
     generator = torch.Generator().manual_seed(seed)
     mask_index %= num_tokens + 1
@@ -116,7 +118,7 @@ def mixture(
 def markov_chain(num_tokens: int, *, seed: int = 0, sharpness: float = 2.0) -> MarkovChain:
     generator = torch.Generator().manual_seed(seed)
     logits = sharpness * torch.randn(num_tokens + 1, num_tokens, dtype=torch.float64, generator=generator)
-    return MarkovChain(logits[0].log_softmax(0), logits[1:].log_softmax(1))
+    return MarkovChain(logits[0].softmax(0), logits[1:].softmax(1))
 
 
 def dna_toy(seed: int = 0) -> tuple[Mixture, Tensor]:

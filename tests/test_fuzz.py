@@ -61,8 +61,8 @@ def weights(draw, shape, g, low=0.0):
     return low + torch.rand(size, generator=g, dtype=draw(st.sampled_from([torch.float32, torch.float64])))
 
 
-def agree(call, z, tolerance=TOLERANCE[torch.float32]):
-    """Loss (float32 to within `tolerance`) and gradient of kernel and reference, on a leaf with z's layout."""
+def agree(call, z, slack=1):
+    """Loss, to `slack` times the tolerance, and gradient of kernel and reference, on a leaf with z's layout."""
     results = []
     for backend in ("cpu", "reference"):
         leaf = z.detach().requires_grad_()
@@ -71,7 +71,7 @@ def agree(call, z, tolerance=TOLERANCE[torch.float32]):
         (grad,) = torch.autograd.grad(loss, leaf, upstream)
         results.append((loss.detach(), grad))
     (loss, grad), (expected, expected_grad) = results
-    assert_near(loss, expected, TOLERANCE[torch.float64] if z.dtype == torch.float64 else tolerance)
+    assert_near(loss, expected, slack * TOLERANCE[torch.float64 if z.dtype == torch.float64 else torch.float32])
     assert_near(grad, expected_grad, TOLERANCE[z.dtype])
 
 
@@ -103,12 +103,16 @@ def test_dce(data, reduction, exclude_mask, given_as):
 @given(st.data(), st.sampled_from(["none", "sum", "mean"]), st.sampled_from(["absorb", "uniform"]))
 def test_dse(data, reduction, graph):
     z, x0, masked, mask_index, g = data.draw(rows(special=False))
-    xt = torch.where(masked, mask_index if graph == "absorb" else torch.randint(0, z.shape[-1], x0.shape, generator=g), x0)
+    xt = torch.where(
+        masked, mask_index if graph == "absorb" else torch.randint(0, z.shape[-1], x0.shape, generator=g), x0
+    )
     forms = ["log_score", "scale_by_sigma"] + (["logits"] if graph == "absorb" else [])
-    options = dict(graph=graph, mask_index=mask_index, reduction=reduction, parametrization=data.draw(st.sampled_from(forms)))
+    options = dict(
+        graph=graph, mask_index=mask_index, reduction=reduction, parametrization=data.draw(st.sampled_from(forms))
+    )
     sigma, options["dsigma"] = weights(data.draw, x0.shape, g, low=0.05), weights(data.draw, x0.shape, g)
-    # Just outside phi's series a float32 term keeps 1e-5 of itself, and a row may hold nothing else.
-    agree(lambda z, backend: dse_loss(z, sigma, xt, x0, backend=backend, **options), z, 1e-5)
+    # Just outside phi's series a term loses a digit, and a row may hold nothing else.
+    agree(lambda z, backend: dse_loss(z, sigma, xt, x0, backend=backend, **options), z, slack=5)
 
 
 @fuzz

@@ -44,10 +44,19 @@ def test_positions_and_both_directions_matter():
         assert (model(other)[:, seen] - out[:, seen]).abs().max() > 1e-3
 
 
-def test_attention_sees_distances_not_places():
-    # A constant sequence looks alike from every position, once only distances count.
-    out = make()(torch.full((1, 8), 3))
-    torch.testing.assert_close(out, out[:, :1].expand_as(out))
+def test_all_masked_places_can_be_told_apart():
+    out = make()(torch.full((1, 8), 10))[0]
+    assert (out[0] - out[1:]).abs().amax(1).min() > 1e-3
+
+
+def test_scale_at_the_start_does_not_depend_on_the_shape():
+    for dim, depth in ((32, 1), (32, 8), (256, 2)):
+        model = DiffusionTransformer(ModelConfig(11, 8, dim, depth, 2))
+        hidden = [model.embed(XT)]
+        hooks = [block.register_forward_hook(lambda b, i, out: hidden.append(out)) for block in model.blocks]
+        model(XT)
+        assert len(hooks) == depth
+        assert 1 < hidden[-1].std() < 2.5
 
 
 def test_sigma_matters_and_rows_are_independent():

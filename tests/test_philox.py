@@ -33,7 +33,9 @@ def test_counter_is_the_names_and_lane_is_the_low_bits_of_the_index():
 def test_draws_do_not_depend_on_the_batch_around_them():
     sample, index = torch.arange(50).unsqueeze(1), torch.arange(33)
     table = draw32(3, Purpose.MASK, 2, sample, 0, index)
-    assert torch.equal(table[[41, 7]][:, 5:9], draw32(3, Purpose.MASK, 2, torch.tensor([[41], [7]]), 0, torch.arange(5, 9)))
+    assert torch.equal(
+        table[[41, 7]][:, 5:9], draw32(3, Purpose.MASK, 2, torch.tensor([[41], [7]]), 0, torch.arange(5, 9))
+    )
     assert torch.equal(table.flip(0), draw32(3, Purpose.MASK, 2, sample.flip(0), 0, index))
 
 

@@ -140,7 +140,9 @@ def test_score_entropy_is_the_rate_of_the_information(graph, mask):
                 continue
             log_score = (marginal / marginal[xt]).log()
             at = [f64(float(sigma)), torch.tensor(xt), torch.tensor(x0)]
-            loss = reference.dse_absorb(log_score, *at, M) if graph == "absorb" else reference.dse_uniform(log_score, *at)
+            loss = (
+                reference.dse_absorb(log_score, *at, M) if graph == "absorb" else reference.dse_uniform(log_score, *at)
+            )
             total += conditional[xt] * loss
         return total
 

@@ -17,6 +17,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
 
 namespace {
 
+#ifdef __clang__
+constexpr const char* kCompiler = __VERSION__;
+#else
+constexpr const char* kCompiler = "GCC " __VERSION__;
+#endif
+
 PyObject* isa(PyObject*, PyObject*) {
   try {
     return PyUnicode_FromString(isa_name(current_isa()));
@@ -26,8 +32,14 @@ PyObject* isa(PyObject*, PyObject*) {
   }
 }
 
+PyObject* build(PyObject*, PyObject*) {
+  return PyUnicode_FromFormat("%s, for torch >= %d.%d", kCompiler, int(TORCH_TARGET_VERSION >> 56 & 0xFF),
+                              int(TORCH_TARGET_VERSION >> 48 & 0xFF));
+}
+
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "The instruction set in use: baseline, v3 or v4 (x86-64 levels)."},
+    {"build", build, METH_NOARGS, "The compiler that built this extension, and the oldest torch it runs with."},
     {nullptr, nullptr, 0, nullptr},
 };
 

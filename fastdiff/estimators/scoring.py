@@ -38,9 +38,7 @@ class Scorer:
     ) -> None:
         _check_x0(x0)
         if mask_index < 0:
-            raise ValueError(
-                f"mask_index: expected an id >= 0 (xt is made before V is known), got {mask_index}"
-            )
+            raise ValueError(f"mask_index: expected an id >= 0 (xt is made before V is known), got {mask_index}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         if target is None:
@@ -50,9 +48,7 @@ class Scorer:
             empty = int((~target.any(1)).nonzero()[0])
             raise ValueError(f"target: expected at least one position in a sequence, got none in x0[{empty}]")
         if (target & (x0 == mask_index)).any():
-            raise ValueError(
-                f"x0: expected no mask (mask_index={mask_index}) at the target positions, got one"
-            )
+            raise ValueError(f"x0: expected no mask (mask_index={mask_index}) at the target positions, got one")
         self.model, self.x0, self.target, self.mask_index = model, x0, target, mask_index
         self.exclude_mask, self.batch_size, self.backend = exclude_mask, batch_size, backend
         self.num_tokens = target.sum(1)
@@ -85,9 +81,7 @@ class Scorer:
     def _check_logits(self, logits: Any, shape: torch.Size) -> Tensor:
         check_tensor("model's logits", logits)
         if logits.dim() != 3 or logits.shape[:2] != shape:
-            raise ValueError(
-                f"model's logits: expected shape [{shape[0]}, {shape[1]}, V], got {[*logits.shape]}"
-            )
+            raise ValueError(f"model's logits: expected shape [{shape[0]}, {shape[1]}, V], got {[*logits.shape]}")
         num_states = logits.shape[2]
         if self._largest_id >= num_states:
             raise ValueError(f"x0, mask_index: expected ids in [0, V={num_states}), got {self._largest_id}")

@@ -167,9 +167,7 @@ def _independent(
     )
 
 
-def _stratified(
-    score: Scorer, which: Tensor, num_samples: int, seed: Tensor, sample_ids: Tensor
-) -> NLLEstimate:
+def _stratified(score: Scorer, which: Tensor, num_samples: int, seed: Tensor, sample_ids: Tensor) -> NLLEstimate:
     """g(L) from the fully masked pass, sum_{m<L} g(m) = sum_s width_s E[g(m_s)] from a pass per stratum s.
 
     Whatever its count, E[width_s 1{i in S} / m_s] = width_s / L for each token i. So subtracting
@@ -217,9 +215,7 @@ def _strata(length: int, pairs: int) -> Tensor:
     return torch.cat([torch.stack([edges[:-1], (edges[:-1] + edges[1:]) / 2], 1).flatten(), edges[-1:]])
 
 
-def _draw(
-    score: Scorer, which: Tensor, counts: Tensor, seed: Tensor, sample_ids: Tensor
-) -> tuple[Tensor, Tensor]:
+def _draw(score: Scorer, which: Tensor, counts: Tensor, seed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Losses and masks [K, passes, L] of the sequences `which` [K] with counts [K, passes] masked."""
     passes, length = counts.shape[1], score.x0.shape[1]
     loss = torch.empty(counts.numel(), length, dtype=torch.float64, device=counts.device)

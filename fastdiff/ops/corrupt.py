@@ -11,7 +11,8 @@ from fastdiff.ops.library import define
 from fastdiff.philox import Purpose, draw32
 
 # x0 int64 [B, L], or packed [T] with cu_seqlens int64 [B + 1]; p float64 [B, L] with any strides; maskable bool as x0;
-# seed int64 []; steps, sample_ids and counts int64 [B]. xt and mask are shaped as x0. The draws are draw32(seed, purpose, step, sample_id, 0, position).
+# seed int64 []; steps, sample_ids and counts int64 [B]. xt and mask are shaped as x0. The draws are
+# draw32(seed, purpose, step, sample_id, 0, position).
 _NAMES = "Tensor seed, Tensor steps, Tensor sample_ids"
 _mask_tokens = define(
     f"mask_tokens(Tensor x0, Tensor p, Tensor? maskable, {_NAMES}, int mask_index) -> (Tensor, Tensor)"

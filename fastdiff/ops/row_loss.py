@@ -22,6 +22,9 @@ _row_loss_backward = define(f"row_loss_backward(Tensor grad_loss, {_ROWS}) -> Te
 _scale_grad = define("scale_grad(Tensor grad, Tensor grad_loss) -> Tensor")
 
 
+_TENSORS = 7  # of the arguments
+
+
 @dataclasses.dataclass
 class Rows:
     """The arguments of one call, in the operator's order."""
@@ -70,30 +73,26 @@ def _(grad_loss: Tensor, z: Tensor, *_: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    rows, grad = Rows(*inputs[:-1]), output[1]
-    ctx.mark_non_differentiable(grad)
-    ctx.set_materialize_grads(False)  # or the unused gradient of `grad` would be a zero [..., V]
-    ctx.rows = None if inputs[-1] else dataclasses.replace(rows, z=None, x0=None, xt=None, mask=None)
-    if ctx.rows is None:
-        ctx.save_for_backward(grad)
-    else:
-        ctx.rows.sigma = ctx.rows.weight = ctx.rows.num_items = None
-        ctx.save_for_backward(*inputs[:7])
+    *tensors, with_grad = inputs[:_TENSORS] + inputs[-1:]
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or the unused gradient of the gradient would be a zero [..., V]
+    ctx.constants = None if with_grad else inputs[_TENSORS:-1]
+    ctx.save_for_backward(*([output[1]] if with_grad else tensors))
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    unused = (None,) * (len(dataclasses.fields(Rows)))
-    if grad_loss is None:
-        return None, *unused
-    if ctx.rows is not None:
-        constants = ctx.rows.arguments()[7:]
-        return _row_loss_backward(grad_loss, *ctx.saved_tensors, *constants), *unused
+    return (None if grad_loss is None else _grad(ctx, grad_loss), *(None,) * len(dataclasses.fields(Rows)))
+
+
+def _grad(ctx: Any, grad_loss: Tensor) -> Tensor:
+    if ctx.constants is not None:
+        return _row_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.constants)
     (grad,) = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: a result to differentiate must reach the operator that refuses
         grad = grad.detach().requires_grad_()
     elif _is_one(grad_loss):
-        return grad, *unused
-    return _scale_grad(grad, grad_loss), *unused
+        return grad
+    return _scale_grad(grad, grad_loss)
 
 
 torch.library.register_autograd("fastdiff::row_loss", _backward, setup_context=_setup_context, lib=library)
@@ -141,7 +140,7 @@ def _reference(rows: Rows) -> Tensor:
 def _reference_loss(rows: Rows, x0: Tensor, scored: Tensor) -> Tensor:
     z, xt = torch.where(scored.unsqueeze(-1), rows.z, 0), rows.xt  # unscored rows are not read, not even for NaN
     sigma = None if rows.sigma is None else torch.where(scored, rows.sigma, 1)
-    if rows.functor == "dce":
+    if rows.functor == "dce" or xt is None or sigma is None:
         loss = reference.dce(z, x0, scored, rows.mask_index if rows.exclude_mask else None)
         return loss if sigma is None else loss * torch.exp(-sigma) / -torch.expm1(-sigma)
     if rows.scale_by_sigma:

@@ -84,7 +84,9 @@ def test_draws_do_not_depend_on_the_batch_around_them():
         if len(whole) != 2:  # mask_tokens and mask_exactly depend on p and counts, which follow the batch here
             assert all(torch.equal(a[order], b) for a, b in zip(whole, part, strict=True))
     whole = mask_tokens(x0, 0.3, mask_index=M, seed=5, step=steps).xt
-    assert torch.equal(whole[order], mask_tokens(x0[order], 0.3, mask_index=M, seed=5, step=steps[order], sample_ids=order).xt)
+    assert torch.equal(
+        whole[order], mask_tokens(x0[order], 0.3, mask_index=M, seed=5, step=steps[order], sample_ids=order).xt
+    )
 
 
 def test_masks_and_tokens_agree():
@@ -143,7 +145,7 @@ def test_harmonic_subset_law():
     length = 4
     mask = harmonic_mask(torch.zeros(100_000, length, dtype=torch.long), mask_index=M, seed=5).mask
     codes = (mask.long() << torch.arange(length)).sum(1)
-    masks, weights = reference.subsets(length)
+    _, weights = reference.subsets(length)
     assert chi_square(torch.bincount(codes, minlength=16)[1:], weights / weights.sum()) < 4
 
 
@@ -192,9 +194,7 @@ def test_uniform_noise_law():
 def test_absorbing_noise_is_masking():
     x0, sigma = tokens(6, 40), torch.linspace(0.1, 3, 6)
     p = -torch.expm1(-sigma.double())
-    assert torch.equal(
-        corrupt(x0, sigma, Absorbing(M + 1), seed=8), mask_tokens(x0, p, mask_index=M, seed=8).xt
-    )
+    assert torch.equal(corrupt(x0, sigma, Absorbing(M + 1), seed=8), mask_tokens(x0, p, mask_index=M, seed=8).xt)
 
 
 def test_own_uniforms_match_torch_rand():
@@ -221,7 +221,9 @@ def test_seeds_and_generators():
     assert not torch.equal(first, second)
     torch.manual_seed(11)
     assert torch.equal(first, draw())
-    assert torch.equal(draw(generator=torch.Generator().manual_seed(1)), draw(generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(
+        draw(generator=torch.Generator().manual_seed(1)), draw(generator=torch.Generator().manual_seed(1))
+    )
 
 
 @pytest.mark.parametrize("proposal", ["harmonic", "uniform"])
@@ -294,26 +296,90 @@ def test_compiles_whole():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda **k: mask_tokens(tokens(), 1.5, mask_index=M, **k), ValueError, r"p: expected probabilities in \[0, 1\], got 1.5"),
-        (lambda **k: mask_tokens(tokens(), torch.full((3, 7), torch.nan), mask_index=M, **k), ValueError, "p: expected prob"),
-        (lambda **k: mask_tokens(tokens(), torch.rand(7), mask_index=M, **k), ValueError, "p: expected a number or a shape"),
+        (
+            lambda **k: mask_tokens(tokens(), 1.5, mask_index=M, **k),
+            ValueError,
+            r"p: expected probabilities in \[0, 1\], got 1.5",
+        ),
+        (
+            lambda **k: mask_tokens(tokens(), torch.full((3, 7), torch.nan), mask_index=M, **k),
+            ValueError,
+            "p: expected prob",
+        ),
+        (
+            lambda **k: mask_tokens(tokens(), torch.rand(7), mask_index=M, **k),
+            ValueError,
+            "p: expected a number or a shape",
+        ),
         (lambda **k: mask_tokens(tokens()[0], 0.5, mask_index=M, **k), ValueError, r"x0: expected shape \[B, L\]"),
-        (lambda **k: mask_tokens(tokens(3, 0), 0.5, mask_index=M, **k), ValueError, r"x0: expected shape \[B, L\] with L >= 1"),
+        (
+            lambda **k: mask_tokens(tokens(3, 0), 0.5, mask_index=M, **k),
+            ValueError,
+            r"x0: expected shape \[B, L\] with L >= 1",
+        ),
         (lambda **k: mask_tokens(tokens().float(), 0.5, mask_index=M, **k), TypeError, "x0: expected int64"),
         (lambda **k: mask_tokens(tokens(), 0.5, mask_index=-1, **k), ValueError, "mask_index: expected an id >= 0"),
-        (lambda **k: mask_tokens(tokens(), 0.5, mask_index=M, maskable=tokens(), **k), TypeError, "maskable: expected a bool"),
+        (
+            lambda **k: mask_tokens(tokens(), 0.5, mask_index=M, maskable=tokens(), **k),
+            TypeError,
+            "maskable: expected a bool",
+        ),
         (lambda **k: mask_tokens(tokens(), 0.5, mask_index=M, seed=0.5, **k), TypeError, "seed: expected an int"),
-        (lambda **k: mask_tokens(tokens(), 0.5, mask_index=M, seed=torch.zeros(2, dtype=torch.long), **k), ValueError, "seed: expected one"),
-        (lambda **k: mask_tokens(tokens(), 0.5, mask_index=M, seed=1, generator=torch.Generator(), **k), ValueError, "got both"),
-        (lambda **k: mask_tokens(tokens(), 0.5, mask_index=M, sample_ids=torch.arange(2), **k), ValueError, "sample_ids: expected shape"),
-        (lambda **k: mask_tokens(tokens(), 0.5, mask_index=M, uniforms=torch.rand(3), **k), ValueError, "uniforms: expected"),
-        (lambda **k: mask_exactly(tokens(), torch.tensor([0, 8, 1]), mask_index=M, **k), ValueError, r"counts: expected numbers in \[0, .*got 8"),
-        (lambda **k: mask_exactly(tokens(), torch.tensor([0, -1, 1]), mask_index=M, **k), ValueError, "counts: expected numbers"),
-        (lambda **k: mask_exactly(tokens(), torch.tensor([1, 1]), mask_index=M, **k), ValueError, "counts: expected shape"),
-        (lambda **k: harmonic_mask(tokens(), mask_index=M, maskable=tokens() < 0, **k), ValueError, "maskable: expected at least one"),
-        (lambda **k: harmonic_mask(tokens(), cu_seqlens=torch.tensor([0, 21]), mask_index=M, **k), ValueError, "cu_seqlens: expected"),
-        (lambda **k: harmonic_mask(tokens()[0], cu_seqlens=torch.tensor([0, 5]), mask_index=M, **k), ValueError, "offsets from 0 to 7"),
-        (lambda **k: harmonic_mask(tokens()[0], cu_seqlens=torch.tensor([0, 5, 3, 7]), mask_index=M, **k), ValueError, "rising offsets"),
+        (
+            lambda **k: mask_tokens(tokens(), 0.5, mask_index=M, seed=torch.zeros(2, dtype=torch.long), **k),
+            ValueError,
+            "seed: expected one",
+        ),
+        (
+            lambda **k: mask_tokens(tokens(), 0.5, mask_index=M, seed=1, generator=torch.Generator(), **k),
+            ValueError,
+            "got both",
+        ),
+        (
+            lambda **k: mask_tokens(tokens(), 0.5, mask_index=M, sample_ids=torch.arange(2), **k),
+            ValueError,
+            "sample_ids: expected shape",
+        ),
+        (
+            lambda **k: mask_tokens(tokens(), 0.5, mask_index=M, uniforms=torch.rand(3), **k),
+            ValueError,
+            "uniforms: expected",
+        ),
+        (
+            lambda **k: mask_exactly(tokens(), torch.tensor([0, 8, 1]), mask_index=M, **k),
+            ValueError,
+            r"counts: expected numbers in \[0, .*got 8",
+        ),
+        (
+            lambda **k: mask_exactly(tokens(), torch.tensor([0, -1, 1]), mask_index=M, **k),
+            ValueError,
+            "counts: expected numbers",
+        ),
+        (
+            lambda **k: mask_exactly(tokens(), torch.tensor([1, 1]), mask_index=M, **k),
+            ValueError,
+            "counts: expected shape",
+        ),
+        (
+            lambda **k: harmonic_mask(tokens(), mask_index=M, maskable=tokens() < 0, **k),
+            ValueError,
+            "maskable: expected at least one",
+        ),
+        (
+            lambda **k: harmonic_mask(tokens(), cu_seqlens=torch.tensor([0, 21]), mask_index=M, **k),
+            ValueError,
+            "cu_seqlens: expected",
+        ),
+        (
+            lambda **k: harmonic_mask(tokens()[0], cu_seqlens=torch.tensor([0, 5]), mask_index=M, **k),
+            ValueError,
+            "offsets from 0 to 7",
+        ),
+        (
+            lambda **k: harmonic_mask(tokens()[0], cu_seqlens=torch.tensor([0, 5, 3, 7]), mask_index=M, **k),
+            ValueError,
+            "rising offsets",
+        ),
         (lambda **k: corrupt(tokens(), -1.0, Uniform(M), **k), ValueError, "sigma: expected finite numbers >= 0"),
         (lambda **k: corrupt(tokens(), torch.nan, Uniform(M), **k), ValueError, "sigma: expected finite numbers >= 0"),
         (lambda **k: corrupt(tokens(), 1.0, Uniform(9), **k), ValueError, r"x0: expected ids in \[0, 9\)"),

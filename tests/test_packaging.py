@@ -1,0 +1,76 @@
+"""The package as a user gets it: sdist, wheel from that sdist, installed where there is no compiler."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CHECK = """
+import torch, fastdiff
+assert all(r.available for r in fastdiff.backends.report()), fastdiff.backends.report()
+loss = fastdiff.dce_loss(torch.zeros(2, 3, 8), torch.zeros(2, 3, dtype=torch.long), reduction="mean", backend="cpu")
+print(fastdiff.__file__, fastdiff.__version__, loss.exp().item())
+"""
+
+
+def run(*command, **options):
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    dist = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "setup.py", "-q", "egg_info", "-e", dist, "sdist", "-d", dist, cwd=ROOT)
+    (sdist,) = dist.glob("*.tar.gz")
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", dist, sdist)
+    (wheel,) = dist.glob("*.whl")
+    return wheel
+
+
+def test_one_wheel_for_every_python(wheel):
+    assert "-cp310-abi3-" in wheel.name
+
+
+def test_wheel_runs_in_a_clean_environment_without_a_compiler(wheel, tmp_path):
+    venv.create(tmp_path / "env", with_pip=False)
+    python = tmp_path / "env" / "bin" / "python"
+    purelib = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", purelib, wheel)
+    here = sysconfig.get_path("purelib")  # for torch; nothing here is a compiler, and no editable install is followed
+    output = run(python, "-c", CHECK, cwd=tmp_path, env={"PATH": "", "PYTHONPATH": here, "HOME": str(tmp_path)})
+    file, version, value = output.split()
+    assert Path(file).is_relative_to(tmp_path)
+    assert version == "0.1.0"
+    assert float(value) == pytest.approx(7)
+
+
+def test_import_works_without_the_extension_and_says_why(tmp_path):
+    package = tmp_path / "fastdiff"
+    run("cp", "-r", ROOT / "fastdiff", package)
+    for extension in package.glob("*.so"):
+        extension.unlink()
+    code = """
+import warnings, torch, fastdiff
+z, x0 = torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.long)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    fastdiff.dce_loss(z, x0), fastdiff.dce_loss(z, x0)
+print(len(caught), caught[0].message)
+fastdiff.mask_tokens(x0, 0.5, mask_index=7)
+try:
+    fastdiff.dce_loss(z, x0, backend="cpu")
+except fastdiff.BackendUnavailable as error:
+    print(error)
+"""
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{sysconfig.get_path('purelib')}"}
+    output = run(sys.executable, "-S", "-c", code, cwd=tmp_path, env=env)  # -S: no editable install is followed
+    warned, refused = output.strip().splitlines()
+    assert warned.startswith("1 fastdiff runs its slow float64 reference: the compiled extension")
+    assert refused.startswith("backend 'cpu': the compiled extension fastdiff._C_cpu did not load")
