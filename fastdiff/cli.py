@@ -43,9 +43,7 @@ _LENGTH = 128
 _DEFAULTS = {f.name: f.default for c in (ModelConfig, TrainConfig) for f in dataclasses.fields(c)}
 
 Run = Annotated[Path, typer.Argument(help="run folder of `fastdiff train`")]
-Device = Annotated[
-    str | None, typer.Option(help="torch device", show_default="cuda if there is one, else cpu")
-]
+Device = Annotated[str | None, typer.Option(help="torch device", show_default="cuda if there is one, else cpu")]
 
 
 def _setting(name: str, text: str) -> Any:
@@ -56,9 +54,7 @@ def _setting(name: str, text: str) -> Any:
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="run folder to write")],
-    data: Annotated[
-        str | None, typer.Option(help="'stdlib', a text file or a folder", show_default="stdlib")
-    ] = None,
+    data: Annotated[str | None, typer.Option(help="'stdlib', a text file or a folder", show_default="stdlib")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
     length: Annotated[int | None, typer.Option(help="bytes in a sequence", show_default=str(_LENGTH))] = None,
     dim: Annotated[int | None, _setting("dim", "width of the model")] = None,
@@ -123,9 +119,7 @@ def evaluate(
     """Bits per byte of held-out text, with standard errors."""
     model, loss, trained_on = _load(run, device)
     if loss == "dse-uniform":
-        raise ValueError(
-            "loss: eval does not offer the likelihood of uniform-graph models, 'dse-uniform', yet"
-        )
+        raise ValueError("loss: eval does not offer the likelihood of uniform-graph models, 'dse-uniform', yet")
     documents, length = load_documents(data or trained_on), model.config.max_length
     text = as_bytes(documents, length) if whole else Text(documents, length).validation_bytes
     x0 = even_windows(text, length, num_sequences).to(model.lm_head.weight.device)
@@ -144,9 +138,7 @@ def evaluate(
         "network passes": f"{int(pooled.num_forwards)} ({proposal})",
         "bits per byte": f"{pooled.bits_per_token.item():.4f}",
         "± from masking": f"{pooled.bits_per_token_stderr.item():.4f}",
-        "± between windows": f"{bits.std().item() / math.sqrt(len(bits)):.4f}"
-        if len(bits) > 1
-        else "one window only",
+        "± between windows": f"{bits.std().item() / math.sqrt(len(bits)):.4f}" if len(bits) > 1 else "one window only",
     }
     _show(f"{run}", rows)
 

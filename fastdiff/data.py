@@ -18,7 +18,7 @@ from fastdiff.philox import Purpose, draw32, uniform
 
 NUM_BYTES = 256
 _FEW = 20  # so few documents are split inside each, more of them between documents
-_NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings"}
 
 
 class TokenSource(Protocol):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from types import ModuleType
@@ -47,7 +48,7 @@ class ModelConfig:
 
 
 class DiffusionTransformer(nn.Module):
-    """Bidirectional transformer: rotary positions, pre-norm, scaled-dot-product attention.
+    """Bidirectional transformer: rotary and learned positions, pre-norm, scaled-dot-product attention.
 
     Time-free (`sigma_conditioned=False`): `model(xt)` gives logits of the conditionals p(x_0 | x_t), for
     `dce_loss` and `time_free_nll`. Sigma-conditioned: `model(xt, sigma)` sees log sigma through every norm
@@ -71,6 +72,8 @@ class DiffusionTransformer(nn.Module):
         for name, parameter in self.named_parameters():
             if "modulate" in name or name in ("embed_position.weight", "lm_head.weight"):
                 nn.init.zeros_(parameter)  # adaLN starts as a plain norm, and the loss at log V
+            elif name.endswith("_out.weight"):
+                parameter.data /= math.sqrt(2 * config.depth)  # the residual stream keeps its scale at any depth
 
     def forward(self, xt: Tensor, sigma: Tensor | None = None) -> Tensor:
         """Logits, or the unscaled log score of a sigma-conditioned model: [B, L, num_states].
@@ -124,9 +127,7 @@ class DiffusionTransformer(nn.Module):
         try:
             model = cls(ModelConfig(**config["model"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{Path(folder) / 'config.json'}: not a model's configuration: {error}"
-            ) from error
+            raise ValueError(f"{Path(folder) / 'config.json'}: not a model's configuration: {error}") from error
         path = Path(folder) / "model.safetensors"
         if not path.is_file():
             raise FileNotFoundError(f"no such file: {path}")
@@ -258,7 +259,5 @@ def _safetensors() -> ModuleType:
     try:
         import safetensors.torch
     except ImportError:
-        raise ImportError(
-            "saving and loading needs safetensors: pip install 'fastdiff-kernels[cli]'"
-        ) from None
+        raise ImportError("saving and loading needs safetensors: pip install 'fastdiff-kernels[cli]'") from None
     return safetensors.torch

@@ -143,14 +143,8 @@ def _start(
 
 def _check_prompt(prompt: Tensor, num_samples: int, length: int, mask_index: int | None) -> None:
     check_tokens("prompt", prompt, None)
-    if (
-        prompt.dim() not in (1, 2)
-        or prompt.shape[-1] > length
-        or prompt.shape[:-1] not in ((), (num_samples,))
-    ):
-        raise ValueError(
-            f"prompt: expected shape [P] or [{num_samples}, P], P <= {length}, got {tuple(prompt.shape)}"
-        )
+    if prompt.dim() not in (1, 2) or prompt.shape[-1] > length or prompt.shape[:-1] not in ((), (num_samples,)):
+        raise ValueError(f"prompt: expected shape [P] or [{num_samples}, P], P <= {length}, got {tuple(prompt.shape)}")
     if (prompt < 0).any() or (mask_index is not None and (prompt == mask_index).any()):
         raise ValueError("prompt: expected ids >= 0 other than the mask's")
 

@@ -257,9 +257,7 @@ class _Trainer:
         loss = self._backward(x0)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip).item()
         if not math.isfinite(loss + norm):
-            raise FloatingPointError(
-                f"step {self.step + 1}: loss {loss}, gradient norm {norm}; try a lower lr"
-            )
+            raise FloatingPointError(f"step {self.step + 1}: loss {loss}, gradient norm {norm}; try a lower lr")
         self._update()
         self.step += 1
         rate = x0.numel() / (time.perf_counter() - start)
@@ -299,16 +297,12 @@ class _Trainer:
         with self._autocast():
             if c.loss == "dse-uniform":
                 name = "validation_loss"
-                batches = (
-                    noise(x0, c.loss, mask_index + 1, seed=c.seed, step=k) for k in range(c.eval_samples)
-                )
+                batches = (noise(x0, c.loss, mask_index + 1, seed=c.seed, step=k) for k in range(c.eval_samples))
                 losses = [diffusion_loss(self.averaged, batch, c.loss) for batch in batches]
                 values = torch.stack(losses).double().mean((0, 2))
             else:
                 name, model = "bits_per_token", time_free(self.averaged, mask_index)
-                estimate = time_free_nll(
-                    model, x0, mask_index=mask_index, num_samples=c.eval_samples, seed=c.seed
-                )
+                estimate = time_free_nll(model, x0, mask_index=mask_index, num_samples=c.eval_samples, seed=c.seed)
                 values = estimate.bits_per_token
         stderr = values.std() / math.sqrt(len(values))
         return {"step": self.step, name: values.mean().item(), f"{name}_stderr": stderr.item()}

@@ -85,9 +85,7 @@ def test_interrupt(folder, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(data.Text, "batch", interrupted)
-        result = CliRunner().invoke(
-            cli.app, f"train --data text.txt --out run {SMALL} --eval-every 0".split()
-        )
+        result = CliRunner().invoke(cli.app, f"train --data text.txt --out run {SMALL} --eval-every 0".split())
     assert result.exit_code == 130
     assert "stopped and saved; go on with: fastdiff train --out run --resume" in result.stderr
     invoke("train --out run --resume")

@@ -46,9 +46,7 @@ def on_disk(folder) -> list[dict]:
 
 
 def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    return all(
-        torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    )
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 # -- learning --------------------------------------------------------------------------------------------
@@ -56,9 +54,7 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_untrained_loss_and_learning(loss):
-    averaged, records = run(
-        loss=loss, steps=150, batch_size=32, ema=0.9, eval_every=150, eval_samples=15
-    )
+    averaged, records = run(loss=loss, steps=150, batch_size=32, ema=0.9, eval_every=150, eval_samples=15)
     first, last = losses(records)[0], sum(losses(records)[-50:]) / 50
     if loss not in (
         "dce-harmonic",
@@ -140,23 +136,17 @@ def test_bfloat16():
 def test_resumed_run_equals_unbroken_run(tmp_path, loss):
     unbroken, expected = run(tmp_path / "a", loss=loss, eval_every=2, eval_samples=15)
     run(tmp_path / "b", loss=loss, eval_every=2, eval_samples=15, steps=3)
-    resumed, rest = run(
-        tmp_path / "b", loss=loss, eval_every=2, eval_samples=15, resume=True, model=make(loss, seed=9)
-    )
+    resumed, rest = run(tmp_path / "b", loss=loss, eval_every=2, eval_samples=15, resume=True, model=make(loss, seed=9))
     assert len(losses(rest)) == 3
     assert same_weights(resumed, unbroken)
-    timeless = [
-        [{**r, "tokens_per_second": 0} for r in records] for records in (expected, on_disk(tmp_path / "b"))
-    ]
+    timeless = [[{**r, "tokens_per_second": 0} for r in records] for records in (expected, on_disk(tmp_path / "b"))]
     assert timeless[0] == timeless[1]
 
 
 def test_records_after_the_checkpoint_are_dropped(tmp_path):
     _, expected = run(tmp_path / "a")
     run(tmp_path / "b", steps=3)
-    with (tmp_path / "b" / "metrics.jsonl").open(
-        "a"
-    ) as file:  # steps after the checkpoint, the last cut short
+    with (tmp_path / "b" / "metrics.jsonl").open("a") as file:  # steps after the checkpoint, the last cut short
         file.write('{"step": 4, "loss": 0.5}\n{"step": 5, "lo')
     run(tmp_path / "b", resume=True)
     assert [r["step"] for r in on_disk(tmp_path / "b")] == [1, 2, 3, 4, 5, 6]
@@ -180,10 +170,6 @@ def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
     assert same_weights(resumed, unbroken)
 
 
-def raise_interrupt():
-    raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("where", ["callback", "within the step"])
 def test_interrupt_saves_and_resumes(tmp_path, where):
     class Interrupted(Table):
@@ -197,10 +183,11 @@ def test_interrupt_saves_and_resumes(tmp_path, where):
             raise KeyboardInterrupt
 
     unbroken, expected = run(tmp_path / "a")
+    handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b", callback=interrupt, data=Interrupted(TOKENS, num_tokens=4))
     assert [r["step"] for r in on_disk(tmp_path / "b")] == [1, 2, 3]  # the step at hand was finished
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     resumed, rest = run(tmp_path / "b", resume=True)
     assert losses(rest) == losses(expected)[3:]
     assert same_weights(resumed, unbroken)
@@ -242,9 +229,7 @@ def test_what_a_resumed_run_may_not_change(tmp_path):
 
 
 def test_nothing_to_resume_and_nothing_overwritten(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"out: expected a run folder to resume, but there is no \S+trainer.pt"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"out: expected a run folder to resume, but there is no \S+trainer.pt"):
         run(tmp_path, resume=True)
     with pytest.raises(FileNotFoundError, match="out: expected a run folder"):
         run(None, resume=True)
