@@ -5,11 +5,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/*)
 
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test bench sanitize lint format clean
 help:
 	@echo "make demo   train a small model on real text and print its likelihood, about 5 minutes on two cores"
 	@echo "make test   run the tests"
 	@echo "make bench  measure the kernels against the published formulas"
+	@echo "make sanitize   run the random cases under AddressSanitizer and UBSan"
 	@echo "make lint   check style and types;  make format  mends the style"
 
 demo: $(VENV)/built
@@ -20,6 +21,15 @@ test: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# The fuzz tests under AddressSanitizer and UndefinedBehaviorSanitizer, on a build of their own.
+SANITIZED := build/sanitized
+sanitize: $(VENV)/built
+	FASTDIFF_SANITIZE=1 LDFLAGS=-fsanitize=address,undefined \
+		$(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED)/lib \
+		$(BIN)/pytest -p no:cacheprovider tests/test_fuzz.py
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from dna import dna_strings
 from torch import Tensor
 
 MASK_LOGIT = 9.0
@@ -127,9 +128,6 @@ def dna_toy(seed: int = 0) -> tuple[Mixture, Tensor]:
     A mixture of point masses: its conditionals count the strings that agree with what is seen. A token none
     of them has gets probability 1e-300, which keeps logits finite.
     """
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randperm(4**8, generator=generator)[:128]
-    strings = (codes.unsqueeze(1) >> (2 * torch.arange(8))) & 3
-    weights = (torch.rand(128, dtype=torch.float64, generator=generator) / 0.5).log_softmax(0)
+    strings, p = dna_strings(seed)
     points = torch.nn.functional.one_hot(strings, 5).double()
-    return Mixture(weights, points.clamp_min(1e-300).log(), mask_index=4), strings
+    return Mixture(p.log(), points.clamp_min(1e-300).log(), mask_index=4), strings

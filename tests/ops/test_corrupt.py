@@ -239,9 +239,9 @@ def test_stratified_counts():
     assert counts.shape == weights.shape == (3, 6)
     assert torch.equal((counts[0] - 1) // 2, torch.arange(6))
     assert (counts[1] == 1).all()
-    many = torch.stack([sample_mask_counts(5, 12, seed=s)[0] for s in range(4000)])
+    many = torch.stack([sample_mask_counts(5, 12, seed=s)[0] for s in range(1000)])
     counts = torch.bincount(many.flatten(), minlength=13)[1:].double()
-    assert (counts / counts.mean() - 1).abs().max() < 0.1
+    assert (counts / counts.mean() - 1).abs().max() < 0.15
     torch.testing.assert_close(sample_mask_counts(5, 12, seed=3)[1], 12 / many[3].double())
 
 
