@@ -4,6 +4,7 @@ The floor reads the scored rows once and writes the gradient once into fresh mem
 """
 
 import os
+from functools import partial
 
 import peers
 import pytest
@@ -24,83 +25,77 @@ def batch(request):
     xt = torch.where(masked, NUM_STATES - 1, x0)
     moved = torch.where(masked, torch.randint(0, NUM_STATES, SHAPE, generator=g), x0)
     sigma = torch.rand(SHAPE[0], generator=g) + 0.1
-    return dict(z=z, x0=x0, xt=xt, moved=moved, sigma=sigma, rate=1 / torch.expm1(sigma), scored=masked.sum().item())
+    return dict(
+        dtype=str(request.param).removeprefix("torch."),
+        z=z,
+        x0=x0,
+        xt=xt,
+        moved=moved,
+        sigma=sigma,
+        rate=1 / torch.expm1(sigma),
+        scored=int(masked.sum()),
+    )
 
 
-def both_ways(z, loss):
-    def call():
-        z.grad = None
-        loss().backward()
+def calls_of(b, loss, formulas):
+    """Forward and backward by fastdiff (a fused scalar, and per token), the published formulas, and those compiled."""
+    losses = {
+        "fastdiff": lambda: loss(reduction="sum"),
+        "fastdiff, none": lambda: loss(reduction="none").sum(),
+        **formulas,
+    }
+    if COMPILED:
+        losses |= {f"{who}, compiled": torch.compile(formula) for who, formula in formulas.items()}
 
-    return call
+    def both_ways(call):
+        b["z"].grad = None
+        call().backward()
+
+    return {who: partial(both_ways, call) for who, call in losses.items()}
 
 
+@torch.no_grad()
 def forward(loss):
-    def call():
-        with torch.no_grad():
-            loss()
-
-    return call
+    loss(reduction="sum")
 
 
 def floor(b, rates, rows, grad=True):
+    """Seconds to read the rows once, and to write a whole gradient once into fresh memory."""
     row = b["z"].element_size() * NUM_STATES
-    written = row * b["z"].shape[:-1].numel() / rates.fresh_fill if grad else 0
+    written = row * b["x0"].numel() / rates.fresh_fill if grad else 0
     return (row * rows / rates.read + written) / 1e9
 
 
-def against(b, name, ours, theirs, per_token=None):
-    """fastdiff, the published formulas, and the same under torch.compile, each both ways."""
-    calls = {"fastdiff": ours} | ({"fastdiff, none": per_token} if per_token else {}) | theirs
-    if COMPILED:
-        calls |= {f"{who}, compiled": torch.compile(formula, fullgraph=False) for who, formula in theirs.items()}
-    return {who: both_ways(b["z"], call) for who, call in calls.items()}
-
-
-def test_dce(batch, rates, compare):
-    b = batch
+def dce(b):
     z, x0, xt, rate = b["z"], b["x0"], b["xt"], b["rate"]
-    calls = against(
-        b,
-        "dce",
-        lambda: dce_loss(z, x0, xt=xt, weight=rate, reduction="sum"),
-        {
-            "MDLM": lambda: peers.mdlm_subs(z, rate, xt, x0),
-            "RADD": lambda: peers.radd_lambda(z, rate, xt, x0),
-            "LLaDA": lambda: peers.llada_ce(z, rate, xt, x0),
-        },
-        lambda: dce_loss(z, x0, xt=xt, weight=rate).sum(),
-    )
-    compare(f"dce, forward + backward, {z.dtype}", calls, floor(b, rates, b["scored"]))
-    ours = forward(lambda: dce_loss(z, x0, xt=xt, weight=rate, reduction="sum"))
-    compare(f"dce, forward, {z.dtype}", {"fastdiff": ours}, floor(b, rates, b["scored"], grad=False))
+    formulas = {
+        "MDLM": lambda: peers.mdlm_subs(z, rate, xt, x0),
+        "RADD": lambda: peers.radd_lambda(z, rate, xt, x0),
+        "LLaDA": lambda: peers.llada_ce(z, rate, xt, x0),
+    }
+    return partial(dce_loss, z, x0, xt=xt, weight=rate), formulas, b["scored"]
 
 
-def test_dse_absorb(batch, rates, compare):
-    b = batch
+def dse_absorb(b):
     z, sigma, xt, x0 = b["z"], b["sigma"], b["xt"], b["x0"]
-    calls = against(
-        b,
-        "absorb",
-        lambda: dse_loss(z, sigma, xt, x0, reduction="sum"),
-        {"SEDD": lambda: peers.sedd_absorb(z, sigma, xt, x0)},
-        lambda: dse_loss(z, sigma, xt, x0).sum(),
-    )
-    compare(f"dse absorb, forward + backward, {z.dtype}", calls, floor(b, rates, b["scored"]))
-    ours = forward(lambda: dse_loss(z, sigma, xt, x0, reduction="sum"))
-    compare(f"dse absorb, forward, {z.dtype}", {"fastdiff": ours}, floor(b, rates, b["scored"], grad=False))
+    return partial(dse_loss, z, sigma, xt, x0), {"SEDD": lambda: peers.sedd_absorb(z, sigma, xt, x0)}, b["scored"]
 
 
-def test_dse_uniform(batch, rates, compare):
-    b = batch
+def dse_uniform(b):
     z, sigma, xt, x0 = b["z"], b["sigma"], b["moved"], b["x0"]
-    calls = against(
-        b,
-        "uniform",
-        lambda: dse_loss(z, sigma, xt, x0, graph="uniform", reduction="sum"),
-        {"SEDD": lambda: peers.sedd_uniform(z, sigma, xt, x0)},
-        lambda: dse_loss(z, sigma, xt, x0, graph="uniform").sum(),
-    )
-    compare(f"dse uniform, forward + backward, {z.dtype}", calls, floor(b, rates, x0.numel()))
-    ours = forward(lambda: dse_loss(z, sigma, xt, x0, graph="uniform", reduction="sum"))
-    compare(f"dse uniform, forward, {z.dtype}", {"fastdiff": ours}, floor(b, rates, x0.numel(), grad=False))
+    formulas = {"SEDD": lambda: peers.sedd_uniform(z, sigma, xt, x0)}
+    return partial(dse_loss, z, sigma, xt, x0, graph="uniform"), formulas, x0.numel()
+
+
+@pytest.mark.parametrize("case", [dce, dse_absorb, dse_uniform], ids=lambda case: case.__name__)
+def test_forward_and_backward(case, batch, rates, compare):
+    loss, formulas, rows = case(batch)
+    name = f"{case.__name__}, forward + backward, {batch['dtype']}"
+    compare(name, calls_of(batch, loss, formulas), floor(batch, rates, rows))
+
+
+@pytest.mark.parametrize("case", [dce, dse_absorb, dse_uniform], ids=lambda case: case.__name__)
+def test_forward(case, batch, rates, compare):
+    loss, _, rows = case(batch)
+    calls = {"fastdiff": partial(forward, loss)}
+    compare(f"{case.__name__}, forward, {batch['dtype']}", calls, floor(batch, rates, rows, grad=False))

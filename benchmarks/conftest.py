@@ -13,6 +13,7 @@ from measure import Machine, Row, interleave, machine, peak_extra_bytes
 
 ROUNDS = 7
 _rows: list[Row] = []
+_rates: list[Machine] = []
 
 
 def pytest_addoption(parser):
@@ -21,7 +22,8 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session")
 def rates() -> Machine:
-    return machine()
+    _rates.append(machine())
+    return _rates[0]
 
 
 @pytest.fixture
@@ -40,9 +42,9 @@ def compare(request, benchmark) -> Callable[..., None]:
 def pytest_terminal_summary(terminalreporter, config):
     if not _rows:
         return
-    rates = machine()
+    rates = _rates[0] if _rates else machine()
     write = terminalreporter.write_line
-    write(f"\n{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    write(f"\n{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     write("GB/s: read {:.1f}, copy {:.1f}, fresh fill {:.1f};  matmul {:.0f} GFLOP/s".format(*rates))
     write(f"\n{'case':44} {'who':22} {'ms':>9} {'of floor':>9} {'slower':>8} {'extra MB':>9}")
     first: Row | None = None
@@ -53,9 +55,17 @@ def pytest_terminal_summary(terminalreporter, config):
         case = row.case if row is first else ""
         write(f"{case:44} {row.who:22} {row.seconds * 1e3:9.2f} {share} {ratio:>8} {row.extra_bytes / 1e6:9.1f}")
     if config.getoption("--json-results"):
-        result = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
+        result = {"machine": _processor(), "torch": torch.__version__}
         result |= {"threads": torch.get_num_threads(), "rates": rates._asdict(), "rows": [r._asdict() for r in _rows]}
         path = Path(config.getoption("--json-results"))
+        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
         part.write_text(json.dumps(result, indent=1) + "\n")
         os.replace(part, path)
+
+
+def _processor() -> str:
+    """The processor's name (Linux), or its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
