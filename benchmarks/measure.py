@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 def machine(size: int = 256 * MB) -> Machine:
     """The rates that floors are made of. Fresh memory is what an output costs: 2 MB pages, touched the first time."""
-    torch.ones(4 << 30, dtype=torch.uint8)  # a virtual machine pays once for pages never touched before
+    torch.ones(4 << 30, dtype=torch.uint8)  # a virtual machine pays for pages never touched before
     source, target = torch.ones(size // 4), torch.ones(size // 4)
     a, b = torch.rand(1024, 1024), torch.rand(1024, 1024)
 
