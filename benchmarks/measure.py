@@ -53,7 +53,7 @@ def machine(size: int = 256 * MB) -> Machine:
 
 
 def interleave(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, one of each a round. Each is called twice, so that it does not pay for the one before it."""
+    """Seconds of each call, one of each a round. Each is called twice: no call pays for the one before it."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
