@@ -65,7 +65,7 @@ def test_product_law(model, steps):
 
 
 def test_another_schedule_and_no_mask_left():
-    x = sample(product, num_samples=500, length=3, steps=3, mask_index=4, schedule=Geometric())
+    x = sample(product, num_samples=500, length=3, steps=3, mask_index=4, schedule=Geometric(0.5, 20.0))
     assert x.max() < 4
     assert chi_square(x, P) < 27.9
 

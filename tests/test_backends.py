@@ -1,0 +1,42 @@
+"""The choice of backend, and what is said when one cannot run."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from fastdiff import BackendUnavailable, backends, dce_loss, mask_tokens
+
+X0 = torch.zeros(2, 3, dtype=torch.long)
+
+
+def test_cpu_tensors_take_the_compiled_kernels_unless_the_process_says_otherwise(monkeypatch):
+    assert backends.resolve(None, X0.device) == "cpu"
+    monkeypatch.setattr(backends, "_DEFAULT", "reference")
+    assert backends.resolve(None, X0.device) == "reference"
+    assert backends.resolve("cpu", X0.device) == "cpu"
+    monkeypatch.setattr(backends, "_DEFAULT", "tpu")
+    with pytest.raises(ValueError, match="backend: expected one of 'cpu', 'reference', got 'tpu'"):
+        backends.resolve(None, X0.device)
+
+
+def test_another_device_takes_the_reference_and_warns_once():
+    z = torch.zeros(2, 3, 8, device="meta")
+    with pytest.raises(BackendUnavailable, match="backend 'cpu': no kernels for meta tensors"):
+        dce_loss(z, X0.to("meta"), backend="cpu")
+    backends._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="slow float64 reference: no kernels for meta tensors"):
+        assert dce_loss(z, X0.to("meta")).shape == (2, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert mask_tokens(X0.to("meta"), 0.5, mask_index=7, seed=0).xt.shape == (2, 3)
+
+
+def test_import_prints_nothing_and_loads_no_extras():
+    extras = {"rich", "typer", "safetensors", "matplotlib", "triton"}
+    code = f"import sys, fastdiff; print(sorted({extras} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
+    assert result.stderr == ""
