@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -121,36 +122,49 @@ def test_absorbing_dse_of_conditionals_is_weighted_cross_entropy():
     torch.testing.assert_close(reference.dse_absorb(log_score + 0.3, sigma, xt, x0, M), excess)
 
 
-@pytest.mark.parametrize(("graph", "mask"), GRAPHS)
-def test_score_entropy_is_the_rate_of_the_information(graph, mask):
-    """Identity 4: d/dsigma KL(p_{t|0}(.|x0) || p_t) = -E[l] at the true score."""
-    p0, x0 = toy(graph=graph), 2
+class Information:
+    """KL(p_{t|0}(.|x0) || p_t) and the expected score entropy at the true score, as functions of sigma."""
 
-    def kl(sigma):
-        noised = torch.matrix_exp(sigma * rate_matrix(graph, 5))
-        conditional, marginal = noised[:, x0], noised @ p0
-        return torch.special.xlogy(conditional, conditional / marginal).nan_to_num().sum()
+    def __init__(self, graph, x0=2):
+        self.graph, self.x0, self.p0 = graph, x0, toy(graph=graph)
 
-    def expected_loss(sigma):
-        noised = torch.matrix_exp(sigma * rate_matrix(graph, 5))
-        conditional, marginal = noised[:, x0], noised @ p0
+    def laws(self, sigma):
+        noised = torch.matrix_exp(f64(sigma) * rate_matrix(self.graph, 5))
+        return noised[:, self.x0], noised @ self.p0
+
+    def kl(self, sigma):
+        conditional, marginal = self.laws(sigma)
+        return float(torch.special.xlogy(conditional, conditional / marginal).nan_to_num().sum())
+
+    def loss(self, sigma):
+        conditional, marginal = self.laws(sigma)
         total = 0.0
-        for xt in range(5):
-            if conditional[xt] == 0:
-                continue
-            log_score = (marginal / marginal[xt]).log()
-            at = [f64(float(sigma)), torch.tensor(xt), torch.tensor(x0)]
-            loss = (
-                reference.dse_absorb(log_score, *at, M) if graph == "absorb" else reference.dse_uniform(log_score, *at)
-            )
-            total += conditional[xt] * loss
+        for xt in conditional.nonzero().flatten():
+            log_score, at = (marginal / marginal[xt]).log(), (f64(sigma), xt, torch.tensor(self.x0))
+            absorb = self.graph == "absorb"
+            loss = reference.dse_absorb(log_score, *at, M) if absorb else reference.dse_uniform(log_score, *at)
+            total += float(conditional[xt] * loss)
         return total
 
-    for sigma in (0.3, 1.0):
-        h = 1e-4
-        sigma = torch.tensor(sigma, dtype=torch.float64)
-        slope = (kl(sigma + h) - kl(sigma - h)) / (2 * h)
-        assert float(slope) == pytest.approx(-float(expected_loss(sigma)), rel=1e-6)
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0])
+@pytest.mark.parametrize("graph", ["absorb", "uniform"])
+def test_score_entropy_is_the_rate_of_the_information(graph, sigma):
+    """Identity 4: d/dsigma KL(p_{t|0}(.|x0) || p_t) = -E[l] at the true score."""
+    information, h = Information(graph), 1e-4
+    slope = (information.kl(sigma + h) - information.kl(sigma - h)) / (2 * h)
+    assert slope == pytest.approx(-information.loss(sigma), rel=1e-6)
+
+
+@pytest.mark.parametrize("graph", ["absorb", "uniform"])
+def test_integrated_score_entropy_is_the_likelihood(graph):
+    """Identity 4: the integral from 0 to sigma plus KL(p_{t|0} || p_t) there is -log p(x0)."""
+    information, end = Information(graph), 6.0
+    nodes, weights = np.polynomial.legendre.leggauss(60)
+    u = (nodes + 1) / 2  # sigma = end u^4 smooths the log sigma at 0
+    integral = sum(w / 2 * 4 * end * v**3 * information.loss(end * v**4) for v, w in zip(u, weights, strict=True))
+    exact = -math.log(information.p0[information.x0])
+    assert integral + information.kl(end) == pytest.approx(exact, rel=1e-8)
 
 
 @pytest.mark.parametrize("graph", ["absorb", "uniform"])
