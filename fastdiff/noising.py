@@ -150,7 +150,8 @@ def sample_mask_counts(
         n: counts to draw.
         length: L, a number for [n] results, or int64 [B] for [B, n].
         proposal: "harmonic", q = 1/(m H_L), weight H_L; "uniform", q = 1/L, weight L/m; "stratified", as uniform with
-            one jittered draw in each of n equal strata of 1..L.
+            one jittered draw in each of n equal strata of 1..L, in rising order: rows that take them must come in
+            an order of their own, or a sequence would always meet the same counts.
         seed, step, sample_ids, generator: what names the draws.
 
     Returns:
