@@ -132,9 +132,14 @@ def subsets(length: int) -> tuple[Tensor, Tensor]:
     """All non-empty masks, bool [2^L - 1, L], and their weights 1 / (m C(L, m)) on the summed loss."""
     codes = torch.arange(1, 2**length)
     masks = (codes.unsqueeze(1) >> torch.arange(length)) & 1 == 1
-    m = masks.sum(1)
-    choose = torch.tensor([math.comb(length, k) for k in range(length + 1)], dtype=torch.float64)
-    return masks, 1 / (m * choose[m])
+    return masks, subset_weight(torch.full_like(codes, length), masks.sum(1))
+
+
+def subset_weight(length: Tensor, m: Tensor) -> Tensor:
+    """1 / (m C(L, m)), float64: what the summed loss of one subset of m >= 1 among L tokens counts for."""
+    size = int(length.max()) + 1
+    table = [[j * math.comb(i, j) for j in range(size)] for i in range(size)]
+    return 1 / torch.tensor(table, dtype=torch.float64, device=length.device)[length, m]
 
 
 def count_law(length: int, proposal: str) -> Tensor:

@@ -92,8 +92,6 @@ struct Sequences {
   }
 };
 
-std::vector<int64_t> sizes(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
-
 Tensor empty_mask(const Tensor& x0) { return torch::stable::new_empty(x0, sizes(x0), ScalarType::Bool); }
 
 // Masks the m maskable positions of a sequence with the smallest (draw, position).

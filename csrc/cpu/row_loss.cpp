@@ -8,12 +8,11 @@
 #include <limits>
 #include <string>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
 #include "isa.h"
+#include "operators.h"
 #include "row_loss_cpu.h"
-#include "tensor.h"
 
 namespace fastdiff {
 namespace {
@@ -223,7 +222,7 @@ std::tuple<Tensor, Tensor> row_loss(Tensor z, Tensor x0, std::optional<Tensor> x
   if (reduction == "mean") op.scale = 1.0 / std::max<int64_t>(count, 1);
   if (num_items) op.scale = 1.0 / *data<double>(*num_items);
 
-  Tensor grad = torch::stable::new_empty(z, with_grad ? op.sizes() : std::vector<int64_t>{0});
+  Tensor grad = torch::stable::new_empty(z, with_grad ? sizes(z) : std::vector<int64_t>{0});
   if (with_grad) advise_huge_pages(op.grad = grad.mutable_data_ptr(), grad.numel() * z.element_size());
   std::vector<double> losses(op.rows);
   op.loss = losses.data();
@@ -237,7 +236,7 @@ std::tuple<Tensor, Tensor> row_loss(Tensor z, Tensor x0, std::optional<Tensor> x
     losses.assign(1, sum);
   }
   const bool is_double = z.scalar_type() == ScalarType::Double;
-  const std::vector<int64_t> shape = reduction == "none" ? op.token_sizes() : std::vector<int64_t>{};
+  const std::vector<int64_t> shape = reduction == "none" ? sizes(x0) : std::vector<int64_t>{};
   Tensor loss = torch::stable::new_empty(z, shape, is_double ? ScalarType::Double : ScalarType::Float);
   if (is_double)
     std::copy(losses.begin(), losses.end(), mutable_data<double>(loss));

@@ -52,9 +52,6 @@ struct RowLoss {
         scale_by_sigma(scale_by_sigma_),
         scored(rows) {}
 
-  std::vector<int64_t> sizes() const { return {tensor.sizes().begin(), tensor.sizes().end()}; }
-  std::vector<int64_t> token_sizes() const { return {tensor.sizes().begin(), tensor.sizes().end() - 1}; }
-
   int64_t row_offset(int64_t row) const {
     int64_t offset = 0;
     for (int64_t d = tensor.dim() - 2; d >= 0; --d) {

@@ -9,6 +9,7 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <vector>
 
 namespace fastdiff {
 
@@ -21,6 +22,8 @@ template <typename... Parts>
   ((message << parts), ...);
   throw std::invalid_argument(message.str());
 }
+
+inline std::vector<int64_t> sizes(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
 template <typename T>
 const T* data(const Tensor& t) {

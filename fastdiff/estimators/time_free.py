@@ -17,6 +17,7 @@ from fastdiff.estimators.estimate import NLLEstimate
 from fastdiff.estimators.scoring import Model, Scorer, evaluating
 from fastdiff.noising import Masked, mask_exactly, resolve_seed, sample_mask_counts
 from fastdiff.philox import Purpose, uniform
+from fastdiff.reference import subset_weight
 
 _MOST_ENUMERATED = 20  # target positions: a million subsets
 _STORED_LOSSES = 2**22  # 32 MB in float64
@@ -140,15 +141,8 @@ def _enumerate(score: Scorer, which: Tensor) -> NLLEstimate:
         code = rows - end[k] + subsets[k] + 1
         mask = score.target[which[k]] & (code.unsqueeze(1) >> rank[which[k]]).bitwise_and(1).bool()
         loss = score(which[k], Masked(score.x0[which[k]].masked_fill(mask, score.mask_index), mask))
-        nll.index_add_(0, k, _share(n[k], mask.sum(1)) * loss.sum(1))
+        nll.index_add_(0, k, subset_weight(n[k], mask.sum(1)) * loss.sum(1))
     return NLLEstimate(nll, torch.zeros_like(nll), n, subsets, torch.full_like(nll, math.inf))
-
-
-def _share(n: Tensor, m: Tensor) -> Tensor:
-    """1 / (m C(n, m)), what the summed loss of a subset of m among n tokens counts for in sum_m g(m)."""
-    size = int(n.max()) + 1
-    table = [[j * math.comb(i, j) for j in range(size)] for i in range(size)]
-    return 1 / torch.tensor(table, dtype=torch.float64, device=n.device)[n, m]
 
 
 def _independent(
