@@ -39,10 +39,10 @@ FASTDIFF_HD float load(Float16 x) {
 FASTDIFF_HD void store(float* to, float x) { *to = x; }
 FASTDIFF_HD void store(double* to, double x) { *to = x; }
 
+// A NaN stays one: those that arithmetic makes, or passes on from a BFloat16, have an empty lower half.
 FASTDIFF_HD void store(BFloat16* to, float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-  to->bits = static_cast<uint16_t>(x == x ? rounded : 0x7FC0);
+  to->bits = static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
 FASTDIFF_HD void store(Float16* to, float x) {

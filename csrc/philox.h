@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #ifdef __CUDACC__
 #define FASTDIFF_HD __host__ __device__ __forceinline__
@@ -62,5 +63,13 @@ struct Stream {
 
   FASTDIFF_HD uint32_t operator()(uint32_t index) const { return four(index >> 2).w[index & 3]; }
 };
+
+// round(p 2^32), to the nearest even: a 32-bit draw below it has probability p, and p = 1 is above every draw.
+FASTDIFF_HD uint64_t threshold(double p) {
+  const double shifted = p * 0x1p32 + 0x1p52;  // its low bits are the integer
+  uint64_t bits;
+  memcpy(&bits, &shifted, sizeof(bits));
+  return bits & 0xFFFFFFFFFFFFF;
+}
 
 }  // namespace fastdiff

@@ -15,47 +15,90 @@
 
 namespace fastdiff {
 
-// exp in float, within 2 ulp, in operations that vectorise: 2^n e^r with |r| <= log(2)/2. Below -87 it is 0.
+// x = n log(2) + r, |r| <= log(2)/2, in operations that vectorise; for -87 < x < 88.3. The remainder is within |x|/60 ulp
+// of r where multiply and add are fused, within |x| ulp elsewhere.
+struct Reduced {
+  float scale, r;  // 2^n
+
+  FASTDIFF_HD explicit Reduced(float x) {
+    constexpr float kRound = 0x1.8p23f + 127.0f;  // rounds to integers, and has the exponent of 2^n in its low bits
+    const float shifted = x * 1.44269504f + kRound, n = shifted - kRound;
+    scale = bit_cast<float>(bit_cast<uint32_t>(shifted) << 23);
+    r = x - n * 0.693147181f;
+  }
+};
+
+// exp for x < 88.3, within 2 ulp about 0; it is 0 below -86.9.
 FASTDIFF_HD float exp_(float x) {
-  constexpr float kLow = -86.9f, kHigh = 89.0f, kRound = 0x1.8p23f;
-  float y = x < kLow ? kLow : x;
-  y = y > kHigh ? kHigh : y;
-  const float shifted = y * 1.44269504f + kRound;  // its low bits are n
-  const float n = shifted - kRound;
-  const float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  // n reaches 128, one more than an exponent holds: scale by 2^(n-1), then by 2.
-  const float half_scale = bit_cast<float>((bit_cast<uint32_t>(shifted) + 126u) << 23);
-  const float value = p * half_scale * 2.0f;
-  return x < kLow ? 0.0f : value;
+  const Reduced reduced(x);
+  const float r = reduced.r;
+  float p = 8.3125012967e-3f;
+  p = p * r + 4.1890331715e-2f;
+  p = p * r + 1.6667115389e-1f;
+  p = p * r + 4.9999230308e-1f;
+  p = (p * r + 1.0f) * r + 1.0f;
+  return x < -86.9f ? 0.0f : p * reduced.scale;
 }
 FASTDIFF_HD double exp_(double x) { return std::exp(x); }
-
-// Where phi's Taylor series through d^6/720 is as good as the type.
-FASTDIFF_HD float near_zero(float) { return 0.25f; }
-FASTDIFF_HD double near_zero(double) { return 1e-2; }
 
 template <typename T>
 struct Term {
   T value, slope;
 };
 
-// a phi(d) and its derivative exp(s) - a, for d = s - log a and a > 0. d comes from the caller, who can round once.
-template <typename T>
-FASTDIFF_HD Term<T> scaled_phi(T s, T d, T a) {
-  const T e = exp_(s);
-  const T series = a * (d * d) * (T(1) / 2 + d * (T(1) / 6 + d * (T(1) / 24 + d * (T(1) / 120 + d / 720))));
-  const bool near = std::fabs(d) < near_zero(T());
-  const T value = near ? series : e - a * (1 + d);
-  const T slope = near ? series + a * d : e - a;
-  return {value, slope};
+// phi(d) = expm1(d) - d and its derivative expm1(d), for d < 88.3. Near 0, where scale = 1 and r = d, all but r^2 q vanishes exactly.
+FASTDIFF_HD Term<float> phi(float d) {
+  const Reduced reduced(d < -86.9f ? -86.9f : d);
+  const float scale = reduced.scale, r = reduced.r;
+  float q = 1.3901476693e-3f;
+  q = q * r + 8.3631704377e-3f;
+  q = q * r + 4.1666851746e-2f;
+  q = q * r + 1.6666577139e-1f;
+  q = q * r + 4.9999999554e-1f;
+  const float curve = r * r * q, rest = scale - 1.0f;
+  return {scale * curve + ((scale * r - d) + rest), scale * (curve + r) + rest};
 }
+
+// a phi(s - log a) and its derivative exp(s) - a, where s and d = s - log a come from the caller, who can round once.
+FASTDIFF_HD Term<double> scaled_phi(double s, double d, double a) {
+  const double series = d * d * (1.0 / 2 + d * (1.0 / 6 + d * (1.0 / 24 + d * (1.0 / 120 + d / 720))));
+  const double e = std::exp(s);
+  if (std::fabs(d) < 1e-2) return {a * series, a * (series + d)};
+  return {e - a * (1 + d), e - a};
+}
+
+// The terms of a row's sum: factor * term(z), and its derivative. In float they need z - shift < 88.
+template <typename T>
+struct ExpTerm {
+  T shift, factor = 1;
+
+  FASTDIFF_HD explicit ExpTerm(double shift_) : shift(static_cast<T>(shift_)) {}
+  FASTDIFF_HD Term<T> operator()(T z) const {
+    const T e = exp_(z - shift);
+    return {e, e};
+  }
+};
+
+// a phi(z - shift - log a)
+template <typename T>
+struct PhiTerm;
+
+template <>
+struct PhiTerm<float> {
+  float shift, factor;
+
+  FASTDIFF_HD PhiTerm(double shift_, double a, double log_a)
+      : shift(static_cast<float>(shift_ + log_a)), factor(static_cast<float>(a)) {}
+  FASTDIFF_HD Term<float> operator()(float z) const { return phi(z - shift); }
+};
+
+template <>
+struct PhiTerm<double> {
+  double shift, shift_s, a, factor = 1;
+
+  FASTDIFF_HD PhiTerm(double shift_, double a_, double log_a) : shift(shift_ + log_a), shift_s(shift_), a(a_) {}
+  FASTDIFF_HD Term<double> operator()(double z) const { return scaled_phi(z - shift_s, z - shift, a); }
+};
 
 // Functions of the total noise sigma, safe from 1e-6 to 700: e1 = expm1(sigma) is never formed.
 struct Noise {

@@ -1,5 +1,7 @@
 """Losses of discrete diffusion, per token or reduced, in nats: fused forward and gradient, one read of each row."""
 
+from typing import Any, Literal, NamedTuple, overload
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,21 @@ _IGNORE_NONE = -(2**63)
 PARAMETRIZATIONS = ("log_score", "logits", "log_probs", "scale_by_sigma")
 
 
+class RowStats(NamedTuple):
+    """Statistics of softmax(logits) per token, shaped as x0, without gradient; 0 where a token is not scored.
+
+    logsumexp is over the same ids as the loss, entropy is in nats, correct is True where x0 is the argmax.
+    """
+
+    logsumexp: Tensor
+    entropy: Tensor
+    correct: Tensor
+
+
+@overload
+def dce_loss(logits: Tensor, x0: Tensor, *, return_stats: Literal[False] = ..., **options: Any) -> Tensor: ...
+@overload
+def dce_loss(logits: Tensor, x0: Tensor, *, return_stats: Literal[True], **options: Any) -> tuple[Tensor, RowStats]: ...
 def dce_loss(
     logits: Tensor,
     x0: Tensor,
@@ -29,10 +46,12 @@ def dce_loss(
     mask_index: int = -1,
     exclude_mask: bool = True,
     ignore_index: int = -100,
+    z_loss: float = 0.0,
     reduction: str = "none",
     num_items: Number | Tensor | None = None,
+    return_stats: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, RowStats]:
     """Masked cross-entropy `w (logsumexp_v z_v - z_x0)` at masked positions, 0 elsewhere, in nats.
 
     Args:
@@ -44,8 +63,10 @@ def dce_loss(
             broadcasts to it. It has no gradient.
         mask_index: the mask's id, negative from the end.
         exclude_mask: leave v = mask_index out of the sum over v (SEDD, RADD, MDLM, Duo) or keep it (LLaDA).
+        z_loss: adds z_loss * logsumexp_v(z_v)^2 to what w weighs, which keeps logits from drifting; 1e-4 is usual.
         reduction: "none" for [...] losses, "sum", or "mean" over the scored tokens (0 if there are none).
         num_items: with "mean", divide the sum by this number (or tensor of one element) instead.
+        return_stats: return (loss, RowStats), from the same read of the logits.
 
     Returns:
         float32 (float64 for float64 logits) [...] or [].
@@ -70,8 +91,10 @@ def dce_loss(
         rows.mask = mask.contiguous()
     if weight is not None:
         rows.weight = per_token("weight", weight, shape, device).contiguous()
+    rows.z_loss = float(z_loss)
     _reduce(rows, reduction, num_items)
-    return row_loss(rows, backend)
+    loss, stats = row_loss(rows, backend, return_stats)
+    return (loss, RowStats(stats[0], stats[1], stats[2] == 1)) if return_stats else loss
 
 
 def dse_loss(
@@ -135,7 +158,7 @@ def dse_loss(
     if dsigma is not None:
         rows.weight = per_token("dsigma", dsigma, shape, device).contiguous()
     _reduce(rows, reduction, num_items)
-    return row_loss(rows, backend)
+    return row_loss(rows, backend)[0]
 
 
 def _rows(
@@ -162,6 +185,7 @@ def _rows(
         exclude_mask=exclude_mask,
         ignore_index=ignore_index,
         scale_by_sigma=scale_by_sigma,
+        z_loss=0.0,
         reduction="none",
     )
 

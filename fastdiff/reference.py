@@ -57,14 +57,20 @@ def staggered_score(graph: str, score: Tensor, dsigma: Tensor, mask_index: int |
 # 2. Losses. Each is a function of one row and a few scalars; unscored rows are 0.
 
 
-def dce(logits: Tensor, x0: Tensor, scored: Tensor, mask_index: int | None) -> Tensor:
-    """Masked cross-entropy, logsumexp_v z_v - z_x0 over v != mask_index (None: over all v)."""
-    z = logits.double()
-    if mask_index is not None:
-        z = z.index_fill(-1, torch.tensor(mask_index, device=z.device), -torch.inf)
+def dce(logits: Tensor, x0: Tensor, scored: Tensor, mask_index: int | None, z_loss: float = 0.0) -> Tensor:
+    """Masked cross-entropy, logsumexp_v z_v - z_x0 + z_loss logsumexp_v^2 over v != mask_index (None: over all v)."""
+    z = _without_mask(logits, mask_index)
     target = torch.where(scored, x0, 0)
     loss = F.cross_entropy(z.flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
-    return torch.where(scored, loss, 0)
+    return torch.where(scored, loss + z_loss * torch.logsumexp(z, -1) ** 2, 0)
+
+
+def dce_stats(logits: Tensor, x0: Tensor, mask_index: int | None) -> Tensor:
+    """The log-sum-exp, the entropy -sum_v p_v log p_v, and whether x0 is the argmax (1 or 0): [3, ...]."""
+    z = _without_mask(logits, mask_index)
+    log_p = torch.log_softmax(z, -1)
+    entropy = -torch.special.xlogy(log_p.exp(), log_p.exp()).sum(-1)
+    return torch.stack([torch.logsumexp(z, -1), entropy, (z.argmax(-1) == x0).double()])
 
 
 def dse_absorb(log_score: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor, mask_index: int) -> Tensor:
@@ -191,6 +197,11 @@ def _noise(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """o = 1 - alpha, 1/e1 = alpha/o and log e1 = sigma + log o, never forming e1 = expm1(sigma)."""
     o = -torch.expm1(-sigma)
     return o, torch.exp(-sigma) / o, sigma + torch.log(o)
+
+
+def _without_mask(logits: Tensor, mask_index: int | None) -> Tensor:
+    z = logits.double()
+    return z if mask_index is None else z.index_fill(-1, torch.tensor(mask_index, device=z.device), -torch.inf)
 
 
 def _index(mask_index: int | None) -> int:

@@ -10,7 +10,7 @@
 namespace fastdiff {
 namespace {
 
-constexpr double kTwo32 = 4294967296.0;
+constexpr int64_t kBlock = 1024;  // draws made together, a multiple of 4
 
 // What names the draws of each sequence.
 struct Names {
@@ -22,44 +22,113 @@ struct Names {
   Stream stream(Purpose purpose, int64_t b) const { return {*seed, purpose, steps[b], sample_ids[b], 0}; }
 };
 
-FASTDIFF_HD void draw_groups(const Stream& stream, int64_t groups, uint32_t* draws) {
+// Draws first .. first + n - 1 of a stream, and up to 3 more; first is a multiple of 4.
+FASTDIFF_HD void draw_block(const Stream& stream, int64_t first, int64_t n, uint32_t* draws) {
+  const Stream copy = stream;  // and 32-bit indices: what it takes to vectorise
+  const auto first_group = static_cast<uint32_t>(first / 4), groups = static_cast<uint32_t>((n + 3) / 4);
 #pragma omp simd
-  for (int64_t g = 0; g < groups; ++g) {
-    const Words words = stream.four(static_cast<uint32_t>(g));
-    for (int lane = 0; lane < 4; ++lane) draws[4 * g + lane] = words.w[lane];
+  for (uint32_t g = 0; g < groups; ++g) {
+    const Words words = copy.four(first_group + g);
+    draws[4 * g] = words.w[0];
+    draws[4 * g + 1] = words.w[1];
+    draws[4 * g + 2] = words.w[2];
+    draws[4 * g + 3] = words.w[3];
   }
 }
 
-#define FASTDIFF_DRAWS(SUFFIX, TARGET)                                                      \
-  TARGET void draw_groups_##SUFFIX(const Stream& stream, int64_t groups, uint32_t* draws) { \
-    draw_groups(stream, groups, draws);                                                     \
-  }
-FASTDIFF_FOR_EACH_ISA(FASTDIFF_DRAWS)
-
-// Draws 0 .. length - 1 of a stream.
-void draw_row(const Stream& stream, int64_t length, std::vector<uint32_t>& draws) {
-  static const auto draw = FASTDIFF_FOR_ISA(draw_groups, current_isa());
-  const int64_t groups = (length + 3) / 4;
-  draws.resize(groups * 4);
-  draw(stream, groups, draws.data());
-}
-
-// Probabilities [B, L] with any strides, as thresholds on a 32-bit draw; p = 1 is 2^32, above every draw.
-struct Thresholds {
-  const double* p;
+// Noise for each token by itself, with probabilities p [B, L] of any strides. The mask is not wanted where null.
+struct TokenNoise {
+  Names names;
   int64_t length, stride_b, stride_l;
+  const int64_t* x0;
+  const double* p;
+  const bool* maskable;
+  int64_t* xt;
+  bool* mask;
 
-  explicit Thresholds(const Tensor& t)
-      : p(data<double>(t)), length(t.size(1)), stride_b(t.stride(0)), stride_l(t.stride(1)) {
-    for (int64_t b = 0; b < t.size(0); ++b)
+  TokenNoise(const Names& names_, const Tensor& x0_, const Tensor& p_, const std::optional<Tensor>& maskable_,
+             const Tensor& xt_, const std::optional<Tensor>& mask_)
+      : names(names_),
+        length(x0_.size(1)),
+        stride_b(p_.stride(0)),
+        stride_l(p_.stride(1)),
+        x0(data<int64_t>(x0_)),
+        p(data<double>(p_)),
+        maskable(data<bool>(maskable_)),
+        xt(mutable_data<int64_t>(xt_)),
+        mask(mask_ ? mutable_data<bool>(*mask_) : nullptr) {
+    for (int64_t b = 0; b < x0_.size(0); ++b)
       for (int64_t i = 0; i < (stride_l ? length : std::min<int64_t>(length, 1)); ++i)
-        if (const double value = at(b, i); !(value >= 0 && value <= 1))
+        if (const double value = p[b * stride_b + i * stride_l]; !(value >= 0 && value <= 1))
           bad_value("p: expected probabilities in [0, 1], got ", value, " at [", b, ", ", i, "]");
   }
 
-  double at(int64_t b, int64_t i) const { return p[b * stride_b + i * stride_l]; }
-  uint64_t operator()(int64_t b, int64_t i) const { return static_cast<uint64_t>(std::nearbyint(at(b, i) * kTwo32)); }
+  // hit[i] = draws[i] < p of token first + i
+  FASTDIFF_HD void compare(const uint32_t* draws, int64_t b, int64_t first, int64_t n, bool* hit) const {
+    const double* from = p + b * stride_b + first * stride_l;
+    if (stride_l == 0) {
+      const uint64_t below = threshold(*from);
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) hit[i] = draws[i] < below;
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) hit[i] = draws[i] < threshold(from[i * stride_l]);
+    }
+  }
 };
+
+FASTDIFF_HD void mask_row(const TokenNoise& op, int64_t b, int64_t mask_index) {
+  const Stream stream = op.names.stream(kMask, b);
+  uint32_t draws[kBlock];
+  for (int64_t first = 0; first < op.length; first += kBlock) {
+    const int64_t n = std::min(kBlock, op.length - first), at = b * op.length + first;
+    draw_block(stream, first, n, draws);
+    bool* mask = op.mask + at;
+    op.compare(draws, b, first, n, mask);
+    if (op.maskable) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) mask[i] &= op.maskable[at + i];
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) op.xt[at + i] = mask[i] ? mask_index : op.x0[at + i];
+  }
+}
+
+FASTDIFF_HD void redraw_row(const TokenNoise& op, int64_t b, int64_t num_states) {
+  const Stream stream = op.names.stream(kMask, b), replace = op.names.stream(kReplace, b);
+  uint32_t draws[kBlock];
+  bool hit[kBlock];
+  for (int64_t first = 0; first < op.length; first += kBlock) {
+    const int64_t n = std::min(kBlock, op.length - first), at = b * op.length + first;
+    draw_block(stream, first, n, draws);
+    op.compare(draws, b, first, n, hit);
+    draw_block(replace, first, n, draws);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const auto redrawn = static_cast<int64_t>(uint64_t{draws[i]} * static_cast<uint64_t>(num_states) >> 32);
+      op.xt[at + i] = hit[i] ? redrawn : op.x0[at + i];
+    }
+  }
+}
+
+#define FASTDIFF_CORRUPT(SUFFIX, TARGET)                                             \
+  TARGET void draw_row_##SUFFIX(const Stream& stream, int64_t n, uint32_t* draws) {  \
+    draw_block(stream, 0, n, draws);                                                 \
+  }                                                                                  \
+  TARGET void mask_row_##SUFFIX(const TokenNoise& op, int64_t b, int64_t mask_index) { \
+    mask_row(op, b, mask_index);                                                     \
+  }                                                                                  \
+  TARGET void redraw_row_##SUFFIX(const TokenNoise& op, int64_t b, int64_t num_states) { \
+    redraw_row(op, b, num_states);                                                   \
+  }
+FASTDIFF_FOR_EACH_ISA(FASTDIFF_CORRUPT)
+
+// Calls f(first, last) for ranges of sequences of about this length, several threads side by side.
+template <typename F>
+void for_each_range(int64_t count, int64_t length, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, 8192 / std::max<int64_t>(length, 1));
+  torch::stable::parallel_for(0, count, grain, f);
+}
 
 // Where each sequence lies in x0: rows of [B, L], or documents of a packed [T] between cu_seqlens [B + 1].
 struct Sequences {
@@ -80,16 +149,6 @@ struct Sequences {
 
   int64_t begin(int64_t b) const { return cu_seqlens ? cu_seqlens[b] : b * length; }
   int64_t size(int64_t b) const { return begin(b + 1) - begin(b); }
-
-  // Calls f(b, scratch for draws) for every sequence, several threads side by side.
-  template <typename F>
-  void for_each(const F& f) const {
-    const int64_t grain = std::max<int64_t>(1, 8192 / std::max<int64_t>(length, 1));
-    torch::stable::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
-      std::vector<uint32_t> draws;
-      for (int64_t b = first; b < last; ++b) f(b, draws);
-    });
-  }
 };
 
 Tensor empty_mask(const Tensor& x0) { return torch::stable::new_empty(x0, sizes(x0), ScalarType::Bool); }
@@ -117,9 +176,10 @@ struct SubsetMask {
     return maskable ? std::count(maskable + begin, maskable + begin + size, true) : size;
   }
 
-  void operator()(int64_t b, int64_t m, const Stream& stream, std::vector<uint32_t>& draws) const {
+  void operator()(int64_t b, int64_t m, const Stream& stream) const {
     const int64_t begin = sequences.begin(b), size = sequences.size(b);
-    draw_row(stream, size, draws);
+    std::vector<uint32_t> draws((size + 3) / 4 * 4);
+    FASTDIFF_FOR_ISA(draw_row, current_isa())(stream, size, draws.data());
     std::vector<uint64_t> keys;
     keys.reserve(size);
     for (int64_t i = 0; i < size; ++i)
@@ -140,19 +200,10 @@ struct SubsetMask {
 std::tuple<Tensor, Tensor> mask_tokens(Tensor x0, Tensor p, std::optional<Tensor> maskable, Tensor seed, Tensor steps,
                                        Tensor sample_ids, int64_t mask_index) {
   Tensor xt = torch::stable::empty_like(x0), mask = empty_mask(x0);
-  const Names names(seed, steps, sample_ids);
-  const Thresholds threshold(p);
-  const int64_t length = x0.size(1), *from = data<int64_t>(x0);
-  const bool* allowed = data<bool>(maskable);
-  int64_t* to = mutable_data<int64_t>(xt);
-  bool* masked = mutable_data<bool>(mask);
-  Sequences(x0, std::nullopt).for_each([&](int64_t b, std::vector<uint32_t>& draws) {
-    draw_row(names.stream(kMask, b), length, draws);
-    for (int64_t i = 0; i < length; ++i) {
-      const int64_t at = b * length + i;
-      masked[at] = draws[i] < threshold(b, i) && (!allowed || allowed[at]);
-      to[at] = masked[at] ? mask_index : from[at];
-    }
+  const TokenNoise op({seed, steps, sample_ids}, x0, p, maskable, xt, mask);
+  const auto row = FASTDIFF_FOR_ISA(mask_row, current_isa());
+  for_each_range(x0.size(0), op.length, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) row(op, b, mask_index);
   });
   return {xt, mask};
 }
@@ -167,8 +218,9 @@ std::tuple<Tensor, Tensor> mask_exactly(Tensor x0, Tensor counts, std::optional<
   for (int64_t b = 0; b < subset.sequences.count; ++b)
     if (const int64_t most = subset.num_maskable(b); m[b] < 0 || m[b] > most)
       bad_value("counts: expected numbers in [0, maskable positions], here ", most, ", got ", m[b], " at [", b, "]");
-  subset.sequences.for_each(
-      [&](int64_t b, std::vector<uint32_t>& draws) { subset(b, m[b], names.stream(kSubset, b), draws); });
+  for_each_range(subset.sequences.count, subset.sequences.length, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) subset(b, m[b], names.stream(kSubset, b));
+  });
   return {xt, mask};
 }
 
@@ -192,15 +244,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> harmonic_mask(Tensor x0, std::optiona
   std::vector<double> harmonic(longest + 1, 0.0);  // H_m
   for (int64_t k = 1; k <= longest; ++k) harmonic[k] = harmonic[k - 1] + 1.0 / static_cast<double>(k);
 
-  subset.sequences.for_each([&](int64_t b, std::vector<uint32_t>& draws) {
-    norm[b] = harmonic[m[b]];
-    // The first m with draw < round(2^32 H_m / H_L).
-    const uint32_t draw = names.stream(kCount, b)(0);
-    const auto below = [&](uint32_t d, double h) {
-      return d < static_cast<uint64_t>(std::nearbyint(h / norm[b] * kTwo32));
-    };
-    m[b] = std::upper_bound(harmonic.begin() + 1, harmonic.begin() + m[b], draw, below) - harmonic.begin();
-    subset(b, m[b], names.stream(kSubset, b), draws);
+  for_each_range(batch, subset.sequences.length, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) {
+      norm[b] = harmonic[m[b]];
+      // The first m with draw < H_m / H_L.
+      const auto below = [&](uint32_t draw, double h) { return draw < threshold(h / norm[b]); };
+      const uint32_t draw = names.stream(kCount, b)(0);
+      m[b] = std::upper_bound(harmonic.begin() + 1, harmonic.begin() + m[b], draw, below) - harmonic.begin();
+      subset(b, m[b], names.stream(kSubset, b));
+    }
   });
   return {xt, mask, counts, weight};
 }
@@ -208,18 +260,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> harmonic_mask(Tensor x0, std::optiona
 // With probability p a token is redrawn from all num_states; it may stay.
 Tensor uniform_tokens(Tensor x0, Tensor p, Tensor seed, Tensor steps, Tensor sample_ids, int64_t num_states) {
   Tensor xt = torch::stable::empty_like(x0);
-  const Names names(seed, steps, sample_ids);
-  const Thresholds threshold(p);
-  const int64_t length = x0.size(1), *from = data<int64_t>(x0);
-  int64_t* to = mutable_data<int64_t>(xt);
-  Sequences(x0, std::nullopt).for_each([&](int64_t b, std::vector<uint32_t>& draws) {
-    std::vector<uint32_t> replacements;
-    draw_row(names.stream(kMask, b), length, draws);
-    draw_row(names.stream(kReplace, b), length, replacements);
-    for (int64_t i = 0; i < length; ++i) {
-      const auto redrawn = static_cast<int64_t>(uint64_t{replacements[i]} * static_cast<uint64_t>(num_states) >> 32);
-      to[b * length + i] = draws[i] < threshold(b, i) ? redrawn : from[b * length + i];
-    }
+  const TokenNoise op({seed, steps, sample_ids}, x0, p, std::nullopt, xt, std::nullopt);
+  const auto row = FASTDIFF_FOR_ISA(redraw_row, current_isa());
+  for_each_range(x0.size(0), op.length, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) row(op, b, num_states);
   });
   return xt;
 }

@@ -9,11 +9,11 @@
 
 namespace fastdiff {
 
-std::tuple<Tensor, Tensor> row_loss(Tensor z, Tensor x0, std::optional<Tensor> xt, std::optional<Tensor> mask,
-                                    std::optional<Tensor> sigma, std::optional<Tensor> weight,
-                                    std::optional<Tensor> num_items, std::string functor, int64_t mask_index,
-                                    bool exclude_mask, int64_t ignore_index, bool scale_by_sigma, std::string reduction,
-                                    bool with_grad);
+std::tuple<Tensor, Tensor, Tensor> row_loss(Tensor z, Tensor x0, std::optional<Tensor> xt, std::optional<Tensor> mask,
+                                            std::optional<Tensor> sigma, std::optional<Tensor> weight,
+                                            std::optional<Tensor> num_items, std::string functor, int64_t mask_index,
+                                            bool exclude_mask, int64_t ignore_index, bool scale_by_sigma, double z_loss,
+                                            std::string reduction, bool with_grad, bool with_stats);
 
 std::tuple<Tensor, Tensor> mask_tokens(Tensor x0, Tensor p, std::optional<Tensor> maskable, Tensor seed, Tensor steps,
                                        Tensor sample_ids, int64_t mask_index);

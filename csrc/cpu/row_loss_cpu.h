@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "../row_loss.h"
+#include "row_bodies.h"
 #include "tensor.h"
 
 namespace fastdiff {
@@ -28,14 +28,15 @@ struct RowLoss {
   Functor functor;
   int64_t mask_index, ignore_index, num_states, rows;
   bool exclude_mask, scale_by_sigma;
-  double scale = 1;
+  double z_loss, scale = 1;
   std::vector<uint8_t> scored;
   double* loss = nullptr;
+  RowStats* stats = nullptr;
   void* grad = nullptr;
 
   RowLoss(const Tensor& z_, const Tensor& x0_, const std::optional<Tensor>& xt_, const std::optional<Tensor>& mask_,
           const std::optional<Tensor>& sigma_, const std::optional<Tensor>& weight_, const std::string& functor_,
-          int64_t mask_index_, bool exclude_mask_, int64_t ignore_index_, bool scale_by_sigma_)
+          int64_t mask_index_, bool exclude_mask_, int64_t ignore_index_, bool scale_by_sigma_, double z_loss_)
       : tensor(z_),
         z(z_.const_data_ptr()),
         x0(data<int64_t>(x0_)),
@@ -50,6 +51,7 @@ struct RowLoss {
         rows(x0_.numel()),
         exclude_mask(exclude_mask_),
         scale_by_sigma(scale_by_sigma_),
+        z_loss(z_loss_),
         scored(rows) {}
 
   int64_t row_offset(int64_t row) const {

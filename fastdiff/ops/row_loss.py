@@ -12,12 +12,14 @@ from fastdiff.checks import check_values
 from fastdiff.ops.library import define, implement, library, no_double_backward
 
 # z [..., V] with any strides before the last; x0, xt int64, mask bool, sigma and weight float64, contiguous [...];
-# num_items float64 []. Returns the loss, [...] or [], and the gradient of a scalar one, [..., V] or empty.
+# num_items float64 []. Returns the loss, [...] or []; the gradient of a scalar one, [..., V], or empty; and the statistics
+# [3, ...], or empty.
 _ROWS = (
     "Tensor z, Tensor x0, Tensor? xt, Tensor? mask, Tensor? sigma, Tensor? weight, Tensor? num_items, "
-    "str functor, int mask_index, bool exclude_mask, int ignore_index, bool scale_by_sigma, str reduction"
+    "str functor, int mask_index, bool exclude_mask, int ignore_index, bool scale_by_sigma, float z_loss, "
+    "str reduction"
 )
-_row_loss = define(f"row_loss({_ROWS}, bool with_grad) -> (Tensor, Tensor)")
+_row_loss = define(f"row_loss({_ROWS}, bool with_grad, bool with_stats) -> (Tensor, Tensor, Tensor)")
 _row_loss_backward = define(f"row_loss_backward(Tensor grad_loss, {_ROWS}) -> Tensor")
 _scale_grad = define("scale_grad(Tensor grad, Tensor grad_loss) -> Tensor")
 
@@ -41,18 +43,20 @@ class Rows:
     exclude_mask: bool
     ignore_index: int
     scale_by_sigma: bool
+    z_loss: float
     reduction: str
 
     def arguments(self) -> tuple[Any, ...]:
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
 
-def row_loss(rows: Rows, backend: str | None) -> Tensor:
-    """Loss per token, or its sum or mean; float32, or float64 for float64 rows."""
+def row_loss(rows: Rows, backend: str | None, with_stats: bool = False) -> tuple[Tensor, Tensor]:
+    """Loss per token, or its sum or mean, and the statistics if asked for; float32, or float64 for float64 rows."""
     if resolve(backend, rows.z.device) == "reference":
-        return _reference(rows)
+        return _reference(rows), _reference_stats(rows) if with_stats else rows.z.new_empty(0)
     with_grad = torch.is_grad_enabled() and rows.z.requires_grad and rows.reduction != "none"
-    return _row_loss(*rows.arguments(), with_grad)[0]
+    loss, _, stats = _row_loss(*rows.arguments(), with_grad, with_stats)
+    return loss, stats
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -60,11 +64,11 @@ def row_loss(rows: Rows, backend: str | None) -> Tensor:
 
 
 @torch.library.register_fake("fastdiff::row_loss")
-def _(z: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    reduction, with_grad = arguments[-2:]
-    shape = z.shape[:-1] if reduction == "none" else ()
-    loss = z.new_empty(shape, dtype=_loss_dtype(z))
-    return loss, z.new_empty(z.shape if with_grad else (0,))
+def _(z: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    reduction, with_grad, with_stats = arguments[-3:]
+    loss = z.new_empty(z.shape[:-1] if reduction == "none" else (), dtype=_loss_dtype(z))
+    grad = z.new_empty(z.shape if with_grad else (0,))
+    return loss, grad, z.new_empty((3, *z.shape[:-1]) if with_stats else (0,), dtype=_loss_dtype(z))
 
 
 @torch.library.register_fake("fastdiff::row_loss_backward")
@@ -72,16 +76,16 @@ def _(grad_loss: Tensor, z: Tensor, *_: Any) -> Tensor:
     return z.new_empty(z.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, with_grad = inputs[:_TENSORS] + inputs[-1:]
-    ctx.mark_non_differentiable(output[1])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    tensors, with_grad = inputs[:_TENSORS], inputs[-2]
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or the unused gradient of the gradient would be a zero [..., V]
-    ctx.constants = None if with_grad else inputs[_TENSORS:-1]
+    ctx.constants = None if with_grad else inputs[_TENSORS:-2]
     ctx.save_for_backward(*([output[1]] if with_grad else tensors))
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    return (None if grad_loss is None else _grad(ctx, grad_loss), *(None,) * len(dataclasses.fields(Rows)))
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    return (None if grad_loss is None else _grad(ctx, grad_loss), *(None,) * (len(dataclasses.fields(Rows)) + 1))
 
 
 def _grad(ctx: Any, grad_loss: Tensor) -> Tensor:
@@ -109,7 +113,7 @@ def _recompute(grad_loss: Tensor, *arguments: Any) -> Tensor:
     upstream = grad_loss.double().expand(rows.x0.shape)
     rows.weight = (upstream if rows.weight is None else rows.weight * upstream).contiguous()
     rows.reduction = "sum" if rows.reduction == "none" else rows.reduction
-    return _row_loss(*rows.arguments(), True)[1]
+    return _row_loss(*rows.arguments(), True, False)[1]
 
 
 implement("row_loss_backward", _recompute)
@@ -141,13 +145,20 @@ def _reference_loss(rows: Rows, x0: Tensor, scored: Tensor) -> Tensor:
     z, xt = torch.where(scored.unsqueeze(-1), rows.z, 0), rows.xt  # unscored rows are not read, not even for NaN
     sigma = None if rows.sigma is None else torch.where(scored, rows.sigma, 1)
     if rows.functor == "dce" or xt is None or sigma is None:
-        loss = reference.dce(z, x0, scored, rows.mask_index if rows.exclude_mask else None)
+        loss = reference.dce(z, x0, scored, rows.mask_index if rows.exclude_mask else None, rows.z_loss)
         return loss if sigma is None else loss * torch.exp(-sigma) / -torch.expm1(-sigma)
     if rows.scale_by_sigma:
         z = reference.scale_by_sigma(z, sigma, xt)
     if rows.functor == "dse_absorb":
         return reference.dse_absorb(z, sigma, xt, x0, rows.mask_index)
     return reference.dse_uniform(z, sigma, torch.where(scored, xt, 0), x0)
+
+
+def _reference_stats(rows: Rows) -> Tensor:
+    scored = (rows.x0 != rows.ignore_index) & _scored(rows)
+    z = torch.where(scored.unsqueeze(-1), rows.z.detach(), 0)
+    stats = reference.dce_stats(z, torch.where(scored, rows.x0, 0), rows.mask_index if rows.exclude_mask else None)
+    return torch.where(scored, stats, 0).to(_loss_dtype(z))
 
 
 def _scored(rows: Rows) -> Tensor:

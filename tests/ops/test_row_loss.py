@@ -110,10 +110,11 @@ def test_opcheck(functor, reduction):
     p = problem((2, 3), 7)
     xt, sigma = (p["moved"] if functor == "dse_uniform" else p["xt"]), p["sigma"][:, None].expand(2, 3).contiguous()
     rows = [p["x0"], xt, None, None if functor == "dce" else sigma, p["weight"], None]
-    constants = [functor, p["mask_index"], True, -100, False, reduction]
+    constants = [functor, p["mask_index"], True, -100, False, 1e-3, reduction]
     z = p["z"].requires_grad_()
     for with_grad in (False, True) if reduction == "mean" else (False,):
-        torch.library.opcheck(torch.ops.fastdiff.row_loss.default, (z, *rows, *constants, with_grad))
+        for with_stats in (False, True) if functor == "dce" else (False,):
+            torch.library.opcheck(torch.ops.fastdiff.row_loss.default, (z, *rows, *constants, with_grad, with_stats))
     upstream = torch.rand(() if reduction == "mean" else (2, 3))
     torch.library.opcheck(torch.ops.fastdiff.row_loss_backward.default, (upstream, z.detach(), *rows, *constants))
     torch.library.opcheck(torch.ops.fastdiff.scale_grad.default, (z.detach(), torch.tensor(2.0)))

@@ -1,0 +1,213 @@
+// One row: its loss and, if asked for, its gradient. The row is read from memory once and its gradient written once.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "../row_loss.h"
+
+namespace fastdiff {
+
+constexpr int64_t kBlock = 1024;  // numbers summed in the working type before a sum goes into double
+
+// The type that numbers stored as T are computed in.
+template <typename T>
+using Acc = decltype(load(T()));
+
+template <typename C>
+constexpr C kInfinity = std::numeric_limits<C>::infinity();
+
+// A row and the place of its gradient. x0 and the excluded id, if that is not negative, are treated apart.
+template <typename T>
+struct Row {
+  const T* z;
+  T* grad;
+  int64_t num_states, x0, excluded;
+
+  // Calls f(first, n) for runs of at most kBlock of the other ids, in rising order.
+  template <typename F>
+  FASTDIFF_HD void for_each_run(const F& f) const {
+    const int64_t low = excluded < 0 ? x0 : std::min(x0, excluded), high = std::max(x0, excluded);
+    const int64_t begin[] = {0, low + 1, high + 1}, end[] = {low, high, num_states};
+    for (int k = 0; k < 3; ++k)
+      for (int64_t first = begin[k]; first < end[k]; first += kBlock) f(first, std::min(kBlock, end[k] - first));
+  }
+};
+
+// A block in the type it is computed in: itself, or a copy in the buffer.
+template <typename C, typename T>
+FASTDIFF_HD const C* widened(const T* from, int64_t n, C* buffer) {
+  if constexpr (std::is_same_v<C, T>) {
+    return from;
+  } else {
+#pragma omp simd
+    for (int64_t v = 0; v < n; ++v) buffer[v] = load(from[v]);
+    return buffer;
+  }
+}
+
+// to = scale * from, where both may be one place.
+template <typename C, typename T>
+FASTDIFF_HD void store_scaled(T* to, const C* from, int64_t n, C scale) {
+#pragma omp simd
+  for (int64_t v = 0; v < n; ++v) store(to + v, static_cast<Acc<T>>(scale * from[v]));
+}
+
+template <typename C>
+struct Block {
+  C sum, max;  // of the terms, and of the numbers themselves
+};
+
+// The sum of term(x); with kKeep also their derivatives.
+template <bool kKeep, typename F, typename C>
+FASTDIFF_HD Block<C> sum_terms(const F& term, const C* x, C* kept, int64_t n) {
+  C sum = 0, max = -kInfinity<C>;
+#pragma omp simd reduction(+ : sum) reduction(max : max)
+  for (int64_t v = 0; v < n; ++v) {
+    const Term<C> t = term(x[v]);
+    sum += t.value;
+    max = x[v] > max ? x[v] : max;  // std::max would not vectorise
+    if constexpr (kKeep) kept[v] = t.slope;
+  }
+  return {sum, max};
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Score entropy: a plain sum, so loss and gradient come from one pass.
+
+template <bool kGrad, typename C, typename T, typename F>
+FASTDIFF_HD Block<double> dse_run(const Row<T>& row, const F& term, double scale, int64_t first, int64_t n) {
+  C in[kBlock], out[kBlock];
+  const Block<C> block = sum_terms<kGrad>(term, widened(row.z + first, n, in), out, n);
+  if constexpr (kGrad) store_scaled(row.grad + first, out, n, static_cast<C>(scale * term.factor));
+  return {static_cast<double>(term.factor) * block.sum, block.max};
+}
+
+// Blocks that would overflow in float are computed again in double.
+template <bool kGrad, template <typename> class F, typename T, typename... Constants>
+FASTDIFF_HD double dse_runs(const Row<T>& row, double scale, Constants... constants) {
+  const F<Acc<T>> term(constants...);
+  const F<double> exact(constants...);
+  double sum = 0;
+  row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
+    const Block<double> run = dse_run<kGrad, Acc<T>>(row, term, scale, first, n);
+    sum += run.max < term.shift + 88 ? run.sum : dse_run<kGrad, double>(row, exact, scale, first, n).sum;
+  });
+  return sum;
+}
+
+template <bool kGrad, typename T>
+FASTDIFF_HD double dse_row(const Row<T>& row, double weight, double shift, const DseRow& dse) {
+  const double scale = weight * dse.scale;
+  double sum = dse.a > 0 ? dse_runs<kGrad, PhiTerm>(row, scale, shift, dse.a, dse.log_a)
+                         : dse_runs<kGrad, ExpTerm>(row, scale, shift);
+  if (row.x0 != row.excluded) {
+    const double s = load(row.z[row.x0]) - shift;
+    const Term<double> term = scaled_phi(s, s - dse.log_a_x0, dse.a_x0);
+    sum += term.value;
+    if constexpr (kGrad) store(row.grad + row.x0, static_cast<Acc<T>>(scale * term.slope));
+  }
+  return scale * sum;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Cross-entropy: the exponentials are kept from the first pass, the second multiplies them by what the sum makes known.
+
+template <typename C>
+struct ExpSum {
+  C shift;
+  double sum;  // of exp(z - shift)
+
+  FASTDIFF_HD void add(C other_shift, double other_sum) {
+    const C top = other_shift > shift ? other_shift : shift;
+    // != rather than <, so that a NaN among the shifts reaches the sum
+    if (shift != top) sum *= std::exp(static_cast<double>(shift) - top);
+    if (other_shift != top) other_sum *= std::exp(static_cast<double>(other_shift) - top);
+    shift = top;
+    sum += other_sum;
+  }
+};
+
+// Room for a row between the passes: the exponentials, unless the gradient can hold them, and each run's shift.
+template <typename T>
+struct Scratch {
+  std::vector<Acc<T>> exponentials, shifts;
+
+  explicit Scratch(int64_t num_states)
+      : exponentials(std::is_same_v<Acc<T>, T> ? 0 : num_states), shifts(num_states / kBlock + 3) {}
+
+  FASTDIFF_HD Acc<T>* kept(T* grad) {
+    if constexpr (std::is_same_v<Acc<T>, T>)
+      return grad;
+    else
+      return exponentials.data();
+  }
+};
+
+struct RowStats {
+  double logsumexp = 0, entropy = 0, correct = 0;
+};
+
+// Adds a run to the sum and gives the shift it took: what others took, unless that lets the exponentials grow too large.
+template <bool kKeep, typename T>
+FASTDIFF_HD Acc<T> add_run(ExpSum<Acc<T>>& all, const T* z, Acc<T>* kept, int64_t n, Acc<T>& max) {
+  using C = Acc<T>;
+  C in[kBlock], shift = std::max(all.shift, std::numeric_limits<C>::lowest());  // never -inf
+  const C* x = widened(z, n, in);
+  Block<C> block = sum_terms<kKeep>(ExpTerm<C>(shift), x, kept, n);
+  if (block.max > shift + 60) block = sum_terms<kKeep>(ExpTerm<C>(shift = block.max), x, kept, n);
+  all.add(shift, block.sum);
+  max = block.max;
+  return shift;
+}
+
+// -sum p log p, from the row's log-sum-exp in two parts.
+template <typename T>
+FASTDIFF_HD double entropy(const Row<T>& row, const ExpSum<Acc<T>>& all) {
+  using C = Acc<T>;
+  const auto term = [&](C z) __attribute__((always_inline)) {
+    const C x = z - all.shift;
+    return x < C(-86) ? 0 : exp_(x) * x;
+  };
+  double sum = term(load(row.z[row.x0]));
+  row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
+    C part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t v = first; v < first + n; ++v) part += term(load(row.z[v]));
+    sum += part;
+  });
+  return std::log(all.sum) - sum / all.sum;
+}
+
+template <bool kGrad, typename T>
+FASTDIFF_HD double dce_row(const Row<T>& row, double weight, double z_loss, Scratch<T>& scratch, RowStats* stats) {
+  using C = Acc<T>;
+  const C at_x0 = load(row.z[row.x0]);
+  ExpSum<C> all{at_x0, 1};
+  C max_before = -kInfinity<C>, max_after = max_before;
+  C *kept = kGrad ? scratch.kept(row.grad) : nullptr, *shift = scratch.shifts.data();
+  row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
+    C max;
+    *shift++ = add_run<kGrad>(all, row.z + first, kGrad ? kept + first : kept, n, max);
+    max_before = first < row.x0 && max > max_before ? max : max_before;
+    max_after = first > row.x0 && max > max_after ? max : max_after;
+  });
+  if (all.shift == kInfinity<C>) all.sum = NAN;  // inf - inf, as in PyTorch
+  // log p(x0). The shift is never added to log(sum): beside a large one the sum's digits would be lost.
+  const double log_p = (static_cast<double>(at_x0) - all.shift) - std::log(all.sum);
+  const double logsumexp = all.shift + std::log(all.sum), slope = 1 + 2 * z_loss * logsumexp;
+  if constexpr (kGrad) {
+    shift = scratch.shifts.data();
+    row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
+      const double scale = weight * slope / all.sum * std::exp(static_cast<double>(*shift++) - all.shift);
+      store_scaled(row.grad + first, kept + first, n, static_cast<C>(scale));
+    });
+    store(row.grad + row.x0, static_cast<C>(weight * (std::expm1(log_p) + (slope - 1) * std::exp(log_p))));
+  }
+  if (stats) *stats = {logsumexp, entropy(row, all), double(at_x0 > max_before && at_x0 >= max_after)};
+  return weight * (z_loss * logsumexp * logsumexp - log_p);
+}
+
+}  // namespace fastdiff
