@@ -82,9 +82,9 @@ def dse_absorb(log_score: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor, mask_in
     s, scored = log_score.double(), xt == mask_index
     _, inv_e1, log_e1 = _noise(torch.where(scored, sigma.double(), 1))
     x0 = torch.where(scored, x0, 0).unsqueeze(-1)
-    others = torch.exp(s).index_fill(-1, torch.tensor(mask_index, device=s.device), 0).scatter(-1, x0, 0)
+    others = s.index_fill(-1, torch.tensor(mask_index, device=s.device), -torch.inf).scatter(-1, x0, -torch.inf)
     at_x0 = s.gather(-1, x0).squeeze(-1)
-    loss = others.sum(-1) + inv_e1 * phi(at_x0 + log_e1)
+    loss = torch.exp(others).sum(-1) + inv_e1 * phi(at_x0 + log_e1)
     return torch.where(scored, loss, 0)
 
 
@@ -94,7 +94,7 @@ def dse_uniform(log_score: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor) -> Ten
     a_y is the ratio p(y | x0) / p(xt | x0): r everywhere if xt = x0, else 1 and 1/r at x0, with
     r = e1 / (e1 + N) and e1 = expm1(sigma). Where a = 0 (sigma = 0, nothing moved) the term is exp(s_y).
     """
-    s, n, moved = log_score.double(), log_score.shape[-1], xt != x0
+    s, n, moved = log_score.double().scatter(-1, xt.unsqueeze(-1), 0), log_score.shape[-1], xt != x0
     sigma = sigma.double().expand(xt.shape)
     o, alpha = -torch.expm1(-sigma), torch.exp(-sigma)
     log_r = -torch.log1p(n * alpha / o)
@@ -103,7 +103,7 @@ def dse_uniform(log_score: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor) -> Ten
     log_a = torch.where(at_x0, -log_r.unsqueeze(-1), log_a)
     still = (log_a == -torch.inf).expand(s.shape)
     safe = torch.where(still, 0, log_a)
-    terms = torch.where(still, torch.exp(s), torch.exp(safe) * phi(s - safe))
+    terms = torch.where(still, torch.exp(torch.where(still, s, 0)), torch.exp(safe) * phi(s - safe))
     return terms.scatter(-1, xt.unsqueeze(-1), 0).sum(-1) / n
 
 

@@ -32,7 +32,7 @@ def rows(draw, special):
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     z = torch.randn(*shape, num_states, generator=g, dtype=torch.float64) * draw(st.sampled_from([0.0, 0.1, 1.0, 2.0]))
     if special and z.numel():
-        value = draw(st.sampled_from([torch.nan, torch.inf, -torch.inf, -1e6]))
+        value = draw(st.sampled_from([torch.nan, torch.inf, -torch.inf, -1e6, 100.0]))
         hit = torch.rand(z.shape, generator=g) < draw(st.sampled_from([0.01, 0.5, 1.0]))
         z = z.masked_fill(hit, value)
     z = z.to(dtype)
@@ -95,14 +95,14 @@ def test_dce(data, reduction, exclude_mask, given_as):
     if given_as == "xt":
         where = {"xt": torch.where(masked, mask_index, x0)}
     options = dict(mask_index=mask_index, exclude_mask=exclude_mask, reduction=reduction, **where)
-    options["weight"] = weights(data.draw, x0.shape, g)
+    options["weight"], options["z_loss"] = weights(data.draw, x0.shape, g), data.draw(st.sampled_from([0.0, 0.1]))
     agree(lambda z, backend: dce_loss(z, x0, backend=backend, **options), z)
 
 
 @fuzz
 @given(st.data(), st.sampled_from(["none", "sum", "mean"]), st.sampled_from(["absorb", "uniform"]))
 def test_dse(data, reduction, graph):
-    z, x0, masked, mask_index, g = data.draw(rows(special=False))
+    z, x0, masked, mask_index, g = data.draw(rows(special=data.draw(st.booleans())))
     xt = torch.where(
         masked, mask_index if graph == "absorb" else torch.randint(0, z.shape[-1], x0.shape, generator=g), x0
     )

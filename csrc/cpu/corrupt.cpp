@@ -25,10 +25,10 @@ struct Names {
 // Draws first .. first + n - 1 of a stream, and up to 3 more; first is a multiple of 4.
 FASTDIFF_HD void draw_block(const Stream& stream, int64_t first, int64_t n, uint32_t* draws) {
   const Stream copy = stream;  // and 32-bit indices: what it takes to vectorise
-  const auto first_group = static_cast<uint32_t>(first / 4), groups = static_cast<uint32_t>((n + 3) / 4);
+  const auto first_group = static_cast<int32_t>(first / 4), groups = static_cast<int32_t>((n + 3) / 4);
 #pragma omp simd
-  for (uint32_t g = 0; g < groups; ++g) {
-    const Words words = copy.four(first_group + g);
+  for (int32_t g = 0; g < groups; ++g) {
+    const Words words = copy.four(static_cast<uint32_t>(first_group + g));
     draws[4 * g] = words.w[0];
     draws[4 * g + 1] = words.w[1];
     draws[4 * g + 2] = words.w[2];
@@ -36,15 +36,16 @@ FASTDIFF_HD void draw_block(const Stream& stream, int64_t first, int64_t n, uint
   }
 }
 
-// Noise for each token by itself, with probabilities p [B, L] of any strides. The mask is not wanted where null.
+// Noise for each token by itself, with probabilities p [B, L] of any strides; a null mask is not wanted. Loops over bool do
+// not vectorise, so masks are bytes of 0 and 1.
 struct TokenNoise {
   Names names;
   int64_t length, stride_b, stride_l;
   const int64_t* x0;
   const double* p;
-  const bool* maskable;
+  const uint8_t* maskable;
   int64_t* xt;
-  bool* mask;
+  uint8_t* mask;
 
   TokenNoise(const Names& names_, const Tensor& x0_, const Tensor& p_, const std::optional<Tensor>& maskable_,
              const Tensor& xt_, const std::optional<Tensor>& mask_)
@@ -54,9 +55,9 @@ struct TokenNoise {
         stride_l(p_.stride(1)),
         x0(data<int64_t>(x0_)),
         p(data<double>(p_)),
-        maskable(data<bool>(maskable_)),
+        maskable(data<uint8_t>(maskable_)),
         xt(mutable_data<int64_t>(xt_)),
-        mask(mask_ ? mutable_data<bool>(*mask_) : nullptr) {
+        mask(mask_ ? mutable_data<uint8_t>(*mask_) : nullptr) {
     for (int64_t b = 0; b < x0_.size(0); ++b)
       for (int64_t i = 0; i < (stride_l ? length : std::min<int64_t>(length, 1)); ++i)
         if (const double value = p[b * stride_b + i * stride_l]; !(value >= 0 && value <= 1))
@@ -64,7 +65,7 @@ struct TokenNoise {
   }
 
   // hit[i] = draws[i] < p of token first + i
-  FASTDIFF_HD void compare(const uint32_t* draws, int64_t b, int64_t first, int64_t n, bool* hit) const {
+  FASTDIFF_HD void compare(const uint32_t* draws, int64_t b, int64_t first, int64_t n, uint8_t* hit) const {
     const double* from = p + b * stride_b + first * stride_l;
     if (stride_l == 0) {
       const uint64_t below = threshold(*from);
@@ -83,30 +84,34 @@ FASTDIFF_HD void mask_row(const TokenNoise& op, int64_t b, int64_t mask_index) {
   for (int64_t first = 0; first < op.length; first += kBlock) {
     const int64_t n = std::min(kBlock, op.length - first), at = b * op.length + first;
     draw_block(stream, first, n, draws);
-    bool* mask = op.mask + at;
+    const int64_t* x0 = op.x0 + at;
+    int64_t* xt = op.xt + at;
+    uint8_t* mask = op.mask + at;
     op.compare(draws, b, first, n, mask);
     if (op.maskable) {
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) mask[i] &= op.maskable[at + i];
     }
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) op.xt[at + i] = mask[i] ? mask_index : op.x0[at + i];
+    for (int64_t i = 0; i < n; ++i) xt[i] = mask[i] ? mask_index : x0[i];
   }
 }
 
 FASTDIFF_HD void redraw_row(const TokenNoise& op, int64_t b, int64_t num_states) {
   const Stream stream = op.names.stream(kMask, b), replace = op.names.stream(kReplace, b);
   uint32_t draws[kBlock];
-  bool hit[kBlock];
+  uint8_t hit[kBlock];
   for (int64_t first = 0; first < op.length; first += kBlock) {
     const int64_t n = std::min(kBlock, op.length - first), at = b * op.length + first;
+    const int64_t* x0 = op.x0 + at;
+    int64_t* xt = op.xt + at;
     draw_block(stream, first, n, draws);
     op.compare(draws, b, first, n, hit);
     draw_block(replace, first, n, draws);
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       const auto redrawn = static_cast<int64_t>(uint64_t{draws[i]} * static_cast<uint64_t>(num_states) >> 32);
-      op.xt[at + i] = hit[i] ? redrawn : op.x0[at + i];
+      xt[i] = hit[i] ? redrawn : x0[i];
     }
   }
 }
