@@ -206,7 +206,8 @@ FASTDIFF_HD double dce_row(const Row<T>& row, double weight, double z_loss, Scra
     });
     store(row.grad + row.x0, static_cast<C>(weight * (std::expm1(log_p) + (slope - 1) * std::exp(log_p))));
   }
-  if (stats) *stats = {logsumexp, entropy(row, all), double(at_x0 > max_before && at_x0 >= max_after)};
+  const bool correct = at_x0 > max_before && at_x0 >= max_after && !std::isnan(all.sum);
+  if (stats) *stats = {logsumexp, entropy(row, all), static_cast<double>(correct)};
   return weight * (z_loss * logsumexp * logsumexp - log_p);
 }
 

@@ -12,7 +12,7 @@ from fastdiff import dce_loss, dse_loss
 
 # Largest error against float64, relative to the largest number of the result.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
-LOSSES = ["dce", "dce_all", "absorb", "absorb_logits", "absorb_scaled", "uniform", "uniform_scaled"]
+LOSSES = ["dce", "dce_all", "dce_z", "absorb", "absorb_logits", "absorb_scaled", "uniform", "uniform_scaled"]
 
 
 def problem(shape, num_states, dtype=torch.float32, seed=0, spread=3.0, mask_index=None):
@@ -33,7 +33,8 @@ def problem(shape, num_states, dtype=torch.float32, seed=0, spread=3.0, mask_ind
 def loss_of(name, p, **options):
     z, x0, mask_index = p["z"], p["x0"], p["mask_index"]
     if name.startswith("dce"):
-        options |= dict(xt=p["xt"], weight=p["weight"], mask_index=mask_index, exclude_mask=name == "dce")
+        options |= dict(xt=p["xt"], weight=p["weight"], mask_index=mask_index, exclude_mask=name != "dce_all")
+        options["z_loss"] = 0.1 if name == "dce_z" else 0.0
         return dce_loss(z, x0, **options)
     graph, _, form = name.partition("_")
     form = {"": "log_score", "logits": "logits", "scaled": "scale_by_sigma"}[form]
@@ -70,6 +71,35 @@ def test_agrees_with_the_reference(name, dtype, reduction):
             loss, expected, torch.float64 if dtype == torch.float64 else torch.float32, f"loss at V = {num_states}"
         )
         assert_near(grad, expected_grad, dtype, f"gradient at V = {num_states}")
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 6.0])
+def test_errors_are_at_most_twice_those_of_pytorch(spread):
+    """Relative errors in float32, of the losses and of every entry of the gradient."""
+    p = problem((4, 16), 5003, spread=spread)
+    x0, scored, sigma = p["x0"], p["xt"] == p["mask_index"], p["sigma"][:, None]
+    log_e1 = torch.log(torch.expm1(sigma))
+    at_x0 = F.one_hot(x0, 5003).bool()
+
+    def dce(z):
+        return F.cross_entropy(z.flatten(0, 1), x0.flatten(), reduction="none").view(x0.shape)
+
+    def absorb(z):
+        d = z.gather(-1, x0[..., None]).squeeze(-1) + log_e1.to(z.dtype)
+        others = z.masked_fill(at_x0, -torch.inf)[..., :-1].exp().sum(-1)
+        return torch.where(scored, others + (torch.expm1(d) - d) / torch.expm1(sigma).to(z.dtype), 0)
+
+    calls = {dce: lambda z: dce_loss(z, x0, exclude_mask=False), absorb: lambda z: dse_loss(z, sigma, p["xt"], x0)}
+    for formula, ours in calls.items():
+        results = []
+        for call, dtype in ((formula, torch.float64), (formula, torch.float32), (ours, torch.float32)):
+            z = p["z"].to(dtype).requires_grad_()
+            loss = call(z)
+            results.append((loss, torch.autograd.grad(loss.sum(), z)[0]))
+        for exact, plain, got in zip(*results, strict=True):
+            nonzero = exact.abs() > 1e-30
+            error, plain_error = (((t.double() - exact) / exact)[nonzero].abs().max() for t in (got, plain))
+            assert error <= 2 * plain_error
 
 
 @pytest.mark.parametrize("num_states", [50257, 126464])
