@@ -4,6 +4,7 @@
 // treated apart, in double; all others share one formula:
 //   dce   loss = logsumexp(z) - z_x0,                        gradient exp(z - logsumexp), minus 1 at x0
 //   dse   loss = scale * sum_y a_y phi(s_y - log a_y),       gradient scale * (exp(s_y) - a_y)
+//   dse from conditionals, uniform graph: see NelboRow
 // where phi(d) = expm1(d) - d and s = z - shift. a_y is the ratio p(y | x0) / p(x_t | x0): for the absorbing graph
 // 1/e1 at x0 and 0 elsewhere; for the uniform one r if x_t = x0, else 1/r at x0 and 1 elsewhere.
 #pragma once
@@ -15,8 +16,8 @@
 
 namespace fastdiff {
 
-// x = n log(2) + r, |r| <= log(2)/2, in operations that vectorise; for -87 < x < 88.3. The remainder is within |x|/60 ulp
-// of r where multiply and add are fused, within |x| ulp elsewhere.
+// x = n log(2) + r, |r| <= log(2)/2, in operations that vectorise; for -87 < x < 88.3. The remainder is within |x|/60
+// ulp of r where multiply and add are fused, within |x| ulp elsewhere.
 struct Reduced {
   float scale, r;  // 2^n
 
@@ -46,7 +47,8 @@ struct Term {
   T value, slope;
 };
 
-// phi(d) = expm1(d) - d and its derivative expm1(d), for d < 88.3. Near 0, where scale = 1 and r = d, all but r^2 q vanishes exactly.
+// phi(d) = expm1(d) - d and its derivative expm1(d), for d < 88.3. Near 0, where scale = 1 and r = d, all but r^2 q
+// vanishes exactly.
 FASTDIFF_HD Term<float> phi(float d) {
   const Reduced reduced(d < -86.9f ? -86.9f : d);
   const float scale = reduced.scale, r = reduced.r;
@@ -100,6 +102,30 @@ struct PhiTerm<double> {
   FASTDIFF_HD Term<double> operator()(double z) const { return scaled_phi(z - shift_s, z - shift, a); }
 };
 
+// w - log(1 + w) from w and rho = 1 + w, each rounded by itself. With rho = 2^n (1 + s) it is s^2 R(s) + (w - s) - n
+// log(2), and near 0, where n = 0 and s = w, only s^2 R(s).
+FASTDIFF_HD float log_gap(float w, float rho) {
+  constexpr uint32_t kRootHalf = 0x3F3504F3;
+  const uint32_t shifted = bit_cast<uint32_t>(rho) + (0x3F800000 - kRootHalf);
+  const float n = static_cast<float>(static_cast<int32_t>(shifted >> 23) - 127);
+  const float s = n == 0 ? w : bit_cast<float>((shifted & 0x007FFFFF) + kRootHalf) - 1.0f;
+  float p = 7.779105448e-2f;
+  p = p * s - 1.277899054e-1f;
+  p = p * s + 1.311441154e-1f;
+  p = p * s - 1.419595402e-1f;
+  p = p * s + 1.662703996e-1f;
+  p = p * s - 2.000164238e-1f;
+  p = p * s + 2.500078027e-1f;
+  p = p * s - 3.333332531e-1f;
+  p = p * s + 4.999999764e-1f;
+  return p * s * s + ((w - s) - n * 0.693147181f);
+}
+
+FASTDIFF_HD double log_gap(double w, double rho) {
+  const double series = w * w * (1.0 / 2 - w * (1.0 / 3 - w * (1.0 / 4 - w * (1.0 / 5 - w / 6))));
+  return std::fabs(w) < 1e-3 ? series : w - std::log(rho);
+}
+
 // Functions of the total noise sigma, safe from 1e-6 to 700: e1 = expm1(sigma) is never formed.
 struct Noise {
   double inv_e1, log_e1;
@@ -123,6 +149,29 @@ struct DseRow {
     const double o = -std::expm1(-sigma), n = static_cast<double>(num_states);
     const double log_r = -std::log1p(n * std::exp(-sigma) / o), r = o / (o + n * std::exp(-sigma));
     return moved ? DseRow{1, 0, 1 / r, -log_r, 1 / n} : DseRow{r, log_r, 0, 0, 1 / n};
+  }
+};
+
+// Score entropy of the uniform graph at the score that conditionals c imply, which is p_t(y) / p_t(x_t) with p_t(y)
+// proportional to 1 + k c_y, k = N / e1. With rho_y the score over the ratio a_y, and w_y = rho_y - 1,
+//   loss = 1/N sum_{y != x_t} a_y (w_y - log rho_y),
+//   d loss / d c_y = k / (N b) (1 - 1 / rho_y), b = 1 + k c_xt;  at x_t it is -k / (N b) sum a_y w_y.
+// Everywhere but at x0 rho_y = slope c_y + offset. `rest` is 1 - c, summed from the other ids.
+struct NelboRow {
+  double b, a, slope, offset, offset_w, a_x0, w_x0, rho_x0, dc_xt;
+
+  FASTDIFF_HD NelboRow(double k, int64_t num_states, bool moved, double c_xt, double rest_xt, double rest_x0) {
+    const double spread = k * (static_cast<double>(num_states) + k);
+    b = 1 + k * c_xt;
+    if (moved) {
+      a = 1, slope = k / b, offset = 1 / b, offset_w = -k * c_xt / b;
+      a_x0 = 1 + k, rho_x0 = (1 + k * (1 - rest_x0)) / (b * a_x0), w_x0 = -k * (rest_x0 + c_xt * a_x0) / (b * a_x0);
+      dc_xt = spread * c_xt / b;
+    } else {
+      a = 1 / (1 + k), slope = k * (1 + k) / b, offset = (1 + k) / b, offset_w = k * rest_xt / b;
+      a_x0 = w_x0 = 0, rho_x0 = 1;
+      dc_xt = -spread * rest_xt * a / b;
+    }
   }
 };
 

@@ -120,14 +120,15 @@ def dse_loss(
 
     Args:
         log_score: [..., V] float32, float64, bfloat16 or float16. Never changed.
-        sigma: total noise, > 0 where a token is masked or moved; a number or a tensor over a prefix of the token shape
+        sigma: total noise, > 0 where a token is masked or moved (uniform logits: everywhere); a number or a tensor over a prefix of the token shape
             ([B] is one per sequence), or one that broadcasts to it. It has no gradient.
         xt, x0: [...] int64 noised and clean tokens.
         graph: "absorb" or "uniform".
         dsigma: the rate of sigma, a factor on the loss, shaped as sigma.
         mask_index: the absorbing graph's mask, negative from the end.
-        parametrization: what log_score holds. "log_score"; "logits" or "log_probs" of x0 (absorbing only): the log
-            score is log c_y - log e1 with c = softmax over y != M, so that the loss is cross-entropy / e1;
+        parametrization: what log_score holds. "log_score"; "logits" or "log_probs" of x0, c = softmax: absorbing, over
+            y != M, the log score is log c_y - log e1 and the loss cross-entropy / e1; uniform, the log score is
+            log(1 + k c_y) - log(1 + k c_xt) with k = N / e1, and dsigma times the loss is Duo's NELBO;
             "scale_by_sigma": SEDD's output before its tail, the log score is out - log e1 - log(V - 1).
         reduction: "none" for [...] losses, "sum", or "mean" over the scored tokens (0 if there are none).
         num_items: with "mean", divide the sum by this number (or tensor of one element) instead.
@@ -144,12 +145,10 @@ def dse_loss(
     check_choice("graph", graph, ("absorb", "uniform"))
     check_choice("parametrization", parametrization, PARAMETRIZATIONS)
     conditionals = parametrization in ("logits", "log_probs")
-    if conditionals and graph == "uniform":
-        raise ValueError(f"parametrization: {parametrization!r} needs the absorbing graph, got graph='uniform'")
     if log_score.shape[-1] < 2:
         raise ValueError(f"log_score: expected at least 2 states, got shape {tuple(log_score.shape)}")
     mask_index = vocabulary_index("mask_index", mask_index, log_score.shape[-1])
-    functor = "dce" if conditionals else f"dse_{graph}"
+    functor = f"dse_{graph}" if not conditionals else "dce" if graph == "absorb" else "dse_uniform_logits"
     rows = _rows(functor, log_score, x0, mask_index=mask_index, scale_by_sigma=parametrization == "scale_by_sigma")
     shape, device = rows.x0.shape, log_score.device
     check_tokens("xt", xt, shape, device)

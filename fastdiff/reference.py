@@ -107,6 +107,16 @@ def dse_uniform(log_score: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor) -> Ten
     return terms.scatter(-1, xt.unsqueeze(-1), 0).sum(-1) / n
 
 
+def dse_uniform_logits(logits: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor) -> Tensor:
+    """Score entropy of the uniform graph at the score that conditionals c = softmax(logits) imply (Duo's NELBO):
+
+    p_t(y) is proportional to 1 + k c_y with k = N / expm1(sigma), so the log score is log(1 + k c_y) - log(1 + k c_xt).
+    """
+    _, inv_e1, _ = _noise(sigma.double())
+    log_p = torch.log1p(logits.shape[-1] * inv_e1.unsqueeze(-1) * torch.softmax(logits.double(), -1))
+    return dse_uniform(log_p - log_p.gather(-1, xt.unsqueeze(-1)), sigma, xt, x0)
+
+
 def phi(d: Tensor) -> Tensor:
     """expm1(d) - d >= 0, by its Taylor series near 0 where the difference cancels."""
     near = d.abs() < 1e-2

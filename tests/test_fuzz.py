@@ -61,7 +61,7 @@ def weights(draw, shape, g, low=0.0):
     return low + torch.rand(size, generator=g, dtype=draw(st.sampled_from([torch.float32, torch.float64])))
 
 
-def agree(call, z, slack=1):
+def agree(call, z, slack=1, least=1e-30):
     """Loss, to `slack` times the tolerance, and gradient of kernel and reference, on a leaf with z's layout."""
     results = []
     for backend in ("cpu", "reference"):
@@ -71,31 +71,34 @@ def agree(call, z, slack=1):
         (grad,) = torch.autograd.grad(loss, leaf, upstream)
         results.append((loss.detach(), grad))
     (loss, grad), (expected, expected_grad) = results
-    assert_near(loss, expected, slack * TOLERANCE[torch.float64 if z.dtype == torch.float64 else torch.float32])
-    assert_near(grad, expected_grad, TOLERANCE[z.dtype])
+    assert_near(loss, expected, slack * TOLERANCE[torch.float64 if z.dtype == torch.float64 else torch.float32], least)
+    assert_near(grad, expected_grad, TOLERANCE[z.dtype], least)
 
 
-def assert_near(got, expected, tolerance):
+def assert_near(got, expected, tolerance, least):
     assert got.shape == expected.shape
     assert got.dtype == expected.dtype
     finite = expected.isfinite()
     assert torch.equal(got[~finite].isnan(), expected[~finite].isnan())
     got, expected = got.double().where(finite, 0), expected.double().where(finite, 0)
     if got.numel():
-        assert (got - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(1e-30)
+        assert (got - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(least)
 
 
 @fuzz
 @given(st.data(), st.sampled_from(["none", "sum", "mean"]), st.booleans(), st.sampled_from(["xt", "mask", "all"]))
 def test_dce(data, reduction, exclude_mask, given_as):
-    z, x0, masked, mask_index, g = data.draw(rows(special=data.draw(st.booleans())))
+    special = data.draw(st.booleans())
+    z, x0, masked, mask_index, g = data.draw(rows(special))
     if data.draw(st.booleans()):
         x0 = torch.where(torch.rand(x0.shape, generator=g) < 0.3, -100, x0)
     where = {"mask": masked} if given_as == "mask" else {}
     if given_as == "xt":
         where = {"xt": torch.where(masked, mask_index, x0)}
     options = dict(mask_index=mask_index, exclude_mask=exclude_mask, reduction=reduction, **where)
-    options["weight"], options["z_loss"] = weights(data.draw, x0.shape, g), data.draw(st.sampled_from([0.0, 0.1]))
+    options["weight"] = weights(data.draw, x0.shape, g)
+    if not special:  # beside numbers of -1e6 the reference's own log-sum-exp is not exact enough
+        options["z_loss"] = data.draw(st.sampled_from([0.0, 0.1]))
     agree(lambda z, backend: dce_loss(z, x0, backend=backend, **options), z)
 
 
@@ -106,13 +109,15 @@ def test_dse(data, reduction, graph):
     xt = torch.where(
         masked, mask_index if graph == "absorb" else torch.randint(0, z.shape[-1], x0.shape, generator=g), x0
     )
-    forms = ["log_score", "scale_by_sigma"] + (["logits"] if graph == "absorb" else [])
+    forms = ["log_score", "scale_by_sigma", "logits"]
     options = dict(
         graph=graph, mask_index=mask_index, reduction=reduction, parametrization=data.draw(st.sampled_from(forms))
     )
     sigma, options["dsigma"] = weights(data.draw, x0.shape, g, low=0.05), weights(data.draw, x0.shape, g)
+    # A gradient of conditionals is a difference, which for equal logits is 0 but for rounding.
+    least = 1e-3 if options["parametrization"] == "logits" else 1e-30
     # Just outside phi's series a term loses a digit, and a row may hold nothing else.
-    agree(lambda z, backend: dse_loss(z, sigma, xt, x0, backend=backend, **options), z, slack=5)
+    agree(lambda z, backend: dse_loss(z, sigma, xt, x0, backend=backend, **options), z, slack=5, least=least)
 
 
 @fuzz

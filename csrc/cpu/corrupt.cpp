@@ -36,8 +36,8 @@ FASTDIFF_HD void draw_block(const Stream& stream, int64_t first, int64_t n, uint
   }
 }
 
-// Noise for each token by itself, with probabilities p [B, L] of any strides; a null mask is not wanted. Loops over bool do
-// not vectorise, so masks are bytes of 0 and 1.
+// Noise for each token by itself, with probabilities p [B, L] of any strides; a null mask is not wanted. Loops over
+// bool do not vectorise, so masks are bytes of 0 and 1.
 struct TokenNoise {
   Names names;
   int64_t length, stride_b, stride_l;
@@ -116,15 +116,11 @@ FASTDIFF_HD void redraw_row(const TokenNoise& op, int64_t b, int64_t num_states)
   }
 }
 
-#define FASTDIFF_CORRUPT(SUFFIX, TARGET)                                             \
-  TARGET void draw_row_##SUFFIX(const Stream& stream, int64_t n, uint32_t* draws) {  \
-    draw_block(stream, 0, n, draws);                                                 \
-  }                                                                                  \
-  TARGET void mask_row_##SUFFIX(const TokenNoise& op, int64_t b, int64_t mask_index) { \
-    mask_row(op, b, mask_index);                                                     \
-  }                                                                                  \
-  TARGET void redraw_row_##SUFFIX(const TokenNoise& op, int64_t b, int64_t num_states) { \
-    redraw_row(op, b, num_states);                                                   \
+#define FASTDIFF_CORRUPT(SUFFIX, TARGET)                                                                               \
+  TARGET void draw_row_##SUFFIX(const Stream& stream, int64_t n, uint32_t* draws) { draw_block(stream, 0, n, draws); } \
+  TARGET void mask_row_##SUFFIX(const TokenNoise& op, int64_t b, int64_t mask_index) { mask_row(op, b, mask_index); }  \
+  TARGET void redraw_row_##SUFFIX(const TokenNoise& op, int64_t b, int64_t num_states) {                               \
+    redraw_row(op, b, num_states);                                                                                     \
   }
 FASTDIFF_FOR_EACH_ISA(FASTDIFF_CORRUPT)
 

@@ -19,7 +19,7 @@ using Acc = decltype(load(T()));
 template <typename C>
 constexpr C kInfinity = std::numeric_limits<C>::infinity();
 
-// A row and the place of its gradient. x0 and the excluded id, if that is not negative, are treated apart.
+// A row and the place of its gradient. x0 and the excluded id (the mask or x_t; -1 for none) are treated apart.
 template <typename T>
 struct Row {
   const T* z;
@@ -109,6 +109,7 @@ FASTDIFF_HD double dse_row(const Row<T>& row, double weight, double shift, const
     sum += term.value;
     if constexpr (kGrad) store(row.grad + row.x0, static_cast<Acc<T>>(scale * term.slope));
   }
+  if constexpr (kGrad) store(row.grad + row.excluded, Acc<T>(0));
   return scale * sum;
 }
 
@@ -135,12 +136,12 @@ template <typename T>
 struct Scratch {
   std::vector<Acc<T>> exponentials, shifts;
 
-  explicit Scratch(int64_t num_states)
-      : exponentials(std::is_same_v<Acc<T>, T> ? 0 : num_states), shifts(num_states / kBlock + 3) {}
+  Scratch(int64_t num_states, bool in_grad)
+      : exponentials(in_grad && std::is_same_v<Acc<T>, T> ? 0 : num_states), shifts(num_states / kBlock + 3) {}
 
   FASTDIFF_HD Acc<T>* kept(T* grad) {
     if constexpr (std::is_same_v<Acc<T>, T>)
-      return grad;
+      return grad ? grad : exponentials.data();
     else
       return exponentials.data();
   }
@@ -150,7 +151,8 @@ struct RowStats {
   double logsumexp = 0, entropy = 0, correct = 0;
 };
 
-// Adds a run to the sum and gives the shift it took: what others took, unless that lets the exponentials grow too large.
+// Adds a run to the sum and gives the shift it took: what others took, unless that lets the exponentials grow too
+// large.
 template <bool kKeep, typename T>
 FASTDIFF_HD Acc<T> add_run(ExpSum<Acc<T>>& all, const T* z, Acc<T>* kept, int64_t n, Acc<T>& max) {
   using C = Acc<T>;
@@ -205,10 +207,111 @@ FASTDIFF_HD double dce_row(const Row<T>& row, double weight, double z_loss, Scra
       store_scaled(row.grad + first, kept + first, n, static_cast<C>(scale));
     });
     store(row.grad + row.x0, static_cast<C>(weight * (std::expm1(log_p) + (slope - 1) * std::exp(log_p))));
+    if (row.excluded >= 0) store(row.grad + row.excluded, C(0));
   }
   const bool correct = at_x0 > max_before && at_x0 >= max_after && !std::isnan(all.sum);
   if (stats) *stats = {logsumexp, entropy(row, all), static_cast<double>(correct)};
   return weight * (z_loss * logsumexp * logsumexp - log_p);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Score entropy of the uniform graph from conditionals: their exponentials are kept, the terms need their sum.
+
+// What a run's terms are made of, in the type they are computed in.
+template <typename C>
+struct NelboTerm {
+  C c_per_exp, slope, offset, offset_w;
+
+  FASTDIFF_HD NelboTerm(const NelboRow& row, double share)
+      : c_per_exp(static_cast<C>(share)),
+        slope(static_cast<C>(row.slope)),
+        offset(static_cast<C>(row.offset)),
+        offset_w(static_cast<C>(row.offset_w)) {}
+
+  // c, w - log(rho) and 1 - 1/rho for an exponential.
+  FASTDIFF_HD void operator()(C exponential, C& c, C& gap, C& pull) const {
+    c = exponential * c_per_exp;
+    const C rho = slope * c + offset, w = slope * c + offset_w;
+    gap = log_gap(w, rho);
+    pull = w / rho;
+  }
+};
+
+// Sums over a run of w - log(rho) and c (1 - 1/rho).
+template <typename C, typename E>
+FASTDIFF_HD void nelbo_sums(const NelboTerm<C>& term, const E* kept, int64_t n, double& gaps, double& pulls) {
+  C gap_sum = 0, pull_sum = 0;
+#pragma omp simd reduction(+ : gap_sum, pull_sum)
+  for (int64_t v = 0; v < n; ++v) {
+    C c, gap, pull;
+    term(kept[v], c, gap, pull);
+    gap_sum += gap;
+    pull_sum += c * pull;
+  }
+  gaps += gap_sum;
+  pulls += pull_sum;
+}
+
+template <typename C, typename E, typename T>
+FASTDIFF_HD void nelbo_grad(const NelboTerm<C>& term, const E* kept, T* grad, int64_t n, C scale, C mean_pull) {
+  Acc<T> out[kBlock];
+#pragma omp simd
+  for (int64_t v = 0; v < n; ++v) {
+    C c, gap, pull;
+    term(kept[v], c, gap, pull);
+    out[v] = static_cast<Acc<T>>(c * (pull - mean_pull) * scale);
+  }
+  store_scaled(grad, out, n, Acc<T>(1));
+}
+
+// k = N / expm1(sigma). From 1e15 on its square leaves float's range, and terms are computed in double.
+template <bool kGrad, typename T>
+FASTDIFF_HD double nelbo_row(const Row<T>& row, double weight, double k, Scratch<T>& scratch) {
+  using C = Acc<T>;
+  const C at_x0 = load(row.z[row.x0]), at_xt = load(row.z[row.excluded]);
+  const bool moved = row.x0 != row.excluded;
+  ExpSum<C> others{at_x0, 0};
+  C *kept = scratch.kept(row.grad), *shift = scratch.shifts.data();
+  row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
+    C max;
+    *shift++ = add_run<true>(others, row.z + first, kept + first, n, max);
+  });
+  ExpSum<C> all = others;
+  all.add(at_x0, 1);
+  if (moved) all.add(at_xt, 1);
+  const auto share = [&](C its_shift, double sum) __attribute__((always_inline)) {
+    return sum / all.sum * std::exp(static_cast<double>(its_shift) - all.shift);
+  };
+  const double c_xt = share(at_xt, 1), c_x0 = moved ? share(at_x0, 1) : 0, c_others = share(others.shift, others.sum);
+  const double rest_xt = c_others + c_x0, rest_x0 = c_others + c_xt;
+  const NelboRow nelbo(k, row.num_states, moved, c_xt, rest_xt, rest_x0);
+  double gaps = 0, pulls = 0;
+  shift = scratch.shifts.data();
+  row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
+    const double c_per_exp = share(*shift++, 1);
+    if (k < 1e15)
+      nelbo_sums(NelboTerm<C>(nelbo, c_per_exp), kept + first, n, gaps, pulls);
+    else
+      nelbo_sums(NelboTerm<double>(nelbo, c_per_exp), kept + first, n, gaps, pulls);
+  });
+  if constexpr (kGrad) {
+    const double pull_x0 = nelbo.w_x0 / nelbo.rho_x0, scale = weight * k / (row.num_states * nelbo.b);
+    const double mean = pulls + c_xt * nelbo.dc_xt + c_x0 * pull_x0;
+    shift = scratch.shifts.data();
+    row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
+      const double c_per_exp = share(*shift++, 1);
+      if (k < 1e15)
+        nelbo_grad(NelboTerm<C>(nelbo, c_per_exp), kept + first, row.grad + first, n, C(scale), C(mean));
+      else
+        nelbo_grad(NelboTerm<double>(nelbo, c_per_exp), kept + first, row.grad + first, n, scale, mean);
+    });
+    // pull - mean, where the two nearly cancel if c is near 1
+    const double xt_pull = nelbo.dc_xt * rest_xt - (pulls + c_x0 * pull_x0),
+                 x0_pull = pull_x0 * rest_x0 - (mean - c_x0 * pull_x0);
+    store(row.grad + row.excluded, static_cast<C>(scale * c_xt * xt_pull));
+    if (moved) store(row.grad + row.x0, static_cast<C>(scale * c_x0 * x0_pull));
+  }
+  return weight / row.num_states * (nelbo.a * gaps + nelbo.a_x0 * log_gap(nelbo.w_x0, nelbo.rho_x0));
 }
 
 }  // namespace fastdiff

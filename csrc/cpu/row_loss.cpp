@@ -20,7 +20,7 @@ constexpr int64_t kHugePage = int64_t{2} << 20;
 
 template <bool kGrad, typename T>
 FASTDIFF_HD void row_loss_rows(const RowLoss& op, int64_t begin, int64_t end) {
-  Scratch<T> scratch(op.num_states);
+  Scratch<T> scratch(op.num_states, kGrad);
   for (int64_t r = begin; r < end; ++r) {
     T* grad = kGrad ? static_cast<T*>(op.grad) + r * op.num_states : nullptr;
     if (!op.scored[r]) {
@@ -32,9 +32,10 @@ FASTDIFF_HD void row_loss_rows(const RowLoss& op, int64_t begin, int64_t end) {
     const Row<T> row{z, grad, op.num_states, op.x0[r], op.excluded(r)};
     if (op.functor == Functor::dce)
       op.loss[r] = dce_row<kGrad>(row, op.row_weight(r), op.z_loss, scratch, op.stats ? op.stats + r : nullptr);
+    else if (op.functor == Functor::dse_uniform_logits)
+      op.loss[r] = nelbo_row<kGrad>(row, op.row_weight(r), op.num_states * Noise(op.sigma[r]).inv_e1, scratch);
     else
       op.loss[r] = dse_row<kGrad>(row, op.row_weight(r), op.shift(r), op.dse_row(r));
-    if (kGrad && row.excluded >= 0) store(grad + row.excluded, Acc<T>(0));
   }
 }
 

@@ -9,13 +9,14 @@
 
 namespace fastdiff {
 
-enum class Functor { dce, dse_absorb, dse_uniform };
+enum class Functor { dce, dse_absorb, dse_uniform, dse_uniform_logits };
 
 inline Functor functor_named(const std::string& name) {
   if (name == "dce") return Functor::dce;
   if (name == "dse_absorb") return Functor::dse_absorb;
   if (name == "dse_uniform") return Functor::dse_uniform;
-  bad_value("functor: expected dce, dse_absorb or dse_uniform, got ", name);
+  if (name == "dse_uniform_logits") return Functor::dse_uniform_logits;
+  bad_value("functor: expected dce, dse_absorb, dse_uniform or dse_uniform_logits, got ", name);
 }
 
 // z is [..., V] with any strides before the last; all other tensors are contiguous over [...].
@@ -63,9 +64,11 @@ struct RowLoss {
     return offset;
   }
 
-  // The id that is never read, or -1.
+  bool uniform() const { return functor == Functor::dse_uniform || functor == Functor::dse_uniform_logits; }
+
+  // The id that is treated apart, or -1.
   int64_t excluded(int64_t row) const {
-    if (functor == Functor::dse_uniform) return xt[row];
+    if (uniform()) return xt[row];
     return exclude_mask ? mask_index : -1;
   }
 
@@ -90,7 +93,7 @@ struct RowLoss {
     for (int64_t r = 0; r < rows; ++r) {
       if (x0[r] == ignore_index) continue;
       check_row(r);
-      scored[r] = functor == Functor::dse_uniform || (mask ? mask[r] : !xt || xt[r] == mask_index);
+      scored[r] = uniform() || (mask ? mask[r] : !xt || xt[r] == mask_index);
       if (scored[r]) check_scored(r);
       count += scored[r];
     }
@@ -104,15 +107,15 @@ struct RowLoss {
     if (sigma && !(sigma[r] >= 0 && std::isfinite(sigma[r])))
       bad_value("sigma: expected finite numbers >= 0, got ", sigma[r], " at token ", r);
     if (!xt) return;
-    if (functor == Functor::dse_uniform && (xt[r] < 0 || xt[r] >= num_states))
+    if (uniform() && (xt[r] < 0 || xt[r] >= num_states))
       bad_value("xt: expected ids in [0, ", num_states, "), got ", xt[r], " at token ", r);
-    if (functor != Functor::dse_uniform && xt[r] != mask_index && xt[r] != x0[r])
+    if (!uniform() && xt[r] != mask_index && xt[r] != x0[r])
       bad_value("xt: expected x0 or the mask ", mask_index, ", got ", xt[r], " where x0 is ", x0[r], " at token ", r,
                 " (are xt and x0 swapped?)");
   }
 
   void check_scored(int64_t r) const {
-    if (functor != Functor::dse_uniform && exclude_mask && x0[r] == mask_index)
+    if (!uniform() && exclude_mask && x0[r] == mask_index)
       bad_value("x0: expected a token, got the mask ", mask_index, " at token ", r);
     const bool moved = functor != Functor::dse_uniform || scale_by_sigma || xt[r] != x0[r];
     if (sigma && moved && !(sigma[r] > 0))

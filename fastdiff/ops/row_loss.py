@@ -12,8 +12,8 @@ from fastdiff.checks import check_values
 from fastdiff.ops.library import define, implement, library, no_double_backward
 
 # z [..., V] with any strides before the last; x0, xt int64, mask bool, sigma and weight float64, contiguous [...];
-# num_items float64 []. Returns the loss, [...] or []; the gradient of a scalar one, [..., V], or empty; and the statistics
-# [3, ...], or empty.
+# num_items float64 []. Returns the loss, [...] or []; the gradient of a scalar one, [..., V], or empty; and the
+# statistics [3, ...], or empty. functor: dce, dse_absorb, dse_uniform or dse_uniform_logits.
 _ROWS = (
     "Tensor z, Tensor x0, Tensor? xt, Tensor? mask, Tensor? sigma, Tensor? weight, Tensor? num_items, "
     "str functor, int mask_index, bool exclude_mask, int ignore_index, bool scale_by_sigma, float z_loss, "
@@ -144,6 +144,8 @@ def _reference(rows: Rows) -> Tensor:
 def _reference_loss(rows: Rows, x0: Tensor, scored: Tensor) -> Tensor:
     z, xt = torch.where(scored.unsqueeze(-1), rows.z, 0), rows.xt  # unscored rows are not read, not even for NaN
     sigma = None if rows.sigma is None else torch.where(scored, rows.sigma, 1)
+    if rows.functor == "dse_uniform_logits":
+        return reference.dse_uniform_logits(z, sigma, torch.where(scored, xt, 0), x0)
     if rows.functor == "dce" or xt is None or sigma is None:
         loss = reference.dce(z, x0, scored, rows.mask_index if rows.exclude_mask else None, rows.z_loss)
         return loss if sigma is None else loss * torch.exp(-sigma) / -torch.expm1(-sigma)
@@ -162,7 +164,7 @@ def _reference_stats(rows: Rows) -> Tensor:
 
 
 def _scored(rows: Rows) -> Tensor:
-    if rows.functor == "dse_uniform":
+    if rows.functor.startswith("dse_uniform"):
         return torch.ones_like(rows.x0, dtype=torch.bool)
     if rows.mask is not None:
         return rows.mask
@@ -172,7 +174,7 @@ def _scored(rows: Rows) -> Tensor:
 def _check_values(rows: Rows) -> None:
     """What the kernels check of the values, RowLoss::check in csrc/cpu/row_loss_cpu.h."""
     x0, xt, sigma, num_states = rows.x0, rows.xt, rows.sigma, rows.z.shape[-1]
-    live, scored, uniform = x0 != rows.ignore_index, _scored(rows), rows.functor == "dse_uniform"
+    live, scored, uniform = x0 != rows.ignore_index, _scored(rows), rows.functor.startswith("dse_uniform")
     check_values("x0", x0, live & ((x0 < 0) | (x0 >= num_states)), f"ids in [0, {num_states})")
     if xt is not None and uniform:
         check_values("xt", xt, live & ((xt < 0) | (xt >= num_states)), f"ids in [0, {num_states})")
@@ -183,7 +185,7 @@ def _check_values(rows: Rows) -> None:
         check_values("x0", x0, live & scored & (x0 == rows.mask_index), "a token, not the mask")
     if sigma is not None:
         check_values("sigma", sigma, live & ~((sigma >= 0) & sigma.isfinite()), "finite numbers >= 0")
-        needed = scored & (xt != x0) if uniform and not rows.scale_by_sigma else scored
+        needed = scored & (xt != x0) if rows.functor == "dse_uniform" and not rows.scale_by_sigma else scored
         check_values("sigma", sigma, live & needed & (sigma == 0), "numbers > 0 where a token was masked or moved")
 
 

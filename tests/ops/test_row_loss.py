@@ -12,7 +12,17 @@ from fastdiff import dce_loss, dse_loss
 
 # Largest error against float64, relative to the largest number of the result.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
-LOSSES = ["dce", "dce_all", "dce_z", "absorb", "absorb_logits", "absorb_scaled", "uniform", "uniform_scaled"]
+LOSSES = [
+    "dce",
+    "dce_all",
+    "dce_z",
+    "absorb",
+    "absorb_logits",
+    "absorb_scaled",
+    "uniform",
+    "uniform_scaled",
+    "uniform_logits",
+]
 
 
 def problem(shape, num_states, dtype=torch.float32, seed=0, spread=3.0, mask_index=None):
@@ -135,10 +145,13 @@ def test_gradcheck(name):
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("functor", ["dce", "dse_absorb", "dse_uniform"])
+@pytest.mark.parametrize("functor", ["dce", "dse_absorb", "dse_uniform", "dse_uniform_logits"])
 def test_opcheck(functor, reduction):
     p = problem((2, 3), 7)
-    xt, sigma = (p["moved"] if functor == "dse_uniform" else p["xt"]), p["sigma"][:, None].expand(2, 3).contiguous()
+    xt, sigma = (
+        (p["moved"] if functor.startswith("dse_uniform") else p["xt"]),
+        p["sigma"][:, None].expand(2, 3).contiguous(),
+    )
     rows = [p["x0"], xt, None, None if functor == "dce" else sigma, p["weight"], None]
     constants = [functor, p["mask_index"], True, -100, False, 1e-3, reduction]
     z = p["z"].requires_grad_()
@@ -383,7 +396,7 @@ BAD_DSE = [
     (dict(dsigma=torch.ones(4)), ValueError, "dsigma: expected a number or a shape"),
     (dict(graph="star"), ValueError, "graph: expected one of"),
     (dict(parametrization="score"), ValueError, "parametrization: expected one of"),
-    (dict(graph="uniform", parametrization="logits"), ValueError, "needs the absorbing graph"),
+    (dict(graph="uniform", parametrization="logits", sigma=0.0), ValueError, "sigma: expected numbers > 0"),
     (dict(graph="uniform", xt=torch.full((2, 3), 9)), ValueError, r"xt: expected ids in \[0, 9\)"),
     (dict(x0=torch.full((2, 3), -100)), ValueError, "x0: expected ids"),
 ]
