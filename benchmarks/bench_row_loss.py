@@ -87,14 +87,24 @@ def dse_uniform(b):
     return partial(dse_loss, z, sigma, xt, x0, graph="uniform"), formulas, x0.numel()
 
 
-@pytest.mark.parametrize("case", [dce, dse_absorb, dse_uniform], ids=lambda case: case.__name__)
+def dse_uniform_logits(b):
+    z, sigma, rate, xt, x0 = b["z"], b["sigma"], b["rate"], b["moved"], b["x0"]
+    formulas = {"Duo": lambda: peers.duo_nelbo(z, sigma, rate, xt, x0)}
+    options = dict(graph="uniform", parametrization="logits", dsigma=rate)
+    return partial(dse_loss, z, sigma, xt, x0, **options), formulas, x0.numel()
+
+
+CASES = pytest.mark.parametrize("case", [dce, dse_absorb, dse_uniform, dse_uniform_logits], ids=lambda c: c.__name__)
+
+
+@CASES
 def test_forward_and_backward(case, batch, rates, compare):
     loss, formulas, rows = case(batch)
     name = f"{case.__name__}, forward + backward, {batch['dtype']}"
     compare(name, calls_of(batch, loss, formulas), floor(batch, rates, rows))
 
 
-@pytest.mark.parametrize("case", [dce, dse_absorb, dse_uniform], ids=lambda case: case.__name__)
+@CASES
 def test_forward(case, batch, rates, compare):
     loss, _, rows = case(batch)
     calls = {"fastdiff": partial(forward, loss)}

@@ -62,6 +62,19 @@ def llada_ce(z: Tensor, rate: Tensor, xt: Tensor, x0: Tensor) -> Tensor:
     return (loss * rate[:, None].expand_as(xt)[masked]).sum()
 
 
+def duo_nelbo(z: Tensor, sigma: Tensor, dsigma: Tensor, xt: Tensor, x0: Tensor) -> Tensor:
+    """Duo's uniform-state NELBO from logits: V alpha c + (1 - alpha) for every token, then its logarithm."""
+    n, alpha, same = z.shape[-1], torch.exp(-sigma)[:, None], (x0 == xt).to(z.dtype)
+    marginal = n * alpha[..., None] * F.log_softmax(z, -1).exp() + 1 - alpha[..., None]
+    at_xt, at_x0 = (marginal.gather(-1, x[..., None]).squeeze(-1) for x in (xt, x0))
+    floor = (1 - alpha) / (n * alpha + 1 - alpha)
+    first = n * (1 / (n * alpha * same + 1 - alpha) - 1 / at_xt)
+    second = -(same * floor + 1 - same) * (marginal.log().sum(-1) - n * at_xt.log())
+    second = second - n * alpha / (1 - alpha) * (at_x0.log() - at_xt.log()) * (1 - same)
+    second = second + ((n - 1) * floor * same - (1 - same) / floor) * floor.log()
+    return (dsigma[:, None] / n * (second - first)).sum()
+
+
 def masked_tokens(x0: Tensor, p: Tensor, mask_index: int) -> Tensor:
     """A uniform for each token, compared and replaced."""
     move = torch.rand(x0.shape) < p[:, None]

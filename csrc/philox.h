@@ -25,17 +25,24 @@ struct Words {
   uint32_t w[4];
 };
 
-FASTDIFF_HD Words philox4x32(uint32_t k0, uint32_t k1, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+#ifdef __CUDACC__
+using Lane = uint32_t;
+#else
+using Lane = uint64_t;  // of which 32 bits are used: lanes as wide as the products vectorise without shuffles
+#endif
+
+FASTDIFF_HD Words philox4x32(uint32_t k0, uint32_t k1, uint32_t c0_, uint32_t c1_, uint32_t c2_, uint32_t c3_) {
+  Lane c0 = c0_, c1 = c1_, c2 = c2_, c3 = c3_;
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;
-    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-    c1 = static_cast<uint32_t>(p1);
-    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-    c3 = static_cast<uint32_t>(p0);
+    c0 = static_cast<Lane>(p1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<Lane>(p1 & 0xFFFFFFFF);
+    c2 = static_cast<Lane>(p0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<Lane>(p0 & 0xFFFFFFFF);
     k0 += 0x9E3779B9;
     k1 += 0xBB67AE85;
   }
-  return {{c0, c1, c2, c3}};
+  return {{static_cast<uint32_t>(c0), static_cast<uint32_t>(c1), static_cast<uint32_t>(c2), static_cast<uint32_t>(c3)}};
 }
 
 // The draws of one (seed, purpose, step, sample, row), by index. Steps from 2^24 and samples from 2^32 on go

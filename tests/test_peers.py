@@ -34,6 +34,19 @@ PAIRS = {
         lambda z, b: dse_loss(z, b["sigma"][:, None], b["moved"], b["x0"], graph="uniform").sum(),
         lambda z, b: peers.sedd_uniform(z, b["sigma"], b["moved"], b["x0"]),
     ),
+    "Duo": (
+        lambda z, b: dse_loss(
+            z,
+            b["sigma"],
+            b["moved"],
+            b["x0"],
+            graph="uniform",
+            parametrization="logits",
+            dsigma=b["rate"],
+            reduction="sum",
+        ),
+        lambda z, b: peers.duo_nelbo(z, b["sigma"], b["rate"], b["moved"], b["x0"]),
+    ),
     "MDLM": (
         lambda z, b: dce_loss(z, b["x0"], xt=b["xt"], weight=b["rate"], reduction="sum"),
         lambda z, b: peers.mdlm_subs(z, b["rate"], b["xt"], b["x0"]),
