@@ -1,8 +1,9 @@
 """Row losses, forward and backward: 1024 rows, V = 50257, half of the tokens masked, reduction "sum".
 
-The floor reads the scored rows once and writes the gradient once into fresh memory.
+The floor reads the scored rows once and writes the gradient once, into fresh memory or into warm.
 """
 
+import ctypes
 import os
 from functools import partial
 
@@ -59,11 +60,22 @@ def forward(loss):
     loss(reduction="sum")
 
 
-def floor(b, rates, rows, grad=True):
-    """Seconds to read the rows once, and to write a whole gradient once into fresh memory."""
+def floor(b, rows, rates, write=None):
+    """Seconds to read the rows once and, at the rate of that name, to write a whole gradient."""
     row = b["z"].element_size() * NUM_STATES
-    written = row * b["x0"].numel() / rates.fresh_fill if grad else 0
+    written = row * b["x0"].numel() / getattr(rates, write) if write else 0
     return (row * rows / rates.read + written) / 1e9
+
+
+@pytest.fixture
+def warm_memory():
+    """Freed memory stays with the process: gradients come back to pages that were written before (glibc)."""
+    mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    yield
+    mallopt(mmap_max, 65536)
+    mallopt(trim_threshold, 128 << 10)
 
 
 def dce(b):
@@ -98,14 +110,35 @@ CASES = pytest.mark.parametrize("case", [dce, dse_absorb, dse_uniform, dse_unifo
 
 
 @CASES
-def test_forward_and_backward(case, batch, rates, compare):
+def test_forward_and_backward(case, batch, compare):
     loss, formulas, rows = case(batch)
     name = f"{case.__name__}, forward + backward, {batch['dtype']}"
-    compare(name, calls_of(batch, loss, formulas), floor(batch, rates, rows))
+    compare(name, calls_of(batch, loss, formulas), partial(floor, batch, rows, write="fresh_fill"))
 
 
 @CASES
-def test_forward(case, batch, rates, compare):
+def test_forward_and_backward_in_warm_memory(case, batch, compare, warm_memory):
+    loss, _, rows = case(batch)
+    calls = {"fastdiff": calls_of(batch, loss, {})["fastdiff"]}
+    name = f"{case.__name__}, forward + backward, {batch['dtype']}, warm"
+    compare(name, calls, partial(floor, batch, rows, write="copy"))
+
+
+@CASES
+def test_forward(case, batch, compare):
     loss, _, rows = case(batch)
     calls = {"fastdiff": partial(forward, loss)}
-    compare(f"{case.__name__}, forward, {batch['dtype']}", calls, floor(batch, rates, rows, grad=False))
+    if case is dce:
+        calls["fastdiff, statistics"] = partial(forward, partial(loss, return_stats=True))
+    compare(f"{case.__name__}, forward, {batch['dtype']}", calls, partial(floor, batch, rows))
+
+
+@CASES
+def test_forward_from_cache(case, batch, compare):
+    """What arithmetic alone allows: the rows stay in the last-level cache, and a floor is still that of memory."""
+    part = {k: v[:1] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    part["z"] = part["z"].detach()
+    loss, _, _ = case(part)
+    scored = int((part["xt"] != part["x0"]).sum()) if case in (dce, dse_absorb) else SHAPE[1]
+    name = f"{case.__name__}, forward, {batch['dtype']}, {SHAPE[1]} rows in cache"
+    compare(name, {"fastdiff": partial(forward, loss)}, partial(floor, part, scored))

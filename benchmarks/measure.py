@@ -12,7 +12,7 @@ MB = 1 << 20
 
 
 class Machine(NamedTuple):
-    """Rates measured here and now, in GB/s (bytes read plus bytes written) and GFLOP/s."""
+    """Rates in GB/s (bytes read plus bytes written) and GFLOP/s."""
 
     read: float
     copy: float
@@ -21,7 +21,7 @@ class Machine(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One measured call: median seconds, the least that its bytes need, memory beyond the inputs."""
+    """One measured call: median seconds, the least its bytes need at the rates of the same rounds, extra memory."""
 
     case: str
     who: str
@@ -30,26 +30,30 @@ class Row(NamedTuple):
     extra_bytes: int
 
 
-def machine(size: int = 256 * MB) -> Machine:
-    """The rates that floors are made of. Fresh memory is what an output costs: 2 MB pages, touched the first time."""
-    torch.ones(4 << 30, dtype=torch.uint8)  # a virtual machine pays for pages never touched before
-    source, target = torch.ones(size // 4), torch.ones(size // 4)
-    a, b = torch.rand(1024, 1024), torch.rand(1024, 1024)
+class Probe:
+    """Calls that show the machine's rates, to be timed among others. Their memory is touched beforehand, once."""
 
-    def fresh_fill() -> None:
-        with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pages:
-            pages.madvise(mmap.MADV_HUGEPAGE)
-            torch.frombuffer(pages, dtype=torch.float32).fill_(1)
+    def __init__(self, size: int = 256 * MB) -> None:
+        torch.ones(4 << 30, dtype=torch.uint8)  # a virtual machine pays for pages never touched before
+        source, target = torch.ones(size // 4), torch.ones(size // 4)
+        a, b = torch.rand(1024, 1024), torch.rand(1024, 1024)
 
-    calls = {
-        "read": source.sum,
-        "copy": lambda: target.copy_(source),
-        "fresh_fill": fresh_fill,
-        "matmul": lambda: a @ b,
-    }
-    t = {name: statistics.median(times) for name, times in interleave(calls, rounds=9).items()}
-    rates = {"read": size / t["read"], "copy": 2 * size / t["copy"], "fresh_fill": size / t["fresh_fill"]}
-    return Machine(**{name: rate / 1e9 for name, rate in rates.items()}, matmul=2 * 1024**3 / t["matmul"] / 1e9)
+        def fresh_fill() -> None:
+            """What an output costs: 2 MB pages, touched the first time."""
+            with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pages:
+                pages.madvise(mmap.MADV_HUGEPAGE)
+                torch.frombuffer(pages, dtype=torch.float32).fill_(1)
+
+        self.calls: dict[str, Callable[[], object]] = {
+            "read": source.sum,
+            "copy": lambda: target.copy_(source),
+            "fresh_fill": fresh_fill,
+            "matmul": lambda: a @ b,
+        }
+        self.work = {"read": size, "copy": 2 * size, "fresh_fill": size, "matmul": 2 * 1024**3}
+
+    def rates(self, seconds: dict[str, list[float]]) -> Machine:
+        return Machine(**{name: work / statistics.median(seconds[name]) / 1e9 for name, work in self.work.items()})
 
 
 def interleave(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

@@ -120,8 +120,9 @@ def dse_loss(
 
     Args:
         log_score: [..., V] float32, float64, bfloat16 or float16. Never changed.
-        sigma: total noise, > 0 where a token is masked or moved (uniform logits: everywhere); a number or a tensor over a prefix of the token shape
-            ([B] is one per sequence), or one that broadcasts to it. It has no gradient.
+        sigma: total noise, > 0 where a token is masked or moved (everywhere, for logits of the uniform graph); a number
+            or a tensor over a prefix of the token shape ([B] is one per sequence), or one that broadcasts to it. It has
+            no gradient.
         xt, x0: [...] int64 noised and clean tokens.
         graph: "absorb" or "uniform".
         dsigma: the rate of sigma, a factor on the loss, shaped as sigma.
