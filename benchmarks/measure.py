@@ -21,7 +21,7 @@ class Machine(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One measured call: median seconds, the least its bytes need at the rates of the same rounds, extra memory."""
+    """One measured call: median seconds, the least that its bytes need, memory beyond the inputs."""
 
     case: str
     who: str

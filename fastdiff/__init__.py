@@ -3,7 +3,7 @@
 from fastdiff.backends import BackendUnavailable
 from fastdiff.estimators import NLLEstimate, exact_nll, time_free_nll
 from fastdiff.graphs import Absorbing, Uniform
-from fastdiff.losses import dce_loss, dse_loss
+from fastdiff.losses import RowStats, dce_loss, dse_loss
 from fastdiff.noising import (
     HarmonicMask,
     Masked,
@@ -30,6 +30,7 @@ __all__ = [
     "Masked",
     "NLLEstimate",
     "Polynomial",
+    "RowStats",
     "Uniform",
     "corrupt",
     "dce_loss",

@@ -36,7 +36,7 @@ class RowStats(NamedTuple):
 def dce_loss(logits: Tensor, x0: Tensor, *, return_stats: Literal[False] = ..., **options: Any) -> Tensor: ...
 @overload
 def dce_loss(logits: Tensor, x0: Tensor, *, return_stats: Literal[True], **options: Any) -> tuple[Tensor, RowStats]: ...
-def dce_loss(
+def dce_loss(  # type: ignore[misc]  # the overloads only tell apart what comes back
     logits: Tensor,
     x0: Tensor,
     *,

@@ -144,8 +144,6 @@ def _reference(rows: Rows) -> Tensor:
 def _reference_loss(rows: Rows, x0: Tensor, scored: Tensor) -> Tensor:
     z, xt = torch.where(scored.unsqueeze(-1), rows.z, 0), rows.xt  # unscored rows are not read, not even for NaN
     sigma = None if rows.sigma is None else torch.where(scored, rows.sigma, 1)
-    if rows.functor == "dse_uniform_logits":
-        return reference.dse_uniform_logits(z, sigma, torch.where(scored, xt, 0), x0)
     if rows.functor == "dce" or xt is None or sigma is None:
         loss = reference.dce(z, x0, scored, rows.mask_index if rows.exclude_mask else None, rows.z_loss)
         return loss if sigma is None else loss * torch.exp(-sigma) / -torch.expm1(-sigma)
@@ -153,7 +151,8 @@ def _reference_loss(rows: Rows, x0: Tensor, scored: Tensor) -> Tensor:
         z = reference.scale_by_sigma(z, sigma, xt)
     if rows.functor == "dse_absorb":
         return reference.dse_absorb(z, sigma, xt, x0, rows.mask_index)
-    return reference.dse_uniform(z, sigma, torch.where(scored, xt, 0), x0)
+    uniform = reference.dse_uniform if rows.functor == "dse_uniform" else reference.dse_uniform_logits
+    return uniform(z, sigma, torch.where(scored, xt, 0), x0)
 
 
 def _reference_stats(rows: Rows) -> Tensor:
