@@ -2,6 +2,8 @@
 
 import functools
 import importlib
+import importlib.metadata
+import importlib.util
 import os
 import warnings
 from typing import NamedTuple
@@ -10,7 +12,10 @@ import torch
 
 from fastdiff.checks import check_choice
 
-BACKENDS = ("cpu", "reference")
+KERNELS = ("cpu", "triton")  # backends that are operators of their own
+BACKENDS = (*KERNELS, "reference")
+OLDEST_TRITON, OLDEST_GPU = (3, 6), (8, 0)
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter takes CPU tensors too, slowly
 _DEFAULT = os.environ.get("FASTDIFF_BACKEND") or None
 
 
@@ -24,7 +29,6 @@ class Report(NamedTuple):
     detail: str
 
 
-@functools.cache
 def _load_cpu() -> str | None:
     """Registers the compiled CPU kernels; the reason if that fails."""
     try:
@@ -34,7 +38,32 @@ def _load_cpu() -> str | None:
     return None
 
 
-CPU_MISSING = _load_cpu()
+def _triton_missing() -> str | None:
+    """Why Triton cannot run anything, without importing it."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    version = importlib.metadata.version("triton")
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
+        return f"triton {version} is too old, {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} is needed"
+    return None
+
+
+CPU_MISSING, TRITON_MISSING = _load_cpu(), _triton_missing()
+
+
+def _missing(backend: str, device: torch.device) -> str | None:
+    """Why a backend with kernels cannot run on a device."""
+    if backend == "cpu":
+        return CPU_MISSING if device.type == "cpu" else f"no kernels for {device.type} tensors"
+    if device.type == "cpu" and not INTERPRETING:
+        return "no kernels for cpu tensors, unless TRITON_INTERPRET=1 interprets them"
+    if device.type not in ("cpu", "cuda"):
+        return f"no kernels for {device.type} tensors"
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST_GPU:
+            return f"compute capability {capability[0]}.{capability[1]}, 8.0 is needed"
+    return TRITON_MISSING
 
 
 def resolve(backend: str | None, device: torch.device) -> str:
@@ -45,13 +74,16 @@ def resolve(backend: str | None, device: torch.device) -> str:
     backend = backend or _DEFAULT
     if backend is not None:
         check_choice("backend", backend, BACKENDS)
-    missing = f"no kernels for {device.type} tensors" if device.type != "cpu" else CPU_MISSING
-    if backend == "cpu" and missing:
-        raise BackendUnavailable(f"backend 'cpu': {missing}")
-    if backend is None and missing:
-        _warn_once(missing)
-        return "reference"
-    return backend or "cpu"
+    if backend == "reference":
+        return backend
+    name = backend or ("triton" if device.type == "cuda" else "cpu")
+    missing = _missing(name, device)
+    if missing is None:
+        return name
+    if backend is not None:
+        raise BackendUnavailable(f"backend {backend!r}: {missing}")
+    _warn_once(missing)
+    return "reference"
 
 
 def report() -> list[Report]:
@@ -60,7 +92,14 @@ def report() -> list[Report]:
     if cpu is None:
         extension = importlib.import_module("fastdiff._C_cpu")
         cpu = f"instruction set {extension.isa()}; built by {extension.build()}"
-    return [Report("cpu", CPU_MISSING is None, cpu), Report("reference", True, "float64 PyTorch, any device, slow")]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    triton = _missing("triton", device)
+    detail = triton or (torch.cuda.get_device_name() if device.type == "cuda" else "interpreted, very slow")
+    return [
+        Report("cpu", CPU_MISSING is None, cpu),
+        Report("triton", triton is None, detail),
+        Report("reference", True, "float64 PyTorch, any device, slow"),
+    ]
 
 
 @functools.cache

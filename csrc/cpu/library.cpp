@@ -8,11 +8,11 @@
 using namespace fastdiff;
 
 STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
-  m.impl("row_loss", TORCH_BOX(&row_loss));
-  m.impl("mask_tokens", TORCH_BOX(&mask_tokens));
-  m.impl("mask_exactly", TORCH_BOX(&mask_exactly));
-  m.impl("harmonic_mask", TORCH_BOX(&harmonic_mask));
-  m.impl("uniform_tokens", TORCH_BOX(&uniform_tokens));
+  m.impl("row_loss.cpu", TORCH_BOX(&row_loss));
+  m.impl("mask_tokens.cpu", TORCH_BOX(&mask_tokens));
+  m.impl("mask_exactly.cpu", TORCH_BOX(&mask_exactly));
+  m.impl("harmonic_mask.cpu", TORCH_BOX(&harmonic_mask));
+  m.impl("uniform_tokens.cpu", TORCH_BOX(&uniform_tokens));
 }
 
 namespace {

@@ -7,25 +7,13 @@ from torch import Tensor
 
 from fastdiff.backends import resolve
 from fastdiff.checks import check_values
-from fastdiff.ops.library import define
+from fastdiff.ops.library import define, implement_in_triton
 from fastdiff.philox import Purpose, draw32
 
 # x0 int64 [B, L], or packed [T] with cu_seqlens int64 [B + 1]; p float64 [B, L] with any strides; maskable bool as x0;
 # seed int64 []; steps, sample_ids and counts int64 [B]. xt and mask are shaped as x0. The draws are
 # draw32(seed, purpose, step, sample_id, 0, position).
 _NAMES = "Tensor seed, Tensor steps, Tensor sample_ids"
-_mask_tokens = define(
-    f"mask_tokens(Tensor x0, Tensor p, Tensor? maskable, {_NAMES}, int mask_index) -> (Tensor, Tensor)"
-)
-_mask_exactly = define(
-    f"mask_exactly(Tensor x0, Tensor counts, Tensor? maskable, Tensor? cu_seqlens, {_NAMES}, int mask_index)"
-    " -> (Tensor, Tensor)"
-)
-_harmonic_mask = define(
-    f"harmonic_mask(Tensor x0, Tensor? maskable, Tensor? cu_seqlens, {_NAMES}, int mask_index)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_uniform_tokens = define(f"uniform_tokens(Tensor x0, Tensor p, {_NAMES}, int num_states) -> Tensor")
 
 Names = tuple[Tensor, Tensor, Tensor]
 
@@ -34,8 +22,8 @@ def mask_tokens(
     x0: Tensor, p: Tensor, maskable: Tensor | None, names: Names, mask_index: int, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """Masks each maskable token with probability p: xt, mask."""
-    if resolve(backend, x0.device) != "reference":
-        return _mask_tokens(x0, p, maskable, *names, mask_index)
+    if (kernels := resolve(backend, x0.device)) != "reference":
+        return _mask_tokens[kernels](x0, p, maskable, *names, mask_index)
     mask = _draws(Purpose.MASK, x0, names) < _threshold(p)
     return _masked(x0, mask if maskable is None else mask & maskable, mask_index)
 
@@ -50,8 +38,8 @@ def mask_exactly(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Masks a uniform subset of counts[b] maskable tokens: xt, mask."""
-    if resolve(backend, x0.device) != "reference":
-        return _mask_exactly(x0, counts, maskable, cu_seqlens, *names, mask_index)
+    if (kernels := resolve(backend, x0.device)) != "reference":
+        return _mask_exactly[kernels](x0, counts, maskable, cu_seqlens, *names, mask_index)
     places = _Places(x0, maskable, cu_seqlens)
     wrong = (counts < 0) | (counts > places.num_maskable)
     check_values("counts", counts, wrong, "numbers in [0, maskable positions]")
@@ -67,8 +55,8 @@ def harmonic_mask(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Masks a uniform subset of m tokens, p(m) = 1/(m H_L): xt, mask, counts [B], weight H_L [B]."""
-    if resolve(backend, x0.device) != "reference":
-        return _harmonic_mask(x0, maskable, cu_seqlens, *names, mask_index)
+    if (kernels := resolve(backend, x0.device)) != "reference":
+        return _harmonic_mask[kernels](x0, maskable, cu_seqlens, *names, mask_index)
     places = _Places(x0, maskable, cu_seqlens)
     length, (seed, steps, sample_ids) = places.num_maskable, names
     check_values("maskable", length, length == 0, "at least one position in each sequence")
@@ -79,8 +67,8 @@ def harmonic_mask(
 
 def uniform_tokens(x0: Tensor, p: Tensor, names: Names, num_states: int, backend: str | None) -> Tensor:
     """Redraws each token from all num_states with probability p; it may stay."""
-    if resolve(backend, x0.device) != "reference":
-        return _uniform_tokens(x0, p, *names, num_states)
+    if (kernels := resolve(backend, x0.device)) != "reference":
+        return _uniform_tokens[kernels](x0, p, *names, num_states)
     redrawn = (_draws(Purpose.REPLACE, x0, names) * num_states) >> 32
     return torch.where(_draws(Purpose.MASK, x0, names) < _threshold(p), redrawn, x0)
 
@@ -98,25 +86,38 @@ def harmonic_counts(draws: Tensor, length: Tensor, longest: int) -> tuple[Tensor
 # Shapes under tracing.
 
 
-@torch.library.register_fake("fastdiff::mask_tokens")
-def _(x0: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_masked(x0: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x0), torch.empty_like(x0, dtype=torch.bool)
 
 
-@torch.library.register_fake("fastdiff::mask_exactly")
-def _(x0: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x0), torch.empty_like(x0, dtype=torch.bool)
+def _fake_harmonic(
+    x0: Tensor, maskable: Tensor, cu_seqlens: Tensor, seed: Tensor, steps: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
+    return *_fake_masked(x0), torch.empty_like(steps), torch.empty_like(steps, dtype=torch.float64)
 
 
-@torch.library.register_fake("fastdiff::harmonic_mask")
-def _(x0: Tensor, maskable: Tensor, cu_seqlens: Tensor, seed: Tensor, steps: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    counts = torch.empty_like(steps)
-    return torch.empty_like(x0), torch.empty_like(x0, dtype=torch.bool), counts, counts.double()
-
-
-@torch.library.register_fake("fastdiff::uniform_tokens")
-def _(x0: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x0)
+_mask_tokens = define(
+    "mask_tokens",
+    f"(Tensor x0, Tensor p, Tensor? maskable, {_NAMES}, int mask_index) -> (Tensor, Tensor)",
+    _fake_masked,
+)
+_mask_exactly = define(
+    "mask_exactly",
+    f"(Tensor x0, Tensor counts, Tensor? maskable, Tensor? cu_seqlens, {_NAMES}, int mask_index) -> (Tensor, Tensor)",
+    _fake_masked,
+)
+_harmonic_mask = define(
+    "harmonic_mask",
+    f"(Tensor x0, Tensor? maskable, Tensor? cu_seqlens, {_NAMES}, int mask_index) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_harmonic,
+)
+_uniform_tokens = define(
+    "uniform_tokens",
+    f"(Tensor x0, Tensor p, {_NAMES}, int num_states) -> Tensor",
+    lambda x0, *_: torch.empty_like(x0),
+)
+for _name in ("mask_tokens", "mask_exactly", "harmonic_mask", "uniform_tokens"):
+    implement_in_triton(_name, "corrupt")
 
 
 # ---------------------------------------------------------------------------------------------------------

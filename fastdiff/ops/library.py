@@ -1,19 +1,40 @@
-"""The operator namespace torch.ops.fastdiff. Schemas are defined here in Python; backends register kernels to them."""
+"""The operator namespace torch.ops.fastdiff. Each operator has one overload a backend, all with
+the same schema.
 
+Schemas are defined here in Python. The compiled extension registers its kernels to the overloads `cpu`; those of
+`triton` are imported when they first run.
+"""
+
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from fastdiff.backends import INTERPRETING, KERNELS
+
 library = torch.library.Library("fastdiff", "DEF")
 
 
-def define(schema: str) -> Any:
-    """Defines an operator and returns its overload."""
-    name = library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    return getattr(torch.ops.fastdiff, name).default
+def define(name: str, signature: str, fake: Callable[..., Any], backends: tuple[str, ...] = KERNELS) -> dict[str, Any]:
+    """Defines the overloads of an operator, with the shapes of its results under tracing; by backend."""
+    for backend in backends:
+        library.define(f"{name}.{backend}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"fastdiff::{name}.{backend}", fake, lib=library)
+    return {backend: getattr(getattr(torch.ops.fastdiff, name), backend) for backend in backends}
 
 
-def implement(name: str, function: Any) -> None:
+def implement_in_triton(name: str, module: str) -> None:
+    """The overload `triton` is the function of this name in a module of fastdiff.kernels."""
+
+    def call(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"fastdiff.kernels.{module}"), name)(*arguments)
+
+    for key in ("CUDA", "CPU") if INTERPRETING else ("CUDA",):
+        library.impl(f"{name}.triton", call, key)
+
+
+def implement(name: str, function: Callable[..., Any]) -> None:
     """An implementation in terms of other operators, for every device."""
     library.impl(name, function, "CompositeExplicitAutograd")
 

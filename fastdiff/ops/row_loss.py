@@ -1,15 +1,16 @@
 """The row losses: one read of each scored row gives its loss and, for a scalar loss, its gradient."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdiff import reference
-from fastdiff.backends import resolve
+from fastdiff.backends import KERNELS, resolve
 from fastdiff.checks import check_values
-from fastdiff.ops.library import define, implement, library, no_double_backward
+from fastdiff.ops.library import define, implement, implement_in_triton, library, no_double_backward
 
 # z [..., V] with any strides before the last; x0, xt int64, mask bool, sigma and weight float64, contiguous [...];
 # num_items float64 []. Returns the loss, [...] or []; the gradient of a scalar one, [..., V], or empty; and the
@@ -19,9 +20,6 @@ _ROWS = (
     "str functor, int mask_index, bool exclude_mask, int ignore_index, bool scale_by_sigma, float z_loss, "
     "str reduction"
 )
-_row_loss = define(f"row_loss({_ROWS}, bool with_grad, bool with_stats) -> (Tensor, Tensor, Tensor)")
-_row_loss_backward = define(f"row_loss_backward(Tensor grad_loss, {_ROWS}) -> Tensor")
-_scale_grad = define("scale_grad(Tensor grad, Tensor grad_loss) -> Tensor")
 
 
 _TENSORS = 7  # of the arguments
@@ -51,29 +49,29 @@ class Rows:
 
 
 def row_loss(rows: Rows, backend: str | None, with_stats: bool = False) -> tuple[Tensor, Tensor]:
-    """Loss per token, or its sum or mean, and the statistics if asked for; float32, or float64 for float64 rows."""
-    if resolve(backend, rows.z.device) == "reference":
+    """Loss per token, or its sum or mean, and the statistics if asked for; float32, or float64 for float64 rows.
+
+    Triton has no float64 rows: the reference computes them.
+    """
+    backend = resolve(backend, rows.z.device)
+    if backend == "reference" or (backend == "triton" and rows.z.dtype == torch.float64):
         return _reference(rows), _reference_stats(rows) if with_stats else rows.z.new_empty(0)
+    if backend != "cpu":  # whose kernel checks values itself
+        _check_values(rows)
     with_grad = torch.is_grad_enabled() and rows.z.requires_grad and rows.reduction != "none"
-    loss, _, stats = _row_loss(*rows.arguments(), with_grad, with_stats)
+    loss, _, stats = _row_loss[backend](*rows.arguments(), with_grad, with_stats)
     return loss, stats
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Shapes under tracing, and autograd.
+# The operators: shapes under tracing, and autograd.
 
 
-@torch.library.register_fake("fastdiff::row_loss")
-def _(z: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(z: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     reduction, with_grad, with_stats = arguments[-3:]
     loss = z.new_empty(z.shape[:-1] if reduction == "none" else (), dtype=_loss_dtype(z))
     grad = z.new_empty(z.shape if with_grad else (0,))
     return loss, grad, z.new_empty((3, *z.shape[:-1]) if with_stats else (0,), dtype=_loss_dtype(z))
-
-
-@torch.library.register_fake("fastdiff::row_loss_backward")
-def _(grad_loss: Tensor, z: Tensor, *_: Any) -> Tensor:
-    return z.new_empty(z.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -81,45 +79,62 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or the unused gradient of the gradient would be a zero [..., V]
     ctx.constants = None if with_grad else inputs[_TENSORS:-2]
+    ctx.factor = None  # of the upstream gradient, once it is in the saved one
     ctx.save_for_backward(*([output[1]] if with_grad else tensors))
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    return (None if grad_loss is None else _grad(ctx, grad_loss), *(None,) * (len(dataclasses.fields(Rows)) + 1))
+def _backward(backend: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    grad = None if grad_loss is None else _grad(backend, ctx, grad_loss)
+    return (grad, *(None,) * (len(dataclasses.fields(Rows)) + 1))
 
 
-def _grad(ctx: Any, grad_loss: Tensor) -> Tensor:
+def _grad(backend: str, ctx: Any, grad_loss: Tensor) -> Tensor:
     if ctx.constants is not None:
-        return _row_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.constants)
+        return _row_loss_backward[backend](grad_loss, *ctx.saved_tensors, *ctx.constants)
     (grad,) = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: a result to differentiate must reach the operator that refuses
-        grad = grad.detach().requires_grad_()
-    elif _is_one(grad_loss):
-        return grad
-    return _scale_grad(grad, grad_loss)
+        return _scale_grad(grad.detach().requires_grad_(), grad_loss)
+    if type(grad_loss) is not Tensor:  # traced
+        return _scale_grad(grad, grad_loss)
+    if backend == "cpu":
+        return grad if grad_loss.item() == 1 else _scale_grad(grad, grad_loss)
+    if ctx.factor is not None:
+        return _scale_grad(grad, grad_loss / ctx.factor)
+    # Nobody has seen this gradient yet: it is scaled in place, at no cost if the device finds that the factor is 1.
+    # .data, or the second backward of a retained graph would be told that what it saved has changed.
+    _scale_grad_[backend](grad.data, grad_loss)
+    ctx.factor = grad_loss
+    return grad
 
 
-torch.library.register_autograd("fastdiff::row_loss", _backward, setup_context=_setup_context, lib=library)
-
-
-def _is_one(grad_loss: Tensor) -> bool:
-    """Whether the gradient is already right; not asked while tracing, or where asking would wait for a device."""
-    return type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and grad_loss.item() == 1
-
-
-def _recompute(grad_loss: Tensor, *arguments: Any) -> Tensor:
+def _recompute(backend: str, grad_loss: Tensor, *arguments: Any) -> Tensor:
     """The gradient for any upstream one: it is a weight of the summed loss."""
     rows = Rows(*arguments)
     upstream = grad_loss.double().expand(rows.x0.shape)
     rows.weight = (upstream if rows.weight is None else rows.weight * upstream).contiguous()
     rows.reduction = "sum" if rows.reduction == "none" else rows.reduction
-    return _row_loss(*rows.arguments(), True, False)[1]
+    return _row_loss[backend](*rows.arguments(), True, False)[1]
 
 
-implement("row_loss_backward", _recompute)
-implement("scale_grad", lambda grad, grad_loss: grad * grad_loss)
-no_double_backward("row_loss_backward")
+_row_loss = define("row_loss", f"({_ROWS}, bool with_grad, bool with_stats) -> (Tensor, Tensor, Tensor)", _fake)
+_row_loss_backward = define(
+    "row_loss_backward",
+    f"(Tensor grad_loss, {_ROWS}) -> Tensor",
+    lambda grad_loss, z, *_: z.new_empty(z.shape),
+)
+_scale_grad_ = define("scale_grad_", "(Tensor(a!) grad, Tensor factor) -> ()", lambda grad, factor: None, ("triton",))
+library.define("scale_grad(Tensor grad, Tensor factor) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_scale_grad = torch.ops.fastdiff.scale_grad.default
+for _backend in KERNELS:
+    torch.library.register_autograd(
+        f"fastdiff::row_loss.{_backend}", partial(_backward, _backend), setup_context=_setup_context, lib=library
+    )
+    implement(f"row_loss_backward.{_backend}", partial(_recompute, _backend))
+    no_double_backward(f"row_loss_backward.{_backend}")
+implement("scale_grad", torch.mul)
 no_double_backward("scale_grad")
+implement_in_triton("row_loss", "row_loss")
+implement_in_triton("scale_grad_", "row_loss")
 
 
 # ---------------------------------------------------------------------------------------------------------

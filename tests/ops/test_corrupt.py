@@ -268,13 +268,13 @@ def test_opcheck():
     names = (torch.tensor(1), torch.zeros(3, dtype=torch.long), ids)
     maskable, p = x0 % 2 == 0, torch.rand(3, 7, dtype=torch.float64)
     ops = torch.ops.fastdiff
-    torch.library.opcheck(ops.mask_tokens.default, (x0, p, maskable, *names, M))
+    torch.library.opcheck(ops.mask_tokens.cpu, (x0, p, maskable, *names, M))
     packed, offsets = x0.flatten(), torch.tensor([0, 4, 9, 21])
-    torch.library.opcheck(ops.mask_exactly.default, (x0, torch.zeros_like(ids), None, None, *names, M))
-    torch.library.opcheck(ops.mask_exactly.default, (packed, ids, None, offsets, *names, M))
-    torch.library.opcheck(ops.harmonic_mask.default, (x0, None, None, *names, M))
-    torch.library.opcheck(ops.harmonic_mask.default, (packed, None, offsets, *names, M))
-    torch.library.opcheck(ops.uniform_tokens.default, (x0, p, *names, M))
+    torch.library.opcheck(ops.mask_exactly.cpu, (x0, torch.zeros_like(ids), None, None, *names, M))
+    torch.library.opcheck(ops.mask_exactly.cpu, (packed, ids, None, offsets, *names, M))
+    torch.library.opcheck(ops.harmonic_mask.cpu, (x0, None, None, *names, M))
+    torch.library.opcheck(ops.harmonic_mask.cpu, (packed, None, offsets, *names, M))
+    torch.library.opcheck(ops.uniform_tokens.cpu, (x0, p, *names, M))
 
 
 def test_compiles_whole():

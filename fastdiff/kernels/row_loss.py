@@ -1,0 +1,475 @@
+"""Row losses in Triton, one program a row. Twin of csrc/row_loss.h and csrc/cpu/row_bodies.h, which say more.
+
+A row may start anywhere. It is walked in groups of VEC numbers aligned to 16 bytes, blocks of them under a mask that is
+constant in a group, so that loads and stores are 16 bytes wide; what is left at its two ends is one narrow edge.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.0e38)  # a maximum to start from, which subtracts from -inf without NaN
+
+# ---------------------------------------------------------------------------------------------------------
+# The mathematics. Constants of a row are float64, what runs along it float32.
+
+
+@triton.jit
+def expm1_(x):
+    """expm1 in float64, by Kahan's correction of exp(x) - 1."""
+    u = tl.exp(x)
+    inside = (u != 1) & (u != 0)
+    corrected = (u - 1) * x / tl.where(inside, tl.log(tl.where(inside, u, 2.0)), 1.0)
+    return tl.where(inside, corrected, tl.where(u == 0, -1.0, x))
+
+
+@triton.jit
+def log1p_(x):
+    """log1p in float64, by Kahan's correction of log(1 + x)."""
+    u = 1 + x
+    return tl.where(u == 1, x, tl.log(u) * x / tl.where(u == 1, 1.0, u - 1))
+
+
+@triton.jit
+def noise(sigma):
+    """1 / e1 and log e1, where e1 = expm1(sigma) is never formed."""
+    o = -expm1_(-sigma)
+    return tl.exp(-sigma) / o, sigma + tl.log(o)
+
+
+@triton.jit
+def scaled_phi(s, d, a, near: tl.constexpr):
+    """a phi(d) and its derivative exp(s) - a, where phi(d) = expm1(d) - d, d = s - log a; a series where |d| < near."""
+    e = tl.exp(s)
+    series = a * (d * d) * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720)))))
+    is_near = tl.abs(d) < tl.where(a > 0, near, 0.0)
+    return tl.where(is_near, series, e - a * (1 + d)), tl.where(is_near, series + a * d, e - a)
+
+
+@triton.jit
+def log_gap(w, rho, near: tl.constexpr):
+    """w - log(rho) for rho = 1 + w, each rounded by itself; a series where |w| < near."""
+    t = w / (2 + w)  # log(1 + w) = 2 artanh(t), and w - 2 t = w t
+    t2 = t * t
+    series = w * t - 2 * t * t2 * (1 / 3 + t2 * (1 / 5 + t2 * (1 / 7 + t2 * (1 / 9 + t2 * (1 / 11)))))
+    return tl.where(tl.abs(w) < near, series, w - tl.log(rho))
+
+
+@triton.jit
+def nelbo_constants(k, num_states, moved, c_xt, rest_xt, rest_x0):
+    """NelboRow of csrc/row_loss.h: b, a, slope, offset, offset_w, a_x0, w_x0, rho_x0, dc_xt."""
+    b = 1 + k * c_xt
+    spread = k * (num_states + k)
+    a = tl.where(moved, 1.0, 1 / (1 + k))
+    slope = tl.where(moved, k, k * (1 + k)) / b
+    offset = tl.where(moved, 1.0, 1 + k) / b
+    offset_w = tl.where(moved, -k * c_xt, k * rest_xt) / b
+    a_x0 = tl.where(moved, 1 + k, 0.0)
+    w_x0 = tl.where(moved, -k * (rest_x0 + c_xt * (1 + k)) / (b * (1 + k)), 0.0)
+    rho_x0 = tl.where(moved, (1 + k * (1 - rest_x0)) / (b * (1 + k)), 1.0)
+    dc_xt = tl.where(moved, spread * c_xt, -spread * rest_xt / (1 + k)) / b
+    return b, a, slope, offset, offset_w, a_x0, w_x0, rho_x0, dc_xt
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Walking a row. `row` is (z, grad, z_aligned, grad_aligned, head, groups, V, x0, excluded): where the row and its
+# gradient start, where their first aligned groups do, how many numbers come before that, how many groups follow, and
+# the ids that are treated apart (int32; the excluded one may be -1).
+
+
+@triton.jit
+def block_of(row, i, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    """Pointers into row and gradient, ids, and which exist, of block i of the groups."""
+    _, _, z_aligned, grad_aligned, head, groups, _, _, _ = row
+    offsets = i * BLOCK + tl.arange(0, BLOCK)
+    return z_aligned + offsets, grad_aligned + offsets, head + offsets, offsets // VEC < groups
+
+
+@triton.jit
+def edge_of(row, VEC: tl.constexpr):
+    """The same of what lies before the first group and after the last."""
+    z, grad, _, _, head, groups, V, _, _ = row
+    i = tl.arange(0, 2 * VEC)
+    before = i < VEC
+    ids = tl.where(before, i, head + groups * VEC + i - VEC)
+    return z + ids, grad + ids, ids, tl.where(before, i < head, ids < V)
+
+
+@triton.jit
+def num_blocks(row, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    return tl.cdiv(row[5] * VEC, BLOCK)
+
+
+@triton.jit
+def load_at(row, index):
+    """The number at an id, in float64; NaN where there is no such id."""
+    return tl.load(row[0] + index, mask=(index >= 0) & (index < row[6]), other=float("nan")).to(tl.float64)
+
+
+@triton.jit
+def store_grad(pointers, gradient, ids, exists, row, at_x0, at_excluded):
+    gradient = tl.where(ids == row[7], at_x0, gradient)
+    tl.store(pointers, tl.where(ids == row[8], at_excluded, gradient), mask=exists)
+
+
+@triton.jit
+def zero_grad(row, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    for i in range(num_blocks(row, BLOCK, VEC)):
+        _, pointers, _, exists = block_of(row, i, BLOCK, VEC)
+        tl.store(pointers, tl.zeros((BLOCK,), tl.float32), mask=exists)
+    _, pointers, _, exists = edge_of(row, VEC)
+    tl.store(pointers, tl.zeros((2 * VEC,), tl.float32), mask=exists)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Score entropy: loss and gradient from one pass.
+
+
+@triton.jit
+def dse_visit(part, row, constants, KIND: tl.constexpr, WITH_GRAD: tl.constexpr):
+    """The terms of some numbers, 0 at x0 and the excluded id; stores their gradients."""
+    z, grad, ids, exists = part
+    shift, shift_a, a, scale, grad_x0 = constants
+    x = tl.load(z, mask=exists, other=0.0).to(tl.float32)
+    if KIND == "phi":
+        value, slope = scaled_phi(x - shift, x - shift_a, a, 0.25)
+    else:
+        value = tl.exp(x - shift)
+        slope = value
+    if WITH_GRAD:
+        store_grad(grad, scale * slope, ids, exists, row, grad_x0, 0.0)
+    return tl.where(exists & (ids != row[7]) & (ids != row[8]), value, 0.0)
+
+
+@triton.jit
+def dse_row(
+    row, weight, shift, a, log_a, a_x0, log_a_x0,
+    KIND: tl.constexpr, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    s_x0 = load_at(row, row[7]) - shift
+    at_x0, slope_x0 = scaled_phi(s_x0, s_x0 - log_a_x0, a_x0, 1e-2)
+    at_x0 = tl.where(row[7] == row[8], 0.0, at_x0)
+    f32 = tl.float32
+    constants = (shift.to(f32), (shift + log_a).to(f32), a.to(f32), weight.to(f32), (weight * slope_x0).to(f32))
+    total = tl.zeros((BLOCK,), f32)
+    for i in range(num_blocks(row, BLOCK, VEC)):
+        total += dse_visit(block_of(row, i, BLOCK, VEC), row, constants, KIND, WITH_GRAD)
+    edge = dse_visit(edge_of(row, VEC), row, constants, KIND, WITH_GRAD)
+    return weight * (tl.sum(total, 0).to(tl.float64) + tl.sum(edge, 0) + at_x0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Cross-entropy: the sum first, then the gradient from a row that is still in the second-level cache.
+
+
+@triton.jit
+def load_others(part, row):
+    """Some numbers of a row; -inf at x0, at the excluded id and where there is none."""
+    z, _, ids, exists = part
+    x = tl.load(z, mask=exists, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
+    return tl.where((ids == row[7]) | (ids == row[8]), float("-inf"), x)
+
+
+@triton.jit
+def online(m, s, z):
+    """Adds exp(z) to the sum s exp(m), number by number, with one exponential."""
+    e = tl.exp2(-tl.abs(z - m) * LOG2_E)
+    larger = z > m
+    return tl.where(larger, z, m), tl.where(larger, s * e + 1, s + e)
+
+
+@triton.jit
+def sum_exp(row, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    """max and sum of exp(z - max) over the ids other than x0 and the excluded one, float64."""
+    m = tl.full((BLOCK,), LOWEST, tl.float32)
+    s = tl.zeros((BLOCK,), tl.float32)
+    for i in range(num_blocks(row, BLOCK, VEC)):
+        m, s = online(m, s, load_others(block_of(row, i, BLOCK, VEC), row))
+    m_edge = tl.full((2 * VEC,), LOWEST, tl.float32)
+    m_edge, s_edge = online(m_edge, tl.zeros((2 * VEC,), tl.float32), load_others(edge_of(row, VEC), row))
+    top = tl.maximum(tl.max(m, 0), tl.max(m_edge, 0))
+    total = tl.sum(s * tl.exp2((m - top) * LOG2_E), 0) + tl.sum(s_edge * tl.exp2((m_edge - top) * LOG2_E), 0)
+    return top.to(tl.float64), total.to(tl.float64)
+
+
+@triton.jit
+def dce_visit(part, row, constants, WITH_GRAD: tl.constexpr):
+    """Stores gradients; for the statistics, exp(x) x with x = z - shift, and which numbers stand before x0's."""
+    _, grad, ids, exists = part
+    shift, x_x0, scale, grad_x0 = constants
+    x = load_others(part, row) - shift
+    e = tl.exp2(x * LOG2_E)
+    if WITH_GRAD:
+        store_grad(grad, scale * e, ids, exists, row, grad_x0, 0.0)
+    ahead = (x > x_x0) | ((x == x_x0) & (ids < row[7]))
+    return tl.where(x < -86.0, 0.0, e * x), tl.where(ahead, 1, 0)
+
+
+@triton.jit
+def dce_row(
+    row, weight, z_loss,
+    WITH_GRAD: tl.constexpr, WITH_STATS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    top, others = sum_exp(row, BLOCK, VEC)
+    at_x0 = load_at(row, row[7])
+    shift = tl.where(at_x0 > top, at_x0, top)
+    total = others * tl.exp(top - shift) + tl.exp(at_x0 - shift)
+    total = tl.where(shift == float("inf"), float("nan"), total)  # inf - inf, as in PyTorch
+    log_p = (at_x0 - shift) - tl.log(total)  # the shift is never added to log(sum), where digits would be lost
+    logsumexp = shift + tl.log(total)
+    slope = 1 + 2 * z_loss * logsumexp
+    entropy, correct = tl.zeros_like(total), tl.zeros_like(total)
+    if WITH_GRAD or WITH_STATS:
+        f32 = tl.float32
+        x_x0, scale = at_x0.to(f32) - shift.to(f32), (weight * slope / total).to(f32)
+        grad_x0 = (weight * (expm1_(log_p) + (slope - 1) * tl.exp(log_p))).to(f32)
+        constants = (shift.to(f32), x_x0, scale, grad_x0)
+        dots, aheads = tl.zeros((BLOCK,), f32), tl.zeros((BLOCK,), tl.int32)
+        for i in range(num_blocks(row, BLOCK, VEC)):
+            dot, ahead = dce_visit(block_of(row, i, BLOCK, VEC), row, constants, WITH_GRAD)
+            if WITH_STATS:
+                dots += dot
+                aheads += ahead
+        dot, ahead = dce_visit(edge_of(row, VEC), row, constants, WITH_GRAD)
+        if WITH_STATS:
+            dot_x0 = tl.where(x_x0 < -86.0, 0.0, tl.exp(x_x0) * x_x0)
+            entropy = tl.log(total) - (tl.sum(dots, 0) + tl.sum(dot, 0) + dot_x0).to(tl.float64) / total
+            first = tl.sum(aheads, 0) + tl.sum(ahead, 0) == 0
+            correct = tl.where(first & (total == total), 1.0, 0.0).to(tl.float64)
+    return weight * (z_loss * logsumexp * logsumexp - log_p), logsumexp, entropy, correct
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Score entropy of the uniform graph from conditionals: two sums in sequence, then the gradient.
+
+
+@triton.jit
+def nelbo_terms(part, row, constants):
+    """c, w - log(rho) and 1 - 1/rho of some numbers, 0, 0 and anything at x0, x_t and where there is none."""
+    _, _, ids, exists = part
+    shift, inv_total, slope, offset, offset_w = constants
+    c = tl.exp2((load_others(part, row) - shift) * LOG2_E) * inv_total
+    rho, w = slope * c + offset, slope * c + offset_w
+    live = exists & (ids != row[7]) & (ids != row[8])
+    return c, tl.where(live, log_gap(w, rho, 0.25), 0.0), w / rho
+
+
+@triton.jit
+def nelbo_store(part, row, constants, gradient):
+    _, pointers, ids, exists = part
+    scale, mean, grad_x0, grad_xt = gradient
+    c, _, pull = nelbo_terms(part, row, constants)
+    store_grad(pointers, scale * c * (pull - mean), ids, exists, row, grad_x0, grad_xt)
+
+
+@triton.jit
+def nelbo_row(row, weight, k, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    top, others = sum_exp(row, BLOCK, VEC)
+    moved = row[7] != row[8]
+    at_x0, at_xt, num_states = load_at(row, row[7]), load_at(row, row[8]), row[6].to(tl.float64)
+    shift = tl.where(at_x0 > top, at_x0, top)
+    shift = tl.where(at_xt > shift, at_xt, shift)
+    others *= tl.exp(top - shift)
+    e_x0, e_xt = tl.where(moved, tl.exp(at_x0 - shift), 0.0), tl.exp(at_xt - shift)
+    total = others + e_x0 + e_xt
+    c_x0, c_xt, rest_xt, rest_x0 = e_x0 / total, e_xt / total, (others + e_x0) / total, (others + e_xt) / total
+    b, a, slope, offset, offset_w, a_x0, w_x0, rho_x0, dc_xt = nelbo_constants(
+        k, num_states, moved, c_xt, rest_xt, rest_x0
+    )
+    loss_x0, pull_x0, scale = a_x0 * log_gap(w_x0, rho_x0, 1e-3), w_x0 / rho_x0, weight * k / b
+    f32 = tl.float32
+    constants = (shift.to(f32), (1 / total).to(f32), slope.to(f32), offset.to(f32), offset_w.to(f32))
+    gaps, pulls = tl.zeros((BLOCK,), f32), tl.zeros((BLOCK,), f32)
+    for i in range(num_blocks(row, BLOCK, VEC)):
+        c, gap, pull = nelbo_terms(block_of(row, i, BLOCK, VEC), row, constants)
+        gaps += gap
+        pulls += c * pull
+    edge_c, edge_gap, edge_pull = nelbo_terms(edge_of(row, VEC), row, constants)
+    gap_sum = tl.sum(gaps, 0).to(tl.float64) + tl.sum(edge_gap, 0)
+    pull_sum = tl.sum(pulls, 0).to(tl.float64) + tl.sum(edge_c * edge_pull, 0)
+
+    if WITH_GRAD:
+        mean = pull_sum + c_xt * dc_xt + c_x0 * pull_x0
+        # pull - mean, where the two nearly cancel if c is near 1
+        grad_xt = (scale * c_xt * (dc_xt * rest_xt - (pull_sum + c_x0 * pull_x0))).to(f32)
+        grad_x0 = (scale * c_x0 * (pull_x0 * rest_x0 - (mean - c_x0 * pull_x0))).to(f32)
+        gradient = (scale.to(f32), mean.to(f32), grad_x0, grad_xt)
+        for i in range(num_blocks(row, BLOCK, VEC)):
+            nelbo_store(block_of(row, i, BLOCK, VEC), row, constants, gradient)
+        nelbo_store(edge_of(row, VEC), row, constants, gradient)
+    return weight * (a * gap_sum + loss_x0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The kernel.
+
+
+@triton.jit
+def row_loss_kernel(
+    Z,  # [rows, V], row r at (r // inner) * stride_outer + (r % inner) * stride_inner
+    X0,  # int64 [rows]
+    XT,  # int64 [rows] or None
+    MASK,  # bool [rows] or None
+    SIGMA,  # float64 [rows] or None
+    WEIGHT,  # float64 [rows] or None
+    SCALE,  # float64 [], a factor of every loss
+    LOSS,  # float32 [rows]
+    GRAD,  # [rows, V] contiguous; anything without gradient
+    STATS,  # float32 [3, rows] or None
+    V,
+    inner,
+    stride_outer,
+    stride_inner,
+    mask_index,
+    ignore_index,
+    z_loss,
+    FUNCTOR: tl.constexpr,
+    EXCLUDE_MASK: tl.constexpr,
+    SCALE_BY_SIGMA: tl.constexpr,
+    WITH_GRAD: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,  # whether rows of Z lie as those of GRAD, and are aligned alike
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    r = tl.program_id(0).to(tl.int64)
+    UNIFORM: tl.constexpr = FUNCTOR == "dse_uniform" or FUNCTOR == "dse_uniform_logits"
+    x0 = tl.load(X0 + r)
+    scored = x0 != ignore_index
+    excluded = tl.full((), -1, tl.int64)
+    if UNIFORM:
+        excluded = tl.load(XT + r)
+    else:
+        if EXCLUDE_MASK:
+            excluded += mask_index + 1
+        if MASK is not None:
+            scored &= tl.load(MASK + r) != 0
+        elif XT is not None:
+            scored &= tl.load(XT + r) == mask_index
+    x0 = tl.where((x0 >= 0) & (x0 < V), x0, -2).to(tl.int32)  # no such id: the loss will be NaN
+    excluded = tl.where((excluded >= -1) & (excluded < V), excluded, -3).to(tl.int32)
+
+    start, grad_start = (r // inner) * stride_outer + (r % inner) * stride_inner, r * V
+    head = tl.minimum((VEC - start % VEC) % VEC, V)
+    groups = ((V - head) // VEC).to(tl.int32)
+    grad_aligned = GRAD + (grad_start + head)
+    if CONTIGUOUS:
+        grad_aligned = GRAD + tl.multiple_of(grad_start + head, VEC)
+    z_aligned = Z + tl.multiple_of(start + head, VEC)
+    row = (Z + start, GRAD + grad_start, z_aligned, grad_aligned, head.to(tl.int32), groups, V, x0, excluded)
+
+    loss = tl.full((), 0.0, tl.float64)
+    logsumexp, entropy, correct = loss, loss, loss
+    if scored:
+        weight = tl.load(SCALE)
+        if WEIGHT is not None:
+            weight *= tl.load(WEIGHT + r)
+        zero = tl.full((), 0.0, tl.float64)
+        inv_e1, log_e1, shift = zero, zero, zero
+        if SIGMA is not None:
+            inv_e1, log_e1 = noise(tl.load(SIGMA + r))
+        if SCALE_BY_SIGMA:
+            shift = log_e1 + tl.log((V - 1).to(tl.float64))
+        if FUNCTOR == "dce":
+            if SIGMA is not None:  # conditionals as scores: DSE of log c - log e1 is DCE / e1
+                weight *= inv_e1
+            loss, logsumexp, entropy, correct = dce_row(row, weight, z_loss, WITH_GRAD, STATS is not None, BLOCK, VEC)
+        elif FUNCTOR == "dse_absorb":
+            loss = dse_row(row, weight, shift, zero, zero, inv_e1, -log_e1, "exp", WITH_GRAD, BLOCK, VEC)
+        else:
+            moved, k, weight = x0 != excluded, V * inv_e1, weight / V
+            if FUNCTOR == "dse_uniform":
+                log_r = tl.where(k < float("inf"), -log1p_(k), 0.0)  # with sigma = 0 r is 0, and log r is not needed
+                a, log_a = tl.where(moved, 1.0, 1 / (1 + k)), tl.where(moved, 0.0, log_r)
+                loss = dse_row(row, weight, shift, a, log_a, 1 + k, -log_r, "phi", WITH_GRAD, BLOCK, VEC)
+            else:
+                loss = nelbo_row(row, weight, k, WITH_GRAD, BLOCK, VEC)
+    elif WITH_GRAD:
+        zero_grad(row, BLOCK, VEC)
+    tl.store(LOSS + r, loss.to(tl.float32))
+    if STATS is not None:
+        rows = tl.num_programs(0)
+        tl.store(STATS + r, logsumexp.to(tl.float32))
+        tl.store(STATS + rows + r, entropy.to(tl.float32))
+        tl.store(STATS + 2 * rows + r, correct.to(tl.float32))
+
+
+@triton.jit
+def scale_kernel(GRAD, FACTOR, size, BLOCK: tl.constexpr):
+    """Multiplies in place, and returns at once if the factor is 1."""
+    factor = tl.load(FACTOR)
+    if factor != 1:
+        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        exists = offsets < size
+        x = tl.load(GRAD + offsets, mask=exists).to(tl.float32)
+        tl.store(GRAD + offsets, x * factor.to(tl.float32), mask=exists)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Launches.
+
+# Numbers of a row that a program holds at a time, and its warps: two 16-byte loads a thread before the first use, and
+# few enough registers that nothing spills. Vocabularies of one block (bytes, characters, DNA) take a small one.
+SMALL = dict(BLOCK=1024, num_warps=4)
+LARGE = {2: dict(BLOCK=4096, num_warps=8), 4: dict(BLOCK=2048, num_warps=8)}  # by the bytes of a number
+SCALE = dict(BLOCK=4096, num_warps=8)
+
+
+def row_loss(
+    z: Tensor,
+    x0: Tensor,
+    xt: Tensor | None,
+    mask: Tensor | None,
+    sigma: Tensor | None,
+    weight: Tensor | None,
+    num_items: Tensor | None,
+    functor: str,
+    mask_index: int,
+    exclude_mask: bool,
+    ignore_index: int,
+    scale_by_sigma: bool,
+    z_loss: float,
+    reduction: str,
+    with_grad: bool,
+    with_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator row_loss.triton: see fastdiff/ops/row_loss.py. Nothing here waits for the device."""
+    num_states, rows = z.shape[-1], x0.numel()
+    scale = z.new_ones((), dtype=torch.float64)
+    if num_items is not None:
+        scale = 1 / num_items
+    elif reduction == "mean":
+        scored = x0 != ignore_index
+        if not functor.startswith("dse_uniform"):
+            scored &= mask if mask is not None else xt == mask_index if xt is not None else True
+        scale = 1 / scored.sum().clamp_min(1).double()
+    losses = z.new_empty(x0.shape, dtype=torch.float32)
+    grad = z.new_empty(z.shape if with_grad else (0,))
+    z, inner, outer_stride, inner_stride = two_strides(z)
+    stats = z.new_empty((3, *x0.shape) if with_stats else (0,), dtype=torch.float32)
+    if rows:
+        with torch.cuda.device_of(z):
+            row_loss_kernel[(rows,)](
+                z, x0, xt, mask, sigma, weight, scale, losses, grad if with_grad else z, stats if with_stats else None,
+                num_states, inner, outer_stride, inner_stride, mask_index, ignore_index, z_loss,
+                FUNCTOR=functor, EXCLUDE_MASK=exclude_mask, SCALE_BY_SIGMA=scale_by_sigma, WITH_GRAD=with_grad,
+                CONTIGUOUS=z.is_contiguous(), VEC=16 // z.element_size(),
+                **(SMALL if num_states <= SMALL["BLOCK"] else LARGE[z.element_size()]),
+            )  # fmt: skip
+    loss = losses if reduction == "none" else losses.sum(dtype=torch.float64).float()
+    return loss, grad, stats
+
+
+def two_strides(z: Tensor) -> tuple[Tensor, int, int, int]:
+    """z, and how its rows lie: row r at (r // inner) * outer_stride + (r % inner) * inner_stride."""
+    if z.dim() > 3:
+        z = z.flatten(0, -3)  # a copy if its strides ask for one
+    return z, max(z.shape[-2], 1), 0 if z.dim() == 2 else z.stride(0), z.stride(-2)
+
+
+def scale_grad_(grad: Tensor, factor: Tensor) -> None:
+    """The operator scale_grad_.triton: grad *= factor, at no cost if the factor is 1."""
+    if grad.numel():
+        with torch.cuda.device_of(grad):
+            scale_kernel[(triton.cdiv(grad.numel(), SCALE["BLOCK"]),)](grad, factor, grad.numel(), **SCALE)
