@@ -18,7 +18,7 @@ def test_cpu_tensors_take_the_compiled_kernels_unless_the_process_says_otherwise
     assert backends.resolve(None, X0.device) == "reference"
     assert backends.resolve("cpu", X0.device) == "cpu"
     monkeypatch.setattr(backends, "_DEFAULT", "tpu")
-    with pytest.raises(ValueError, match="backend: expected one of 'cpu', 'reference', got 'tpu'"):
+    with pytest.raises(ValueError, match="backend: expected one of 'cpu', 'triton', 'reference', got 'tpu'"):
         backends.resolve(None, X0.device)
 
 
@@ -26,12 +26,35 @@ def test_another_device_takes_the_reference_and_warns_once():
     z = torch.zeros(2, 3, 8, device="meta")
     with pytest.raises(BackendUnavailable, match="backend 'cpu': no kernels for meta tensors"):
         dce_loss(z, X0.to("meta"), backend="cpu")
+    with pytest.raises(BackendUnavailable, match="backend 'triton': no kernels for meta tensors"):
+        dce_loss(z, X0.to("meta"), backend="triton")
     backends._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="slow float64 reference: no kernels for meta tensors"):
         assert dce_loss(z, X0.to("meta")).shape == (2, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert mask_tokens(X0.to("meta"), 0.5, mask_index=7, seed=0).xt.shape == (2, 3)
+
+
+@pytest.mark.skipif(backends.INTERPRETING, reason="the interpreter does take CPU tensors")
+def test_triton_does_not_take_cpu_tensors():
+    with pytest.raises(BackendUnavailable, match="no kernels for cpu tensors, unless TRITON_INTERPRET=1"):
+        mask_tokens(X0, 0.5, mask_index=7, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"), [(None, "triton is not installed"), ("3.5.1", "triton 3.5.1 is too old, 3.6 is needed")]
+)
+def test_why_triton_is_missing(version, reason, monkeypatch):
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: version and object())
+    monkeypatch.setattr(backends.importlib.metadata, "version", lambda name: version)
+    assert backends._triton_missing() == reason
+
+
+def test_a_gpu_that_is_too_old_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(BackendUnavailable, match=r"backend 'triton': compute capability 7\.5, 8\.0 is needed"):
+        backends.resolve("triton", torch.device("cuda"))
 
 
 def test_import_prints_nothing_and_loads_no_extras():
