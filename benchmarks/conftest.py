@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from measure import Machine, Probe, Row, interleave, peak_extra_bytes
+from measure import DEVICE, Machine, Probe, Row, interleave, peak_extra_bytes, sources
 
 ROUNDS = 7
 Floor = Callable[[Machine], float]
@@ -58,7 +58,7 @@ def pytest_terminal_summary(terminalreporter, config):
         case = row.case if row is first else ""
         write(f"{case:56} {row.who:22} {row.seconds * 1e3:9.2f} {share} {ratio:>8} {row.extra_bytes / 1e6:9.1f}")
     if config.getoption("--json-results"):
-        result = {"machine": _processor(), "torch": torch.__version__}
+        result = {"machine": _processor(), "torch": torch.__version__, "sources": sources()}
         result |= {"threads": torch.get_num_threads(), "rates": rates._asdict(), "rows": [r._asdict() for r in rows]}
         path = Path(config.getoption("--json-results"))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,9 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def _processor() -> str:
-    """The processor's name (Linux), or its architecture."""
+    """The GPU's name, or the processor's (Linux), or its architecture."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())

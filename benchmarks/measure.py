@@ -1,14 +1,20 @@
-"""How the benchmarks measure: interleaved calls, medians, the machine's own rates in the same run, peak memory."""
+"""How the benchmarks measure: interleaved calls, medians, the machine's own rates in the same run, peak memory.
 
+Everything runs on the GPU if there is one.
+"""
+
+import hashlib
 import mmap
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 MB = 1 << 20
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Machine(NamedTuple):
@@ -33,13 +39,18 @@ class Row(NamedTuple):
 class Probe:
     """Calls that show the machine's rates, to be timed among others. Their memory is touched beforehand, once."""
 
-    def __init__(self, size: int = 256 * MB) -> None:
+    def __init__(self) -> None:
+        gpu = DEVICE.type == "cuda"
+        size, side = (1024 * MB, 8192) if gpu else (256 * MB, 1024)
         torch.ones(4 << 30, dtype=torch.uint8)  # a virtual machine pays for pages never touched before
-        source, target = torch.ones(size // 4), torch.ones(size // 4)
-        a, b = torch.rand(1024, 1024), torch.rand(1024, 1024)
+        source, target = torch.ones(size // 4, device=DEVICE), torch.ones(size // 4, device=DEVICE)
+        a, b = torch.rand(2, side, side, device=DEVICE, dtype=torch.bfloat16 if gpu else torch.float32)
 
         def fresh_fill() -> None:
-            """What an output costs: 2 MB pages, touched the first time."""
+            """What an output costs: on the CPU 2 MB pages, touched the first time."""
+            if gpu:
+                target.fill_(1)
+                return
             with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pages:
                 pages.madvise(mmap.MADV_HUGEPAGE)
                 torch.frombuffer(pages, dtype=torch.float32).fill_(1)
@@ -50,7 +61,7 @@ class Probe:
             "fresh_fill": fresh_fill,
             "matmul": lambda: a @ b,
         }
-        self.work = {"read": size, "copy": 2 * size, "fresh_fill": size, "matmul": 2 * 1024**3}
+        self.work = {"read": size, "copy": 2 * size, "fresh_fill": size, "matmul": 2 * side**3}
 
     def rates(self, seconds: dict[str, list[float]]) -> Machine:
         return Machine(**{name: work / statistics.median(seconds[name]) / 1e9 for name, work in self.work.items()})
@@ -62,19 +73,38 @@ def interleave(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str,
     for _ in range(rounds):
         for name, call in calls.items():
             call()
+            _wait()
             start = time.perf_counter()
             call()
+            _wait()
             seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
 def peak_extra_bytes(call: Callable[[], object]) -> int:
-    """The most resident memory that a call needs beyond what is there before it (Linux)."""
+    """The most memory that a call needs beyond what is there before it: resident (Linux), or torch's on the GPU."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
     with open("/proc/self/clear_refs", "w") as f:
         f.write("5")  # the high-water mark starts again from here
     before = _status("VmRSS")
     call()
     return _status("VmHWM") - before
+
+
+def _wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def sources() -> str:
+    """A hash of the kernels' sources: results say which they are of."""
+    root = Path(__file__).parent.parent
+    files = sorted([*root.glob("csrc/**/*.[ch]*"), *root.glob("fastdiff/kernels/*.py")])
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def _status(field: str) -> int:

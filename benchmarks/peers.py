@@ -15,7 +15,7 @@ def sedd_absorb(z: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor) -> Tensor:
     ratio = (1 / e1)[:, None].expand_as(xt)[masked]
     negative = ratio * z[masked].gather(-1, x0[masked][:, None]).squeeze(-1)
     positive = z[masked][:, :-1].exp().sum(-1)
-    entropy = torch.zeros(xt.shape, dtype=z.dtype)
+    entropy = z.new_zeros(xt.shape)
     entropy[masked] += (positive - negative + ratio * (ratio.log() - 1)).to(z.dtype)
     return entropy.sum()
 
@@ -38,7 +38,7 @@ def sedd_uniform(z: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor) -> Tensor:
 def mdlm_subs(z: Tensor, rate: Tensor, xt: Tensor, x0: Tensor) -> Tensor:
     """MDLM's SUBS parametrisation, then the weighted log-likelihood of x0."""
     mask_index = z.shape[-1] - 1
-    offset = torch.zeros(mask_index + 1, dtype=z.dtype)
+    offset = z.new_zeros(mask_index + 1)
     offset[mask_index] = -1e6
     z = z + offset
     log_p = z - torch.logsumexp(z, -1, keepdim=True)
@@ -77,15 +77,15 @@ def duo_nelbo(z: Tensor, sigma: Tensor, dsigma: Tensor, xt: Tensor, x0: Tensor) 
 
 def masked_tokens(x0: Tensor, p: Tensor, mask_index: int) -> Tensor:
     """A uniform for each token, compared and replaced."""
-    move = torch.rand(x0.shape) < p[:, None]
+    move = torch.rand(x0.shape, device=x0.device) < p[:, None]
     return torch.where(move, mask_index, x0)
 
 
 def harmonic(x0: Tensor, mask_index: int) -> tuple[Tensor, Tensor, float]:
     """Counts by multinomial, subsets by sorting a uniform for each token."""
     length = x0.shape[1]
-    law = 1 / torch.arange(1, length + 1)
+    law = 1 / torch.arange(1, length + 1, device=x0.device)
     counts = 1 + torch.multinomial(law, len(x0), replacement=True)
-    rank = torch.rand(x0.shape).argsort(1).argsort(1)
+    rank = torch.rand(x0.shape, device=x0.device).argsort(1).argsort(1)
     mask = rank < counts[:, None]
     return torch.where(mask, mask_index, x0), mask, float(law.sum())
