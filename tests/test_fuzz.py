@@ -11,7 +11,8 @@ from fastdiff import dce_loss, dse_loss, harmonic_mask, mask_exactly, mask_token
 
 CASES = int(os.environ.get("FASTDIFF_FUZZ_CASES", "500"))
 # Largest error against float64 inputs and outputs of each type, relative to the largest number of the result.
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+# 16-bit types: one unit in the last place, by which roundings of nearly equal numbers may differ.
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 fuzz = settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 
 

@@ -136,14 +136,14 @@ template <typename T>
 struct Scratch {
   std::vector<Acc<T>> exponentials, shifts;
 
-  Scratch(int64_t num_states, bool in_grad)
-      : exponentials(in_grad && std::is_same_v<Acc<T>, T> ? 0 : num_states), shifts(num_states / kBlock + 3) {}
+  explicit Scratch(int64_t num_states) : shifts(num_states / kBlock + 3) {}
 
-  FASTDIFF_HD Acc<T>* kept(T* grad) {
-    if constexpr (std::is_same_v<Acc<T>, T>)
-      return grad ? grad : exponentials.data();
-    else
-      return exponentials.data();
+  FASTDIFF_HD Acc<T>* kept(T* grad, int64_t num_states) {
+    if constexpr (std::is_same_v<Acc<T>, T>) {
+      if (grad) return grad;
+    }
+    exponentials.resize(num_states);
+    return exponentials.data();
   }
 };
 
@@ -189,7 +189,7 @@ FASTDIFF_HD double dce_row(const Row<T>& row, double weight, double z_loss, Scra
   const C at_x0 = load(row.z[row.x0]);
   ExpSum<C> all{at_x0, 1};
   C max_before = -kInfinity<C>, max_after = max_before;
-  C *kept = kGrad ? scratch.kept(row.grad) : nullptr, *shift = scratch.shifts.data();
+  C *kept = kGrad ? scratch.kept(row.grad, row.num_states) : nullptr, *shift = scratch.shifts.data();
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
     C max;
     *shift++ = add_run<kGrad>(all, row.z + first, kGrad ? kept + first : kept, n, max);
@@ -271,7 +271,7 @@ FASTDIFF_HD double nelbo_row(const Row<T>& row, double weight, double k, Scratch
   const C at_x0 = load(row.z[row.x0]), at_xt = load(row.z[row.excluded]);
   const bool moved = row.x0 != row.excluded;
   ExpSum<C> others{at_x0, 0};
-  C *kept = scratch.kept(row.grad), *shift = scratch.shifts.data();
+  C *kept = scratch.kept(row.grad, row.num_states), *shift = scratch.shifts.data();
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
     C max;
     *shift++ = add_run<true>(others, row.z + first, kept + first, n, max);

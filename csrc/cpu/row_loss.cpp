@@ -20,7 +20,7 @@ constexpr int64_t kHugePage = int64_t{2} << 20;
 
 template <bool kGrad, typename T>
 FASTDIFF_HD void row_loss_rows(const RowLoss& op, int64_t begin, int64_t end) {
-  Scratch<T> scratch(op.num_states, kGrad);
+  Scratch<T> scratch(op.num_states);
   for (int64_t r = begin; r < end; ++r) {
     T* grad = kGrad ? static_cast<T*>(op.grad) + r * op.num_states : nullptr;
     if (!op.scored[r]) {
