@@ -1,7 +1,7 @@
 // The mathematics of the row losses, for host and device. Twin of fastdiff/reference.py, section 2.
 //
-// A row is V numbers z. One id, the excluded one (the mask; x_t for the uniform graph), is never read. The id x0 is
-// treated apart, in double; all others share one formula:
+// A row is V numbers z. Two ids are treated apart, in double: x0, and the excluded one, which is the mask or, in the
+// uniform graph, x_t; only NelboRow reads that one. All others share one formula:
 //   dce   loss = logsumexp(z) - z_x0,                        gradient exp(z - logsumexp), minus 1 at x0
 //   dse   loss = scale * sum_y a_y phi(s_y - log a_y),       gradient scale * (exp(s_y) - a_y)
 //   dse from conditionals, uniform graph: see NelboRow

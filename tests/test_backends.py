@@ -36,7 +36,6 @@ def test_another_device_takes_the_reference_and_warns_once():
         assert mask_tokens(X0.to("meta"), 0.5, mask_index=7, seed=0).xt.shape == (2, 3)
 
 
-@pytest.mark.skipif(backends.INTERPRETING, reason="the interpreter does take CPU tensors")
 def test_triton_does_not_take_cpu_tensors():
     with pytest.raises(BackendUnavailable, match="no kernels for cpu tensors, unless TRITON_INTERPRET=1"):
         mask_tokens(X0, 0.5, mask_index=7, backend="triton")

@@ -87,7 +87,7 @@ def test_row_loss_compiles_to_wide_loads_and_no_spills(capability, functor, dtyp
 def test_other_kernels_compile_without_spills(capability, tmp_path):
     names = dict.fromkeys(["X0", "SEED", "STEPS", "SAMPLE_IDS", "XT", "COUNTS", "CU_SEQLENS"], "*i64")
     types = names | dict.fromkeys(["P", "TABLE", "WEIGHT"], "*fp64") | dict.fromkeys(["MASKABLE", "MASKED"], "*i1")
-    types |= dict.fromkeys(["length", "p_stride_b", "p_stride_l", "mask_index", "num_states"], "i32")
+    types |= dict.fromkeys(["length", "p_stride_b", "p_stride_l", "mask_index", "number"], "i32")
     types |= dict(GRAD="*bf16", FACTOR="*fp32", size="i64")
     cases = [
         (corrupt.token_noise_kernel, corrupt.TOKENS),

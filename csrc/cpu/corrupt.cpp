@@ -1,6 +1,5 @@
 // The forward process on the CPU: masks, exact-count and harmonic masks, uniform noise. x0 is int64 [B, L].
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "../philox.h"

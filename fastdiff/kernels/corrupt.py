@@ -39,15 +39,14 @@ def token_noise_kernel(
     STEPS,  # int64 [B], as SAMPLE_IDS
     SAMPLE_IDS,
     XT,
-    MASKED,  # bool [B, L], or None: then tokens are redrawn from num_states instead of masked
+    MASKED,  # bool [B, L], or None: then tokens are redrawn instead of masked
     length,
     p_stride_b,
     p_stride_l,
-    mask_index,
-    num_states,
+    number,  # the mask's id, or the number of states to redraw from
     BLOCK: tl.constexpr,
 ):
-    b, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK
+    b, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK  # a grid has room for few blocks but in axis 0
     position = first + tl.arange(0, BLOCK)
     exists = position < length
     at = b * length + position
@@ -59,10 +58,10 @@ def token_noise_kernel(
         if MASKABLE is not None:
             hit = hit & (tl.load(MASKABLE + at, mask=exists, other=0) != 0)
         tl.store(MASKED + at, hit, mask=exists)
-        tl.store(XT + at, tl.where(hit, mask_index, x0), mask=exists)
+        tl.store(XT + at, tl.where(hit, number, x0), mask=exists)
     else:
         k0, k1, sample, purpose_step = load_names(SEED, STEPS, SAMPLE_IDS, b, REPLACE)
-        redrawn = (draw(k0, k1, sample, purpose_step, first, BLOCK).to(tl.uint64) * num_states) >> 32
+        redrawn = (draw(k0, k1, sample, purpose_step, first, BLOCK).to(tl.uint64) * number) >> 32
         tl.store(XT + at, tl.where(hit, redrawn.to(tl.int64), x0), mask=exists)
 
 
@@ -168,12 +167,10 @@ def _token_noise(
     x0: Tensor, p: Tensor, maskable: Tensor | None, names: tuple[Tensor, ...], masked: bool, number: int
 ) -> tuple[Tensor, Tensor | None]:
     xt, mask = torch.empty_like(x0), torch.empty_like(x0, dtype=torch.bool) if masked else None
-    grid = (triton.cdiv(x0.shape[1], TOKENS["BLOCK"]), x0.shape[0])
+    grid = (x0.shape[0], triton.cdiv(x0.shape[1], TOKENS["BLOCK"]))
     if x0.numel():
         with torch.cuda.device_of(x0):
-            token_noise_kernel[grid](
-                x0, p, maskable, *names, xt, mask, x0.shape[1], *p.stride(), number, number, **TOKENS
-            )
+            token_noise_kernel[grid](x0, p, maskable, *names, xt, mask, x0.shape[1], *p.stride(), number, **TOKENS)
     return xt, mask
 
 
