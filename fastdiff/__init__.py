@@ -3,6 +3,7 @@
 from fastdiff.backends import BackendUnavailable
 from fastdiff.estimators import NLLEstimate, exact_nll, time_free_nll
 from fastdiff.graphs import Absorbing, Uniform
+from fastdiff.linear_losses import linear_dce_loss, linear_dse_loss
 from fastdiff.losses import RowStats, dce_loss, dse_loss
 from fastdiff.noising import (
     HarmonicMask,
@@ -37,6 +38,8 @@ __all__ = [
     "dse_loss",
     "exact_nll",
     "harmonic_mask",
+    "linear_dce_loss",
+    "linear_dse_loss",
     "mask_exactly",
     "mask_tokens",
     "sample",

@@ -33,13 +33,13 @@ def check_bool(name: str, value: Tensor, shape: torch.Size, device: torch.device
     _check_place(name, value, shape, device)
 
 
-def check_rows(name: str, rows: Tensor) -> None:
-    """Rows of V numbers: [..., V], floating, V >= 1."""
+def check_rows(name: str, rows: Tensor, width: str = "V") -> None:
+    """Rows of V numbers: [..., V], floating, V >= 1; `width` is what messages call V."""
     check_tensor(name, rows)
     if rows.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {rows.dtype}")
     if rows.dim() < 2 or rows.shape[-1] < 1:
-        raise ValueError(f"{name}: expected shape [..., V] with at least 2 dimensions, got {tuple(rows.shape)}")
+        raise ValueError(f"{name}: expected shape [..., {width}] with at least 2 dimensions, got {tuple(rows.shape)}")
 
 
 def per_token(name: str, value: Number | Tensor, shape: torch.Size, device: torch.device) -> Tensor:

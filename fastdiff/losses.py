@@ -77,22 +77,7 @@ def dce_loss(  # type: ignore[misc]  # the overloads only tell apart what comes 
         BackendUnavailable: the backend named cannot run here.
     """
     check_rows("logits", logits)
-    if xt is not None and mask is not None:
-        raise ValueError("mask: expected one of xt and mask, got both")
-    if exclude_mask or (xt is not None and mask_index < 0):
-        mask_index = vocabulary_index("mask_index", mask_index, logits.shape[-1])
-    rows = _rows("dce", logits, x0, mask_index=mask_index, exclude_mask=exclude_mask, ignore_index=ignore_index)
-    shape, device = rows.x0.shape, logits.device
-    if xt is not None:
-        check_tokens("xt", xt, shape, device)
-        rows.xt = xt.long().contiguous()
-    if mask is not None:
-        check_bool("mask", mask, shape, device)
-        rows.mask = mask.contiguous()
-    if weight is not None:
-        rows.weight = per_token("weight", weight, shape, device).contiguous()
-    rows.z_loss = float(z_loss)
-    _reduce(rows, reduction, num_items)
+    rows = dce_rows(logits, x0, xt, mask, weight, mask_index, exclude_mask, ignore_index, z_loss, reduction, num_items)
     loss, stats = row_loss(rows, backend, return_stats)
     return (loss, RowStats(stats[0], stats[1], stats[2] == 1)) if return_stats else loss
 
@@ -143,22 +128,72 @@ def dse_loss(
         BackendUnavailable: the backend named cannot run here.
     """
     check_rows("log_score", log_score)
+    rows = dse_rows(log_score, sigma, xt, x0, graph, dsigma, mask_index, parametrization, reduction, num_items)
+    return row_loss(rows, backend)[0]
+
+
+def dce_rows(
+    z: Tensor,
+    x0: Tensor,
+    xt: Tensor | None,
+    mask: Tensor | None,
+    weight: Number | Tensor | None,
+    mask_index: int,
+    exclude_mask: bool,
+    ignore_index: int,
+    z_loss: float,
+    reduction: str,
+    num_items: Number | Tensor | None,
+) -> Rows:
+    """The checked arguments of a cross-entropy over rows z, of which only type, shape and device are looked at."""
+    if xt is not None and mask is not None:
+        raise ValueError("mask: expected one of xt and mask, got both")
+    if exclude_mask or (xt is not None and mask_index < 0):
+        mask_index = vocabulary_index("mask_index", mask_index, z.shape[-1])
+    rows = _rows("dce", z, x0, mask_index=mask_index, exclude_mask=exclude_mask, ignore_index=ignore_index)
+    shape, device = rows.x0.shape, z.device
+    if xt is not None:
+        check_tokens("xt", xt, shape, device)
+        rows.xt = xt.long().contiguous()
+    if mask is not None:
+        check_bool("mask", mask, shape, device)
+        rows.mask = mask.contiguous()
+    if weight is not None:
+        rows.weight = per_token("weight", weight, shape, device).contiguous()
+    rows.z_loss = float(z_loss)
+    _reduce(rows, reduction, num_items)
+    return rows
+
+
+def dse_rows(
+    z: Tensor,
+    sigma: Number | Tensor,
+    xt: Tensor,
+    x0: Tensor,
+    graph: str,
+    dsigma: Number | Tensor | None,
+    mask_index: int,
+    parametrization: str,
+    reduction: str,
+    num_items: Number | Tensor | None,
+) -> Rows:
+    """The checked arguments of a score entropy over rows z, of which only type, shape and device are looked at."""
     check_choice("graph", graph, ("absorb", "uniform"))
     check_choice("parametrization", parametrization, PARAMETRIZATIONS)
     conditionals = parametrization in ("logits", "log_probs")
-    if log_score.shape[-1] < 2:
-        raise ValueError(f"log_score: expected at least 2 states, got shape {tuple(log_score.shape)}")
-    mask_index = vocabulary_index("mask_index", mask_index, log_score.shape[-1])
+    if z.shape[-1] < 2:
+        raise ValueError(f"log_score: expected at least 2 states, got shape {tuple(z.shape)}")
+    mask_index = vocabulary_index("mask_index", mask_index, z.shape[-1])
     functor = f"dse_{graph}" if not conditionals else "dce" if graph == "absorb" else "dse_uniform_logits"
-    rows = _rows(functor, log_score, x0, mask_index=mask_index, scale_by_sigma=parametrization == "scale_by_sigma")
-    shape, device = rows.x0.shape, log_score.device
+    rows = _rows(functor, z, x0, mask_index=mask_index, scale_by_sigma=parametrization == "scale_by_sigma")
+    shape, device = rows.x0.shape, z.device
     check_tokens("xt", xt, shape, device)
     rows.xt = xt.long().contiguous()
     rows.sigma = per_token("sigma", sigma, shape, device).contiguous()
     if dsigma is not None:
         rows.weight = per_token("dsigma", dsigma, shape, device).contiguous()
     _reduce(rows, reduction, num_items)
-    return row_loss(rows, backend)[0]
+    return rows
 
 
 def _rows(
@@ -173,7 +208,7 @@ def _rows(
 ) -> Rows:
     check_tokens("x0", x0, z.shape[:-1], z.device)
     return Rows(
-        z=z if z.stride(-1) == 1 else z.contiguous(),
+        z=z,
         x0=x0.long().contiguous(),
         xt=None,
         mask=None,

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastdiff import dce_loss, dse_loss
+from fastdiff import dce_loss, dse_loss, linear_dce_loss, linear_dse_loss
 
 # Largest error against float64, relative to the largest number of the result.
 # 16-bit types: one unit in the last place, by which roundings of nearly equal numbers may differ.
@@ -36,25 +36,46 @@ def problem(shape, num_states, dtype=torch.float32, seed=0, spread=3.0, mask_ind
     return {name: t.to(device) for name, t in tensors.items()} | dict(mask_index=mask_index)
 
 
+def linear_problem(shape, num_states, dtype=torch.float32, width=16, bias=True, **options):
+    """The same with hidden states, a last layer and its bias in the place of logits."""
+    p = problem(shape, num_states, dtype, **options)
+    g = torch.Generator().manual_seed(options.get("seed", 0) + 1)
+    sizes = dict(hidden=(*shape, width), lm_head=(num_states, width)) | (dict(bias=(num_states,)) if bias else {})
+    device = p.pop("z").device
+    for name, size in sizes.items():
+        p[name] = (torch.randn(size, generator=g, dtype=torch.float64) * width**-0.25).to(device, dtype)
+    return p
+
+
 def loss_of(name, p, **options):
-    z, x0, mask_index = p["z"], p["x0"], p["mask_index"]
+    """A loss by its name, over logits z, or over hidden states and a last layer if p has those."""
+    linear = "hidden" in p
+    rows = (p["hidden"], p["lm_head"]) if linear else (p["z"],)
+    if linear:
+        options["bias"] = p.get("bias")
+    options["mask_index"] = p["mask_index"]
     if name.startswith("dce"):
-        options |= dict(xt=p["xt"], weight=p["weight"], mask_index=mask_index, exclude_mask=name != "dce_all")
+        options |= dict(xt=p["xt"], weight=p["weight"], exclude_mask=name != "dce_all")
         options["z_loss"] = 0.1 if name == "dce_z" else 0.0
-        return dce_loss(z, x0, **options)
+        return (linear_dce_loss if linear else dce_loss)(*rows, p["x0"], **options)
     graph, _, form = name.partition("_")
-    form = {"": "log_score", "logits": "logits", "scaled": "scale_by_sigma"}[form]
-    options |= dict(graph=graph, dsigma=p["weight"], mask_index=mask_index, parametrization=form)
-    return dse_loss(z, p["sigma"], p["xt" if graph == "absorb" else "moved"], x0, **options)
+    options |= dict(graph=graph, dsigma=p["weight"])
+    options["parametrization"] = {"": "log_score", "logits": "logits", "scaled": "scale_by_sigma"}[form]
+    xt = p["xt" if graph == "absorb" else "moved"]
+    return (linear_dse_loss if linear else dse_loss)(*rows, p["sigma"], xt, p["x0"], **options)
 
 
 def loss_and_grad(name, p, **options):
-    z = p["z"].detach().clone().requires_grad_()
-    loss = loss_of(name, {**p, "z": z}, **options)
+    return loss_and_grads(name, p, "z", **options)
+
+
+def loss_and_grads(name, p, *leaves, **options):
+    """The loss, and its gradients for the leaves under an upstream gradient that differs from token to token."""
+    tensors = {leaf: p[leaf].detach().clone().requires_grad_() for leaf in leaves}
+    loss = loss_of(name, p | tensors, **options)
     upstream = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype, device=loss.device).view(loss.shape)
-    upstream = upstream if loss.dim() else None
-    loss.backward(upstream)
-    return loss.detach(), z.grad
+    loss.backward(upstream if loss.dim() else None)
+    return loss.detach(), *(tensor.grad for tensor in tensors.values())
 
 
 def assert_near(got, expected, dtype, name, slack=1):

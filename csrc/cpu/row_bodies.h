@@ -19,7 +19,7 @@ using Acc = decltype(load(T()));
 template <typename C>
 constexpr C kInfinity = std::numeric_limits<C>::infinity();
 
-// A row and the place of its gradient. x0 and the excluded id (the mask or x_t; -1 for none) are treated apart.
+// A row and the place of its gradient, which may be its own. x0 and the excluded id (the mask or x_t; -1 for none) are treated apart.
 template <typename T>
 struct Row {
   const T* z;
@@ -77,23 +77,28 @@ FASTDIFF_HD Block<C> sum_terms(const F& term, const C* x, C* kept, int64_t n) {
 // ---------------------------------------------------------------------------------------------------------
 // Score entropy: a plain sum, so loss and gradient come from one pass.
 
+// Adds a run to the sum and stores its gradient, unless a number reaches the limit: then nothing, and false.
 template <bool kGrad, typename C, typename T, typename F>
-FASTDIFF_HD Block<double> dse_run(const Row<T>& row, const F& term, double scale, int64_t first, int64_t n) {
+FASTDIFF_HD bool dse_run(const Row<T>& row, const F& term, double scale, C limit, int64_t first, int64_t n,
+                         double& sum) {
   C in[kBlock], out[kBlock];
   const Block<C> block = sum_terms<kGrad>(term, widened(row.z + first, n, in), out, n);
+  if (block.max >= limit) return false;
   if constexpr (kGrad) store_scaled(row.grad + first, out, n, static_cast<C>(scale * term.factor));
-  return {static_cast<double>(term.factor) * block.sum, block.max};
+  sum += static_cast<double>(term.factor) * block.sum;
+  return true;
 }
 
 // Blocks that would overflow in float are computed again in double.
 template <bool kGrad, template <typename> class F, typename T, typename... Constants>
 FASTDIFF_HD double dse_runs(const Row<T>& row, double scale, Constants... constants) {
-  const F<Acc<T>> term(constants...);
+  using C = Acc<T>;
+  const F<C> term(constants...);
   const F<double> exact(constants...);
   double sum = 0;
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-    const Block<double> run = dse_run<kGrad, Acc<T>>(row, term, scale, first, n);
-    sum += run.max < term.shift + 88 ? run.sum : dse_run<kGrad, double>(row, exact, scale, first, n).sum;
+    if (!dse_run<kGrad, C>(row, term, scale, term.shift + 88, first, n, sum))
+      dse_run<kGrad, double>(row, exact, scale, NAN, first, n, sum);
   });
   return sum;
 }
@@ -131,18 +136,19 @@ struct ExpSum {
   }
 };
 
-// Room for a row between the passes: the exponentials, unless the gradient can hold them, and each run's shift.
+// Room for a row between the passes: the exponentials, unless the gradient can hold them (which it cannot in the row's
+// own place), and each run's shift.
 template <typename T>
 struct Scratch {
   std::vector<Acc<T>> exponentials, shifts;
 
   explicit Scratch(int64_t num_states) : shifts(num_states / kBlock + 3) {}
 
-  FASTDIFF_HD Acc<T>* kept(T* grad, int64_t num_states) {
+  FASTDIFF_HD Acc<T>* kept(const Row<T>& row) {
     if constexpr (std::is_same_v<Acc<T>, T>) {
-      if (grad) return grad;
+      if (row.grad && row.grad != row.z) return row.grad;
     }
-    exponentials.resize(num_states);
+    exponentials.resize(row.num_states);
     return exponentials.data();
   }
 };
@@ -189,7 +195,7 @@ FASTDIFF_HD double dce_row(const Row<T>& row, double weight, double z_loss, Scra
   const C at_x0 = load(row.z[row.x0]);
   ExpSum<C> all{at_x0, 1};
   C max_before = -kInfinity<C>, max_after = max_before;
-  C *kept = kGrad ? scratch.kept(row.grad, row.num_states) : nullptr, *shift = scratch.shifts.data();
+  C *kept = kGrad ? scratch.kept(row) : nullptr, *shift = scratch.shifts.data();
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
     C max;
     *shift++ = add_run<kGrad>(all, row.z + first, kGrad ? kept + first : kept, n, max);
@@ -200,6 +206,8 @@ FASTDIFF_HD double dce_row(const Row<T>& row, double weight, double z_loss, Scra
   // log p(x0). The shift is never added to log(sum): beside a large one the sum's digits would be lost.
   const double log_p = (static_cast<double>(at_x0) - all.shift) - std::log(all.sum);
   const double logsumexp = all.shift + std::log(all.sum), slope = 1 + 2 * z_loss * logsumexp;
+  const bool correct = at_x0 > max_before && at_x0 >= max_after && !std::isnan(all.sum);
+  if (stats) *stats = {logsumexp, entropy(row, all), static_cast<double>(correct)};
   if constexpr (kGrad) {
     shift = scratch.shifts.data();
     row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
@@ -209,8 +217,6 @@ FASTDIFF_HD double dce_row(const Row<T>& row, double weight, double z_loss, Scra
     store(row.grad + row.x0, static_cast<C>(weight * (std::expm1(log_p) + (slope - 1) * std::exp(log_p))));
     if (row.excluded >= 0) store(row.grad + row.excluded, C(0));
   }
-  const bool correct = at_x0 > max_before && at_x0 >= max_after && !std::isnan(all.sum);
-  if (stats) *stats = {logsumexp, entropy(row, all), static_cast<double>(correct)};
   return weight * (z_loss * logsumexp * logsumexp - log_p);
 }
 
@@ -271,7 +277,7 @@ FASTDIFF_HD double nelbo_row(const Row<T>& row, double weight, double k, Scratch
   const C at_x0 = load(row.z[row.x0]), at_xt = load(row.z[row.excluded]);
   const bool moved = row.x0 != row.excluded;
   ExpSum<C> others{at_x0, 0};
-  C *kept = scratch.kept(row.grad, row.num_states), *shift = scratch.shifts.data();
+  C *kept = scratch.kept(row), *shift = scratch.shifts.data();
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
     C max;
     *shift++ = add_run<true>(others, row.z + first, kept + first, n, max);

@@ -89,6 +89,16 @@ Tensor tensor_of(const Tensor& z, const std::vector<int64_t>& shape, const F& f)
   return to;
 }
 
+// The losses of all rows, in double, and whatever else the call has a place for.
+std::vector<double> run(RowLoss& op) {
+  std::vector<double> losses(op.rows);
+  op.loss = losses.data();
+  const Rows rows = rows_for(op.tensor.scalar_type(), current_isa(), op.grad != nullptr);
+  const int64_t grain = std::max<int64_t>(1, 32768 / op.num_states);
+  torch::stable::parallel_for(0, op.rows, grain, [&](int64_t b, int64_t e) { rows(op, b, e); });
+  return losses;
+}
+
 }  // namespace
 
 // Per-token losses (reduction "none") or their sum or mean; the gradient of the sum or mean if asked for; and if asked
@@ -105,13 +115,9 @@ std::tuple<Tensor, Tensor, Tensor> row_loss(Tensor z, Tensor x0, std::optional<T
 
   Tensor grad = torch::stable::new_empty(z, with_grad ? sizes(z) : std::vector<int64_t>{0});
   if (with_grad) advise_huge_pages(op.grad = grad.mutable_data_ptr(), grad.numel() * z.element_size());
-  std::vector<double> losses(op.rows);
   std::vector<RowStats> stats(with_stats ? op.rows : 0);
-  op.loss = losses.data();
   op.stats = with_stats ? stats.data() : nullptr;
-  const Rows rows = rows_for(z.scalar_type(), current_isa(), with_grad);
-  const int64_t grain = std::max<int64_t>(1, 32768 / op.num_states);
-  torch::stable::parallel_for(0, op.rows, grain, [&](int64_t b, int64_t e) { rows(op, b, e); });
+  std::vector<double> losses = run(op);
 
   const bool none = reduction == "none";
   if (!none) losses.assign(1, std::accumulate(losses.begin(), losses.end(), 0.0));
@@ -123,6 +129,17 @@ std::tuple<Tensor, Tensor, Tensor> row_loss(Tensor z, Tensor x0, std::optional<T
     return i < op.rows ? s.logsumexp : i < 2 * op.rows ? s.entropy : s.correct;
   });
   return {loss, grad, stat};
+}
+
+// Per-token losses; the gradient of their sum replaces z, which is contiguous.
+Tensor row_loss_(Tensor z, Tensor x0, std::optional<Tensor> xt, std::optional<Tensor> mask, std::optional<Tensor> sigma,
+                 std::optional<Tensor> weight, std::string functor, int64_t mask_index, bool exclude_mask,
+                 int64_t ignore_index, bool scale_by_sigma, double z_loss) {
+  RowLoss op(z, x0, xt, mask, sigma, weight, functor, mask_index, exclude_mask, ignore_index, scale_by_sigma, z_loss);
+  op.check();
+  op.grad = z.mutable_data_ptr();
+  const std::vector<double> losses = run(op);
+  return tensor_of(z, sizes(x0), [&](int64_t r) { return losses[r]; });
 }
 
 }  // namespace fastdiff

@@ -149,6 +149,8 @@ def dse_row(
     KIND: tl.constexpr, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     s_x0 = load_at(row, row[7]) - shift
+    if WITH_GRAD:
+        tl.debug_barrier()  # a gradient in the place of its row must not come before this
     at_x0, slope_x0 = scaled_phi(s_x0, s_x0 - log_a_x0, a_x0, 1e-2)
     at_x0 = tl.where(row[7] == row[8], 0.0, at_x0)
     f32 = tl.float32
@@ -214,6 +216,8 @@ def dce_row(
 ):  # fmt: skip
     top, others = sum_exp(row, BLOCK, VEC)
     at_x0 = load_at(row, row[7])
+    if WITH_GRAD:
+        tl.debug_barrier()  # as in dse_row
     shift = tl.where(at_x0 > top, at_x0, top)
     total = others * tl.exp(top - shift) + tl.exp(at_x0 - shift)
     total = tl.where(shift == float("inf"), float("nan"), total)  # inf - inf, as in PyTorch
@@ -435,7 +439,6 @@ def row_loss(
     with_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator row_loss.triton: see fastdiff/ops/row_loss.py. Nothing here waits for the device."""
-    num_states, rows = z.shape[-1], x0.numel()
     scale = z.new_ones((), dtype=torch.float64)
     if num_items is not None:
         scale = 1 / num_items
@@ -446,19 +449,43 @@ def row_loss(
         scale = 1 / scored.sum().clamp_min(1).double()
     losses = z.new_empty(x0.shape, dtype=torch.float32)
     grad = z.new_empty(z.shape if with_grad else (0,))
-    z, inner, outer_stride, inner_stride = two_strides(z)
     stats = z.new_empty((3, *x0.shape) if with_stats else (0,), dtype=torch.float32)
+    options = (functor, mask_index, exclude_mask, ignore_index, scale_by_sigma, z_loss)
+    places = (losses, grad if with_grad else None, stats if with_stats else None)
+    launch(z, x0, xt, mask, sigma, weight, scale, *places, *options)
+    loss = losses if reduction == "none" else losses.sum(dtype=torch.float64).float()
+    return loss, grad, stats
+
+
+def launch(
+    z: Tensor,
+    x0: Tensor,
+    xt: Tensor | None,
+    mask: Tensor | None,
+    sigma: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor,
+    losses: Tensor,
+    grad: Tensor | None,
+    stats: Tensor | None,
+    functor: str,
+    mask_index: int,
+    exclude_mask: bool,
+    ignore_index: int,
+    scale_by_sigma: bool,
+    z_loss: float,
+) -> None:
+    num_states, rows = z.shape[-1], x0.numel()
+    z, inner, outer_stride, inner_stride = two_strides(z)
     if rows:
         with torch.cuda.device_of(z):
             row_loss_kernel[(rows,)](
-                z, x0, xt, mask, sigma, weight, scale, losses, grad if with_grad else z, stats if with_stats else None,
+                z, x0, xt, mask, sigma, weight, scale, losses, z if grad is None else grad, stats,
                 num_states, inner, outer_stride, inner_stride, mask_index, ignore_index, z_loss,
-                FUNCTOR=functor, EXCLUDE_MASK=exclude_mask, SCALE_BY_SIGMA=scale_by_sigma, WITH_GRAD=with_grad,
+                FUNCTOR=functor, EXCLUDE_MASK=exclude_mask, SCALE_BY_SIGMA=scale_by_sigma, WITH_GRAD=grad is not None,
                 CONTIGUOUS=z.is_contiguous(), VEC=16 // z.element_size(),
                 **(SMALL if num_states <= SMALL["BLOCK"] else LARGE[z.element_size()]),
             )  # fmt: skip
-    loss = losses if reduction == "none" else losses.sum(dtype=torch.float64).float()
-    return loss, grad, stats
 
 
 def two_strides(z: Tensor) -> tuple[Tensor, int, int, int]:
@@ -466,6 +493,27 @@ def two_strides(z: Tensor) -> tuple[Tensor, int, int, int]:
     if z.dim() > 3:
         z = z.flatten(0, -3)  # a copy if its strides ask for one
     return z, max(z.shape[-2], 1), 0 if z.dim() == 2 else z.stride(0), z.stride(-2)
+
+
+def row_loss_(
+    z: Tensor,
+    x0: Tensor,
+    xt: Tensor | None,
+    mask: Tensor | None,
+    sigma: Tensor | None,
+    weight: Tensor | None,
+    functor: str,
+    mask_index: int,
+    exclude_mask: bool,
+    ignore_index: int,
+    scale_by_sigma: bool,
+    z_loss: float,
+) -> Tensor:
+    """The operator row_loss_.triton: losses, and the gradient of their sum in the place of z."""
+    losses = z.new_empty(x0.shape, dtype=torch.float32)
+    options = (functor, mask_index, exclude_mask, ignore_index, scale_by_sigma, z_loss)
+    launch(z, x0, xt, mask, sigma, weight, z.new_ones((), dtype=torch.float64), losses, z, None, *options)
+    return losses
 
 
 def scale_grad_(grad: Tensor, factor: Tensor) -> None:

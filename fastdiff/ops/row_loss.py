@@ -11,6 +11,7 @@ from fastdiff import reference
 from fastdiff.backends import KERNELS, resolve
 from fastdiff.checks import check_values
 from fastdiff.ops.library import define, implement, implement_in_triton, library, no_double_backward
+from fastdiff.ops.saved_grads import scaled
 
 # z [..., V] with any strides before the last; x0, xt int64, mask bool, sigma and weight float64, contiguous [...];
 # num_items float64 []. Returns the loss, [...] or []; the gradient of a scalar one, [..., V], or empty; and the
@@ -47,6 +48,12 @@ class Rows:
     def arguments(self) -> tuple[Any, ...]:
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
+    def at(self, index: Tensor) -> "Rows":
+        """What is known of some of the tokens, flattened; z is still that of all."""
+        names = ("x0", "xt", "mask", "sigma", "weight")
+        tensors = ((name, getattr(self, name)) for name in names)
+        return dataclasses.replace(self, **{name: t if t is None else t.flatten()[index] for name, t in tensors})
+
 
 def row_loss(rows: Rows, backend: str | None, with_stats: bool = False) -> tuple[Tensor, Tensor]:
     """Loss per token, or its sum or mean, and the statistics if asked for; float32, or float64 for float64 rows.
@@ -55,12 +62,25 @@ def row_loss(rows: Rows, backend: str | None, with_stats: bool = False) -> tuple
     """
     backend = resolve(backend, rows.z.device)
     if backend == "reference" or (backend == "triton" and rows.z.dtype == torch.float64):
-        return _reference(rows), _reference_stats(rows) if with_stats else rows.z.new_empty(0)
+        return reference_loss(rows), _reference_stats(rows) if with_stats else rows.z.new_empty(0)
     if backend != "cpu":  # whose kernel checks values itself
-        _check_values(rows)
+        check_row_values(rows)
+    if rows.z.stride(-1) != 1:
+        rows.z = rows.z.contiguous()
     with_grad = torch.is_grad_enabled() and rows.z.requires_grad and rows.reduction != "none"
     loss, _, stats = _row_loss[backend](*rows.arguments(), with_grad, with_stats)
     return loss, stats
+
+
+def row_losses(rows: Rows, backend: str) -> Tensor:
+    """Losses per token, without a gradient and whatever the reduction."""
+    return _row_loss[backend](*dataclasses.replace(rows, reduction="none").arguments(), False, False)[0]
+
+
+def row_losses_(rows: Rows, backend: str) -> Tensor:
+    """Losses per token, whatever the reduction. rows.z, contiguous, becomes the gradient of their sum."""
+    z, x0, xt, mask, sigma, weight, _, *constants, _ = rows.arguments()
+    return _row_loss_[backend](z, x0, xt, mask, sigma, weight, *constants)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -91,20 +111,7 @@ def _backward(backend: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tup
 def _grad(backend: str, ctx: Any, grad_loss: Tensor) -> Tensor:
     if ctx.constants is not None:
         return _row_loss_backward[backend](grad_loss, *ctx.saved_tensors, *ctx.constants)
-    (grad,) = ctx.saved_tensors
-    if torch.is_grad_enabled():  # create_graph=True: a result to differentiate must reach the operator that refuses
-        return _scale_grad(grad.detach().requires_grad_(), grad_loss)
-    if type(grad_loss) is not Tensor:  # traced
-        return _scale_grad(grad, grad_loss)
-    if backend == "cpu":
-        return grad if grad_loss.item() == 1 else _scale_grad(grad, grad_loss)
-    if ctx.factor is not None:
-        return _scale_grad(grad, grad_loss / ctx.factor)
-    # Nobody has seen this gradient yet: it is scaled in place, at no cost if the device finds that the factor is 1.
-    # .data, or the second backward of a retained graph would be told that what it saved has changed.
-    _scale_grad_[backend](grad.data, grad_loss)
-    ctx.factor = grad_loss
-    return grad
+    return scaled(backend, ctx, grad_loss)[0]
 
 
 def _recompute(backend: str, grad_loss: Tensor, *arguments: Any) -> Tensor:
@@ -122,30 +129,30 @@ _row_loss_backward = define(
     f"(Tensor grad_loss, {_ROWS}) -> Tensor",
     lambda grad_loss, z, *_: z.new_empty(z.shape),
 )
-_scale_grad_ = define("scale_grad_", "(Tensor(a!) grad, Tensor factor) -> ()", lambda grad, factor: None, ("triton",))
-library.define("scale_grad(Tensor grad, Tensor factor) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_scale_grad = torch.ops.fastdiff.scale_grad.default
+_row_loss_ = define(
+    "row_loss_",
+    "(Tensor(a!) z, Tensor x0, Tensor? xt, Tensor? mask, Tensor? sigma, Tensor? weight, str functor, int mask_index, "
+    "bool exclude_mask, int ignore_index, bool scale_by_sigma, float z_loss) -> Tensor",
+    lambda z, x0, *_: z.new_empty(x0.shape, dtype=_loss_dtype(z)),
+)
 for _backend in KERNELS:
     torch.library.register_autograd(
         f"fastdiff::row_loss.{_backend}", partial(_backward, _backend), setup_context=_setup_context, lib=library
     )
     implement(f"row_loss_backward.{_backend}", partial(_recompute, _backend))
     no_double_backward(f"row_loss_backward.{_backend}")
-implement("scale_grad", torch.mul)
-no_double_backward("scale_grad")
 implement_in_triton("row_loss", "row_loss")
-implement_in_triton("scale_grad_", "row_loss")
+implement_in_triton("row_loss_", "row_loss")
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The same in plain PyTorch.
 
 
-def _reference(rows: Rows) -> Tensor:
-    _check_values(rows)
-    live = rows.x0 != rows.ignore_index
-    scored = live & _scored(rows)
-    x0 = torch.where(live, rows.x0, 0)
+def reference_loss(rows: Rows) -> Tensor:
+    check_row_values(rows)
+    scored = scored_tokens(rows)
+    x0 = torch.where(rows.x0 != rows.ignore_index, rows.x0, 0)
     loss = torch.where(scored, _reference_loss(rows, x0, scored), 0)
     if rows.weight is not None:
         loss = loss * torch.where(scored, rows.weight, 0)
@@ -171,24 +178,26 @@ def _reference_loss(rows: Rows, x0: Tensor, scored: Tensor) -> Tensor:
 
 
 def _reference_stats(rows: Rows) -> Tensor:
-    scored = (rows.x0 != rows.ignore_index) & _scored(rows)
+    scored = scored_tokens(rows)
     z = torch.where(scored.unsqueeze(-1), rows.z.detach(), 0)
     stats = reference.dce_stats(z, torch.where(scored, rows.x0, 0), rows.mask_index if rows.exclude_mask else None)
     return torch.where(scored, stats, 0).to(_loss_dtype(z))
 
 
-def _scored(rows: Rows) -> Tensor:
+def scored_tokens(rows: Rows) -> Tensor:
+    """Which tokens have a loss, bool [...]."""
+    live = rows.x0 != rows.ignore_index
     if rows.functor.startswith("dse_uniform"):
-        return torch.ones_like(rows.x0, dtype=torch.bool)
+        return live
     if rows.mask is not None:
-        return rows.mask
-    return torch.ones_like(rows.x0, dtype=torch.bool) if rows.xt is None else rows.xt == rows.mask_index
+        return live & rows.mask
+    return live if rows.xt is None else live & (rows.xt == rows.mask_index)
 
 
-def _check_values(rows: Rows) -> None:
+def check_row_values(rows: Rows) -> None:
     """What the kernels check of the values, RowLoss::check in csrc/cpu/row_loss_cpu.h."""
     x0, xt, sigma, num_states = rows.x0, rows.xt, rows.sigma, rows.z.shape[-1]
-    live, scored, uniform = x0 != rows.ignore_index, _scored(rows), rows.functor.startswith("dse_uniform")
+    live, scored, uniform = x0 != rows.ignore_index, scored_tokens(rows), rows.functor.startswith("dse_uniform")
     check_values("x0", x0, live & ((x0 < 0) | (x0 >= num_states)), f"ids in [0, {num_states})")
     if xt is not None and uniform:
         check_values("xt", xt, live & ((xt < 0) | (xt >= num_states)), f"ids in [0, {num_states})")
@@ -196,11 +205,11 @@ def _check_values(rows: Rows) -> None:
         wrong = live & (xt != rows.mask_index) & (xt != x0)
         check_values("xt", xt, wrong, f"x0 or the mask {rows.mask_index} (are xt and x0 swapped?)")
     if rows.exclude_mask and not uniform:
-        check_values("x0", x0, live & scored & (x0 == rows.mask_index), "a token, not the mask")
+        check_values("x0", x0, scored & (x0 == rows.mask_index), "a token, not the mask")
     if sigma is not None:
         check_values("sigma", sigma, live & ~((sigma >= 0) & sigma.isfinite()), "finite numbers >= 0")
         needed = scored & (xt != x0) if rows.functor == "dse_uniform" and not rows.scale_by_sigma else scored
-        check_values("sigma", sigma, live & needed & (sigma == 0), "numbers > 0 where a token was masked or moved")
+        check_values("sigma", sigma, needed & (sigma == 0), "numbers > 0 where a token was masked or moved")
 
 
 def _loss_dtype(z: Tensor) -> torch.dtype:

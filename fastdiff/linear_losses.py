@@ -1,0 +1,120 @@
+"""The losses over hidden @ lm_head.T: the last linear layer and the loss in one operation, without the logits."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastdiff.checks import Number, check_rows, check_tensor
+from fastdiff.losses import dce_rows, dse_rows
+from fastdiff.ops.linear_loss import Head, linear_loss
+
+
+def linear_dce_loss(
+    hidden: Tensor,
+    lm_head: Tensor,
+    x0: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    xt: Tensor | None = None,
+    mask: Tensor | None = None,
+    weight: Number | Tensor | None = None,
+    mask_index: int = -1,
+    exclude_mask: bool = True,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    reduction: str = "none",
+    num_items: Number | Tensor | None = None,
+    capacity: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`dce_loss` of the logits hidden @ lm_head.T + bias, which are never whole in memory.
+
+    Only the scored rows are multiplied, forward and backward. For "sum" and "mean" the forward pass makes the
+    gradients too; for "none" backward multiplies the logits once more. Under autocast it multiplies in autocast's type.
+
+    Args:
+        hidden: [..., D] float32, float64, bfloat16 or float16.
+        lm_head: [V, D] of hidden's type (any, under autocast), as `nn.Linear.weight`. Its gradient is summed in float32.
+        x0, xt, mask, weight, mask_index, exclude_mask, ignore_index, z_loss, reduction, num_items, backend: as in
+            `dce_loss`, with [...] the shape of hidden without D.
+        bias: [V], added to the logits.
+        softcap: if not 0, the logits are softcap * tanh(logits / softcap).
+        capacity: the most scored rows there can be. Then nothing waits for the device, as in a CUDA graph, and this
+            many rows are multiplied; if there are more, loss and gradients are NaN. None counts them.
+
+    Returns:
+        float32 (float64 for float64 inputs) [...] or [].
+
+    Raises:
+        ValueError, TypeError: as `dce_loss`; shapes, types or devices of hidden, lm_head and bias do not fit.
+        BackendUnavailable: the backend named cannot run here.
+    """
+    head = _head(hidden, lm_head, bias, softcap, capacity)
+    z = head.logits_like()
+    rows = dce_rows(z, x0, xt, mask, weight, mask_index, exclude_mask, ignore_index, z_loss, reduction, num_items)
+    return linear_loss(head, rows, backend)
+
+
+def linear_dse_loss(
+    hidden: Tensor,
+    lm_head: Tensor,
+    sigma: Number | Tensor,
+    xt: Tensor,
+    x0: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    graph: str = "absorb",
+    dsigma: Number | Tensor | None = None,
+    mask_index: int = -1,
+    parametrization: str = "log_score",
+    reduction: str = "none",
+    num_items: Number | Tensor | None = None,
+    capacity: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`dse_loss` of what hidden @ lm_head.T + bias gives, which is never whole in memory.
+
+    Args:
+        hidden, lm_head, bias, softcap, capacity: as in `linear_dce_loss`.
+        sigma, xt, x0, graph, dsigma, mask_index, parametrization, reduction, num_items, backend: as in `dse_loss`, with
+            [...] the shape of hidden without D.
+
+    Returns:
+        float32 (float64 for float64 inputs) [...] or [].
+
+    Raises:
+        ValueError, TypeError: as `dse_loss`; shapes, types or devices of hidden, lm_head and bias do not fit.
+        BackendUnavailable: the backend named cannot run here.
+    """
+    head = _head(hidden, lm_head, bias, softcap, capacity)
+    z = head.logits_like()
+    rows = dse_rows(z, sigma, xt, x0, graph, dsigma, mask_index, parametrization, reduction, num_items)
+    return linear_loss(head, rows, backend)
+
+
+def _head(hidden: Tensor, lm_head: Tensor, bias: Tensor | None, softcap: float, capacity: int | None) -> Head:
+    check_rows("hidden", hidden, "D")
+    check_rows("lm_head", lm_head, "D")
+    width = hidden.shape[-1]
+    if lm_head.dim() != 2 or lm_head.shape[1] != width:
+        raise ValueError(f"lm_head: expected shape [V, D={width}], got {tuple(lm_head.shape)}")
+    if bias is not None:
+        check_tensor("bias", bias)
+        if bias.shape != lm_head.shape[:1]:
+            raise ValueError(f"bias: expected shape [V={len(lm_head)}], got {tuple(bias.shape)}")
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    for name, tensor in (("lm_head", lm_head), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name}: expected a tensor on {hidden.device}, got {tensor.device}")
+        if tensor is not None and tensor.dtype != hidden.dtype and not autocast:
+            raise TypeError(f"{name}: expected {hidden.dtype} as hidden is, got {tensor.dtype}")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap: expected a finite number >= 0, got {softcap}")
+    if capacity is not None and capacity < 0:
+        raise ValueError(f"capacity: expected a number of rows >= 0 or None, got {capacity}")
+    cast = autocast and hidden.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(hidden.device.type) if cast else hidden.dtype
+    return Head(hidden, lm_head, bias, float(softcap), -1 if capacity is None else capacity, dtype)

@@ -1,0 +1,274 @@
+"""The last linear layer and the row loss in one operation: scored rows only, a few of them at a time.
+
+Logits are made, turned into their gradient where they lie, multiplied into the gradients and forgotten.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff.backends import KERNELS, resolve
+from fastdiff.ops.library import define, implement, library, no_double_backward
+from fastdiff.ops.row_loss import Rows, check_row_values, reference_loss, row_losses, row_losses_, scored_tokens
+from fastdiff.ops.saved_grads import scaled
+
+# Bytes of logits that exist at a time. On a GPU a chunk must be large enough to keep the multiplier busy.
+TILE_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
+# Ids multiplied at a time, in products that are faster in parts: the logits in float32 on the CPU, whose blocks then
+# stay in cache (1.5x), and 16-bit gradients on their way into a float32 sum.
+IDS = {"cpu": 512, "cuda": 8192}
+
+# hidden [..., D], lm_head [V, D], bias [V]; then as row_loss, over logits softcap * tanh(z / softcap) if softcap > 0;
+# capacity: most scored rows, or -1 to count them; dtype: what to multiply in; wanted: which of the first three get a
+# gradient. Returns the loss, float32 (float64 for a float64 dtype), and those gradients of its sum or mean, or empty.
+_LINEAR = (
+    "Tensor hidden, Tensor lm_head, Tensor? bias, Tensor x0, Tensor? xt, Tensor? mask, Tensor? sigma, Tensor? weight, "
+    "Tensor? num_items, str functor, int mask_index, bool exclude_mask, int ignore_index, bool scale_by_sigma, "
+    "float z_loss, str reduction, float softcap, SymInt capacity, ScalarType dtype"
+)
+_TENSORS = 9  # of the arguments
+_NONE = [False] * 3
+
+
+@dataclasses.dataclass
+class Head:
+    """The last layer: softcap * tanh((hidden @ lm_head.T + bias) / softcap), multiplied in dtype."""
+
+    hidden: Tensor
+    lm_head: Tensor
+    bias: Tensor | None
+    softcap: float
+    capacity: int
+    dtype: torch.dtype
+
+    def logits_like(self) -> Tensor:
+        """One number in the shape of the logits, which are never made."""
+        shape = (*self.hidden.shape[:-1], self.lm_head.shape[0])
+        return self.hidden.detach().new_empty((), dtype=self.dtype).expand(shape)
+
+
+def linear_loss(head: Head, rows: Rows, backend: str | None) -> Tensor:
+    """Loss per token, or its sum or mean; rows.z stands for the logits. Triton's fall-back is row_loss's."""
+    backend = resolve(backend, head.hidden.device)
+    if backend == "reference" or (backend == "triton" and head.dtype == torch.float64):
+        return _reference(head, rows)
+    inputs = (head.hidden, head.lm_head, head.bias)
+    wanted = _NONE
+    if torch.is_grad_enabled() and rows.reduction != "none":
+        wanted = [x is not None and x.requires_grad for x in inputs]
+    constants = rows.arguments()[1:]
+    return _linear_loss[backend](*inputs, *constants, head.softcap, head.capacity, head.dtype, wanted)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The operators: shapes under tracing, and autograd.
+
+
+def _fake(hidden: Tensor, lm_head: Tensor, bias: Tensor | None, x0: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    reduction, _, _, dtype, wanted = arguments[-5:]
+    loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    loss = hidden.new_empty(x0.shape if reduction == "none" else (), dtype=loss_dtype)
+    inputs = zip(wanted, (hidden, lm_head, bias), strict=True)
+    return loss, *(x.new_empty(x.shape) if want and x is not None else hidden.new_empty(0) for want, x in inputs)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.wanted = inputs[-1]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.factor = None
+    ctx.constants = None if any(ctx.wanted) else inputs[_TENSORS:-1]
+    made = [grad for grad, want in zip(output[1:], ctx.wanted, strict=True) if want]
+    ctx.save_for_backward(*(made or inputs[:_TENSORS]))
+
+
+def _backward(backend: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    grads: Iterator[Tensor] = iter(())
+    wanted = _NONE
+    if grad_loss is not None and ctx.constants is None:
+        wanted, grads = ctx.wanted, iter(scaled(backend, ctx, grad_loss))
+    elif grad_loss is not None:
+        wanted = list(ctx.needs_input_grad[:3])
+        made = _linear_loss_backward[backend](grad_loss, *ctx.saved_tensors, *ctx.constants, wanted)
+        grads = (grad for grad, want in zip(made, wanted, strict=True) if want)
+    nothing = (None,) * (_TENSORS - 3 + 11)
+    return (*(next(grads) if want else None for want in wanted), *nothing)
+
+
+_linear_loss = define("linear_loss", f"({_LINEAR}, bool[3] wanted) -> (Tensor, Tensor, Tensor, Tensor)", _fake)
+_linear_loss_backward = define(
+    "linear_loss_backward",
+    f"(Tensor grad_loss, {_LINEAR}, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
+    lambda grad_loss, *arguments: _fake(*arguments)[1:],
+)
+
+
+for _backend in KERNELS:
+    torch.library.register_autograd(
+        f"fastdiff::linear_loss.{_backend}", partial(_backward, _backend), setup_context=_setup_context, lib=library
+    )
+    no_double_backward(f"linear_loss_backward.{_backend}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The computation.
+
+
+def _forward(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+    *arguments, wanted = arguments
+    return _compute(backend, *_unpack(*arguments), wanted)
+
+
+def _recompute(backend: str, grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients for any upstream one, which is a weight of the summed loss."""
+    *arguments, wanted = arguments
+    head, rows = _unpack(*arguments)
+    upstream = grad_loss.double().expand(rows.x0.shape)
+    rows.weight = upstream if rows.weight is None else rows.weight * upstream
+    return _compute(backend, head, rows, wanted)[1:]
+
+
+def _unpack(hidden: Tensor, lm_head: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Head, Rows]:
+    *constants, softcap, capacity, dtype = rest
+    head = Head(hidden, lm_head, bias, softcap, capacity, dtype)
+    return head, Rows(head.logits_like(), *constants)
+
+
+def _compute(backend: str, head: Head, rows: Rows, wanted: list[bool]) -> tuple[Tensor, ...]:
+    check_row_values(rows)
+    scored = scored_tokens(rows)
+    index, count = scored_rows(scored, None if head.capacity < 0 else head.capacity)
+    missing = torch.where(count > len(index), math.nan, 0.0)  # for all to see, should the list be too short
+    rows.weight = _weights(rows, count) + missing
+    with torch.autocast(scored.device.type, enabled=False):  # head.dtype has the last word
+        chunks = _Chunks(backend, head, rows, wanted)
+        losses = (chunks.losses(index) + missing).view(scored.shape)
+    loss = losses if rows.reduction == "none" else losses.sum(dtype=torch.float64).to(losses.dtype)
+    return loss, *chunks.grads()
+
+
+def scored_rows(scored: Tensor, capacity: int | None = None) -> tuple[Tensor, Tensor]:
+    """The compact list of scored rows of bool [...], flattened and in order, and on the device how many there are.
+
+    With a capacity the list is that long, filled up with scored.numel(), and nothing waits for the device.
+    """
+    if capacity is None:
+        index = scored.flatten().nonzero()
+    else:
+        index = torch.nonzero_static(scored.flatten(), size=capacity, fill_value=scored.numel())
+    return index.squeeze(1), scored.sum()
+
+
+def _weights(rows: Rows, count: Tensor) -> Tensor:
+    """Weights that include what the reduction divides by."""
+    weight = torch.ones_like(rows.x0, dtype=torch.float64) if rows.weight is None else rows.weight
+    if rows.reduction != "mean":
+        return weight
+    return weight / (count.clamp_min(1) if rows.num_items is None else rows.num_items)
+
+
+class _Chunks:
+    """The scored rows, a chunk of logits at a time: their losses, and the sums of their gradients."""
+
+    def __init__(self, backend: str, head: Head, rows: Rows, wanted: list[bool]) -> None:
+        self.backend, self.head, self.rows = backend, head, rows
+        self.hidden = head.hidden.reshape(-1, head.hidden.shape[-1])
+        self.lm_head = head.lm_head.to(head.dtype)
+        self.bias = None if head.bias is None else head.bias.to(head.dtype)
+        num_rows, width = self.hidden.shape
+        self.exact = torch.float64 if head.dtype == torch.float64 else torch.float32
+        self.grad_hidden = self.hidden.new_zeros(num_rows + 1, width) if wanted[0] else None  # the last is for filling
+        self.grad_lm_head = torch.zeros_like(head.lm_head, dtype=self.exact) if wanted[1] else None
+        self.grad_bias = torch.zeros_like(head.bias, dtype=self.exact) if wanted[2] and head.bias is not None else None
+
+    def losses(self, index: Tensor) -> Tensor:
+        losses = torch.zeros(len(self.hidden) + 1, dtype=self.exact, device=index.device)
+        for part in index.split(self._length(len(index))):
+            losses[part] = self._chunk(part)
+        return losses[:-1]
+
+    def grads(self) -> Iterator[Tensor]:
+        sums = (
+            self.grad_hidden if self.grad_hidden is None else self.grad_hidden[:-1],
+            self.grad_lm_head,
+            self.grad_bias,
+        )
+        for total, x in zip(sums, (self.head.hidden, self.head.lm_head, self.head.bias), strict=True):
+            yield self.hidden.new_empty(0) if total is None or x is None else total.to(x.dtype).view(x.shape)
+
+    def _length(self, num_rows: int) -> int:
+        """Rows of a chunk, all alike, whose logits fit the tile. A softcap keeps two more copies, in float32."""
+        num_ids, size = self.lm_head.shape[0], self.lm_head.element_size()
+        row = num_ids * (size if self.head.softcap == 0 else size + 8)
+        most = max(1, TILE_BYTES[self.hidden.device.type] // row)
+        return max(1, math.ceil(num_rows / max(1, math.ceil(num_rows / most))))
+
+    def _chunk(self, part: Tensor) -> Tensor:
+        exists = part < len(self.hidden)
+        at = torch.where(exists, part, 0)
+        rows = self.rows.at(at)
+        rows.x0 = torch.where(exists, rows.x0, rows.ignore_index)
+        hidden = self.hidden[at].to(self.head.dtype)
+        rows.z, slope = self._logits(hidden)
+        if self.grad_hidden is None and self.grad_lm_head is None and self.grad_bias is None:
+            return row_losses(rows, self.backend)
+        losses = row_losses_(rows, self.backend)
+        self._add_grads(rows.z if slope is None else rows.z.mul_(slope).to(self.head.dtype), hidden, part)
+        return losses
+
+    def _logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits of some rows, and with a softcap its slope at each."""
+        z = hidden.new_empty(len(hidden), len(self.lm_head))
+        whole = hidden.dtype.itemsize == 2 or hidden.is_cuda
+        ids = len(self.lm_head) if whole else IDS["cpu"]
+        for first in range(0, len(self.lm_head), ids):
+            some = slice(first, first + ids)
+            if self.bias is None:
+                torch.mm(hidden, self.lm_head[some].t(), out=z[:, some])
+            else:
+                torch.addmm(self.bias[some], hidden, self.lm_head[some].t(), out=z[:, some])
+        softcap = self.head.softcap
+        if softcap == 0:
+            return z, None
+        slope = (z.to(self.exact) / softcap).tanh_()
+        z = slope * softcap
+        return z, slope.square_().neg_().add_(1)
+
+    def _add_grads(self, grad: Tensor, hidden: Tensor, part: Tensor) -> None:
+        if self.grad_hidden is not None:
+            self.grad_hidden[part] = (grad @ self.lm_head).to(self.grad_hidden.dtype)
+        if self.grad_lm_head is not None:
+            _add_product(self.grad_lm_head, grad, hidden)
+        if self.grad_bias is not None:
+            self.grad_bias += grad.sum(0, dtype=self.exact)
+
+
+def _add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    """total += grad.T @ hidden. Where only a product of their own type is to be had, it is rounded once a chunk."""
+    if grad.dtype == total.dtype:
+        total.addmm_(grad.t(), hidden)
+        return
+    exact = {"out_dtype": total.dtype} if grad.is_cuda else {}
+    ids = IDS[grad.device.type]
+    for some, columns in zip(total.split(ids), grad.split(ids, 1), strict=True):
+        some += torch.mm(columns.t(), hidden, **exact)
+
+
+def _reference(head: Head, rows: Rows) -> Tensor:
+    """The same in plain PyTorch and float64, logits and all."""
+    bias = None if head.bias is None else head.bias.double()
+    rows.z = F.linear(head.hidden.double(), head.lm_head.double(), bias)
+    if head.softcap:
+        rows.z = head.softcap * torch.tanh(rows.z / head.softcap)
+    return reference_loss(rows).to(torch.float64 if head.dtype == torch.float64 else torch.float32)
+
+
+for _backend in KERNELS:
+    implement(f"linear_loss.{_backend}", partial(_forward, _backend))
+    implement(f"linear_loss_backward.{_backend}", partial(_recompute, _backend))

@@ -1,0 +1,36 @@
+"""Gradients that the forward pass made: backward has nothing to do unless the upstream gradient differs from 1."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.ops.library import define, implement, implement_in_triton, library, no_double_backward
+
+
+def scaled(backend: str, ctx: Any, grad_loss: Tensor) -> list[Tensor]:
+    """What the forward pass saved, times the upstream gradient of its scalar loss. ctx.factor starts as None."""
+    saved = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True: a result to differentiate must reach the operator that refuses
+        return [_scale_grad(grad.detach().requires_grad_(), grad_loss) for grad in saved]
+    if type(grad_loss) is not Tensor:  # traced
+        return [_scale_grad(grad, grad_loss) for grad in saved]
+    if backend == "cpu" and grad_loss.item() == 1:
+        return list(saved)
+    if backend == "cpu" or ctx.factor is not None:
+        factor = grad_loss if ctx.factor is None else grad_loss / ctx.factor
+        return [_scale_grad(grad, factor) for grad in saved]
+    # Nobody has seen these gradients yet: they are scaled in place, at no cost if the device finds that the factor is
+    # 1. .data, or the second backward of a retained graph would be told that what it saved has changed.
+    for grad in saved:
+        _scale_grad_[backend](grad.data, grad_loss)
+    ctx.factor = grad_loss
+    return list(saved)
+
+
+_scale_grad_ = define("scale_grad_", "(Tensor(a!) grad, Tensor factor) -> ()", lambda grad, factor: None, ("triton",))
+implement_in_triton("scale_grad_", "row_loss")
+library.define("scale_grad(Tensor grad, Tensor factor) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_scale_grad = torch.ops.fastdiff.scale_grad.default
+implement("scale_grad", torch.mul)
+no_double_backward("scale_grad")
