@@ -36,7 +36,8 @@ def linear_dce_loss(
 
     Args:
         hidden: [..., D] float32, float64, bfloat16 or float16.
-        lm_head: [V, D] of hidden's type (any, under autocast), as `nn.Linear.weight`. Its gradient is summed in float32.
+        lm_head: [V, D] of hidden's type (any, under autocast), as `nn.Linear.weight`. Its gradient is summed in
+            float32.
         x0, xt, mask, weight, mask_index, exclude_mask, ignore_index, z_loss, reduction, num_items, backend: as in
             `dce_loss`, with [...] the shape of hidden without D.
         bias: [V], added to the logits.

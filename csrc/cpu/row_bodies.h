@@ -19,7 +19,8 @@ using Acc = decltype(load(T()));
 template <typename C>
 constexpr C kInfinity = std::numeric_limits<C>::infinity();
 
-// A row and the place of its gradient, which may be its own. x0 and the excluded id (the mask or x_t; -1 for none) are treated apart.
+// A row and the place of its gradient, which may be its own. x0 and the excluded id (the mask or x_t; -1 for none) are
+// treated apart.
 template <typename T>
 struct Row {
   const T* z;

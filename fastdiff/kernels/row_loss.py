@@ -450,20 +450,17 @@ def row_loss(
     losses = z.new_empty(x0.shape, dtype=torch.float32)
     grad = z.new_empty(z.shape if with_grad else (0,))
     stats = z.new_empty((3, *x0.shape) if with_stats else (0,), dtype=torch.float32)
-    options = (functor, mask_index, exclude_mask, ignore_index, scale_by_sigma, z_loss)
-    places = (losses, grad if with_grad else None, stats if with_stats else None)
-    launch(z, x0, xt, mask, sigma, weight, scale, *places, *options)
+    launch(
+        z, (x0, xt, mask, sigma, weight), scale, losses, grad if with_grad else None, stats if with_stats else None,
+        functor, mask_index, exclude_mask, ignore_index, scale_by_sigma, z_loss,
+    )  # fmt: skip
     loss = losses if reduction == "none" else losses.sum(dtype=torch.float64).float()
     return loss, grad, stats
 
 
 def launch(
     z: Tensor,
-    x0: Tensor,
-    xt: Tensor | None,
-    mask: Tensor | None,
-    sigma: Tensor | None,
-    weight: Tensor | None,
+    tokens: tuple[Tensor | None, ...],
     scale: Tensor,
     losses: Tensor,
     grad: Tensor | None,
@@ -475,12 +472,12 @@ def launch(
     scale_by_sigma: bool,
     z_loss: float,
 ) -> None:
-    num_states, rows = z.shape[-1], x0.numel()
+    num_states, rows = z.shape[-1], losses.numel()
     z, inner, outer_stride, inner_stride = two_strides(z)
     if rows:
         with torch.cuda.device_of(z):
             row_loss_kernel[(rows,)](
-                z, x0, xt, mask, sigma, weight, scale, losses, z if grad is None else grad, stats,
+                z, *tokens, scale, losses, z if grad is None else grad, stats,
                 num_states, inner, outer_stride, inner_stride, mask_index, ignore_index, z_loss,
                 FUNCTOR=functor, EXCLUDE_MASK=exclude_mask, SCALE_BY_SIGMA=scale_by_sigma, WITH_GRAD=grad is not None,
                 CONTIGUOUS=z.is_contiguous(), VEC=16 // z.element_size(),
@@ -511,8 +508,10 @@ def row_loss_(
 ) -> Tensor:
     """The operator row_loss_.triton: losses, and the gradient of their sum in the place of z."""
     losses = z.new_empty(x0.shape, dtype=torch.float32)
-    options = (functor, mask_index, exclude_mask, ignore_index, scale_by_sigma, z_loss)
-    launch(z, x0, xt, mask, sigma, weight, z.new_ones((), dtype=torch.float64), losses, z, None, *options)
+    launch(
+        z, (x0, xt, mask, sigma, weight), z.new_ones((), dtype=torch.float64), losses, z, None,
+        functor, mask_index, exclude_mask, ignore_index, scale_by_sigma, z_loss,
+    )  # fmt: skip
     return losses
 
 

@@ -5,7 +5,7 @@ Logits are made, turned into their gradient where they lie, multiplied into the 
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -89,16 +89,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(backend: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    grads: Iterator[Tensor] = iter(())
-    wanted = _NONE
+    made: Sequence[Tensor | None] = (None, None, None)
     if grad_loss is not None and ctx.constants is None:
-        wanted, grads = ctx.wanted, iter(scaled(backend, ctx, grad_loss))
+        saved = iter(scaled(backend, ctx, grad_loss))
+        made = [next(saved) if want else None for want in ctx.wanted]
     elif grad_loss is not None:
         wanted = list(ctx.needs_input_grad[:3])
         made = _linear_loss_backward[backend](grad_loss, *ctx.saved_tensors, *ctx.constants, wanted)
-        grads = (grad for grad, want in zip(made, wanted, strict=True) if want)
-    nothing = (None,) * (_TENSORS - 3 + 11)
-    return (*(next(grads) if want else None for want in wanted), *nothing)
+        made = [grad if want else None for grad, want in zip(made, wanted, strict=True)]
+    return (*made, *(None,) * (len(ctx.needs_input_grad) - 3))
 
 
 _linear_loss = define("linear_loss", f"({_LINEAR}, bool[3] wanted) -> (Tensor, Tensor, Tensor, Tensor)", _fake)
@@ -121,17 +120,15 @@ for _backend in KERNELS:
 
 
 def _forward(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-    *arguments, wanted = arguments
-    return _compute(backend, *_unpack(*arguments), wanted)
+    return _compute(backend, *_unpack(*arguments[:-1]), arguments[-1])
 
 
 def _recompute(backend: str, grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Gradients for any upstream one, which is a weight of the summed loss."""
-    *arguments, wanted = arguments
-    head, rows = _unpack(*arguments)
+    head, rows = _unpack(*arguments[:-1])
     upstream = grad_loss.double().expand(rows.x0.shape)
     rows.weight = upstream if rows.weight is None else rows.weight * upstream
-    return _compute(backend, head, rows, wanted)[1:]
+    return _compute(backend, head, rows, arguments[-1])[1:]
 
 
 def _unpack(hidden: Tensor, lm_head: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Head, Rows]:
@@ -254,7 +251,7 @@ def _add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
     if grad.dtype == total.dtype:
         total.addmm_(grad.t(), hidden)
         return
-    exact = {"out_dtype": total.dtype} if grad.is_cuda else {}
+    exact: dict[str, Any] = {"out_dtype": total.dtype} if grad.is_cuda else {}
     ids = IDS[grad.device.type]
     for some, columns in zip(total.split(ids), grad.split(ids, 1), strict=True):
         some += torch.mm(columns.t(), hidden, **exact)

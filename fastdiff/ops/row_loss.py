@@ -50,9 +50,9 @@ class Rows:
 
     def at(self, index: Tensor) -> "Rows":
         """What is known of some of the tokens, flattened; z is still that of all."""
-        names = ("x0", "xt", "mask", "sigma", "weight")
-        tensors = ((name, getattr(self, name)) for name in names)
-        return dataclasses.replace(self, **{name: t if t is None else t.flatten()[index] for name, t in tensors})
+        given = {name: getattr(self, name) for name in ("x0", "xt", "mask", "sigma", "weight")}
+        chosen: dict[str, Any] = {name: None if t is None else t.flatten()[index] for name, t in given.items()}
+        return dataclasses.replace(self, **chosen)
 
 
 def row_loss(rows: Rows, backend: str | None, with_stats: bool = False) -> tuple[Tensor, Tensor]:
