@@ -24,7 +24,9 @@ from torch import Tensor
 from fastdiff.checks import check_choice
 from fastdiff.data import TokenSource
 from fastdiff.estimators import time_free_nll
+from fastdiff.estimators.scoring import Model
 from fastdiff.graphs import Absorbing, Uniform
+from fastdiff.linear_losses import linear_dce_loss, linear_dse_loss
 from fastdiff.losses import dce_loss, dse_loss
 from fastdiff.model import DiffusionTransformer, write_atomically
 from fastdiff.noising import (
@@ -39,6 +41,7 @@ from fastdiff.schedules import LogLinear
 
 LOSSES = ("dce-t", "dce-lambda", "dce-k", "dce-harmonic", "dse-absorb", "dse-uniform")
 SCHEDULE = LogLinear()
+LARGE_VOCABULARY = 4096  # from where on the last layer is multiplied for the scored tokens only
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _LEAST = {"steps": 1, "batch_size": 1, "accumulation": 1, "warmup": 0, "save_every": 1, "seed": 0}
@@ -208,22 +211,34 @@ def noise(x0: Tensor, loss: str, num_states: int, *, seed: int, step: int) -> No
 
 
 def diffusion_loss(model: DiffusionTransformer, batch: Noised, loss: str, **reduction: Any) -> Tensor:
-    """The weighted loss of a noised batch in nats; `reduction` and `num_items` as in `dce_loss`."""
+    """The weighted loss of a noised batch in nats; `reduction` and `num_items` as in `dce_loss`.
+
+    With a large vocabulary the logits are never whole in memory.
+    """
     x0, xt, sigma, weight = batch
-    if loss.startswith("dce"):
-        return dce_loss(model(xt), x0, xt=xt, weight=weight, **reduction)
+    noise = (sigma,) if loss.startswith("dse") else ()
+    rows, dce, dse = _rows_and_losses(model, xt, *noise)
+    if not noise:
+        return dce(*rows, x0, xt=xt, weight=weight, **reduction)
     reduction |= {"graph": loss.removeprefix("dse-"), "parametrization": "scale_by_sigma"}
-    return dse_loss(model(xt, sigma), sigma, xt, x0, dsigma=weight, **reduction)
+    return dse(*rows, sigma, xt, x0, dsigma=weight, **reduction)
 
 
-def time_free(model: DiffusionTransformer, mask_index: int) -> Callable[[Tensor], Tensor]:
-    """xt [B, L] -> logits of the conditionals, for the estimators.
+def _rows_and_losses(model: DiffusionTransformer, *inputs: Tensor) -> tuple[Any, Callable, Callable]:
+    """What the losses take in front of the tokens, and the two losses."""
+    if model.config.num_states < LARGE_VOCABULARY:
+        return (model(*inputs),), dce_loss, dse_loss
+    return (model.body(*inputs), model.lm_head.weight), linear_dce_loss, linear_dse_loss
+
+
+def time_free(model: DiffusionTransformer, mask_index: int) -> Model:
+    """The conditionals' (body, lm_head) for the estimators: xt [B, L] -> hidden states, and the last layer.
 
     A model conditioned on sigma is asked at the noise that m masks in L tokens suggest: that of time m / L.
     """
     if not model.config.sigma_conditioned:
-        return model
-    return lambda xt: model(xt, SCHEDULE.total_noise((xt == mask_index).float().mean(1)))
+        return model.body, model.lm_head
+    return lambda xt: model.body(xt, SCHEDULE.total_noise((xt == mask_index).float().mean(1))), model.lm_head
 
 
 class _Trainer:

@@ -320,6 +320,13 @@ def test_strata_are_narrow_where_few_tokens_are_masked_or_seen() -> None:
 # ------------------------------------------------------------------------------------------- the model
 
 
+GOOD = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
+
+
+def zeros(xt: Tensor) -> Tensor:
+    return torch.zeros(*xt.shape, 5)
+
+
 class Dropping(nn.Module):
     """Logits from an embedding, through dropout."""
 
@@ -353,6 +360,41 @@ def test_a_model_may_return_an_object_with_logits() -> None:
     assert torch.equal(wrapped.nll, exact_nll(network, x0, mask_index=4).nll)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_model_may_be_a_body_and_a_last_layer(bias: bool) -> None:
+    """The same numbers, with no logits where nothing is masked: those hidden states are NaN."""
+    network, head, x0 = RandomNetwork(6), nn.Linear(5, 5, bias=bias).double().requires_grad_(False), random_tokens(3, 6)
+
+    def body(xt: Tensor) -> Tensor:
+        return network(xt).masked_fill((xt != 4).unsqueeze(-1), torch.nan)
+
+    options = dict(mask_index=4, num_samples=9, target=torch.ones(3, 6, dtype=torch.bool))
+    expected = time_free_nll(lambda xt: head(network(xt)), x0, **options)
+    for last in (head, head.weight) if not bias else (head,):
+        estimate = time_free_nll((body, last), x0, **options)
+        torch.testing.assert_close(estimate.nll, expected.nll)
+        torch.testing.assert_close(estimate.stderr, expected.stderr)
+    torch.testing.assert_close(
+        exact_nll((body, head), x0, mask_index=4).nll,
+        exact_nll(lambda xt: head(network(xt)), x0, mask_index=4).nll,
+    )
+
+
+@pytest.mark.parametrize("model", [(zeros,), (zeros, 3), (zeros, nn.Identity())], ids=["one", "number", "no weight"])
+def test_a_pair_without_a_last_layer_is_an_error(model: tuple) -> None:
+    with pytest.raises(TypeError, match=r"model: expected a callable, or a pair"):
+        time_free_nll(model, GOOD, mask_index=4)
+
+
+def test_the_module_of_a_method_is_evaluated_too() -> None:
+    model, x0 = Dropping(), random_tokens(2, 4)
+    pair = (model.forward, nn.Linear(5, 5, bias=False).requires_grad_(False))
+    first, second = (time_free_nll(pair, x0, mask_index=4) for _ in range(2))
+    assert torch.equal(first.nll, second.nll)
+    assert model.training
+    assert not any(model.had_grad)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_of_lower_precision_give_float64_estimates(dtype: torch.dtype) -> None:
     network, x0 = RandomNetwork(6), random_tokens(2, 6)
@@ -367,12 +409,6 @@ def test_an_empty_batch_gives_an_empty_estimate() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- errors
-
-GOOD = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
-
-
-def zeros(xt: Tensor) -> Tensor:
-    return torch.zeros(*xt.shape, 5)
 
 
 @pytest.mark.parametrize("estimate", [exact_nll, time_free_nll])

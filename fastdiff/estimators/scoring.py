@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checks import check_bool, check_tensor
+from fastdiff.linear_losses import linear_dce_loss
 from fastdiff.losses import dce_loss
 from fastdiff.noising import Masked
 
-Model = Callable[[Tensor], Any]
+# xt [b, L] -> logits [b, L, V] or an object with `.logits`; or a pair of xt -> hidden states [b, L, D] and the last
+# layer, an nn.Linear or its weight [V, D].
+Model = Callable[[Tensor], Any] | tuple[Callable[[Tensor], Tensor], nn.Linear | Tensor]
 
 _LOGITS_PER_BATCH = 2**26  # 256 MB in float32
-_LEAST_VOCABULARY = 1024  # what else a network holds for a token counts as this many logits
+_LEAST_VOCABULARY = 1024  # what a network holds for a token, logits aside, counts as this many
 
 
 class Scorer:
@@ -49,7 +52,8 @@ class Scorer:
             raise ValueError(f"target: expected at least one position in a sequence, got none in x0[{empty}]")
         if (target & (x0 == mask_index)).any():
             raise ValueError(f"x0: expected no mask (mask_index={mask_index}) at the target positions, got one")
-        self.model, self.x0, self.target, self.mask_index = model, x0, target, mask_index
+        self.body, self.lm_head, self.bias = _parts(model)
+        self.x0, self.target, self.mask_index = x0, target, mask_index
         self.exclude_mask, self.batch_size, self.backend = exclude_mask, batch_size, backend
         self.num_tokens = target.sum(1)
         self._largest_id = max([mask_index, *x0.amax(1).tolist()])
@@ -64,34 +68,50 @@ class Scorer:
 
     def __call__(self, which: Tensor, masked: Masked) -> Tensor:
         """Losses [b, L], float64, of the sequences `which` [b] masked as given; 0 where nothing is masked."""
-        output = self.model(masked.xt)
-        logits = self._check_logits(getattr(output, "logits", output), masked.xt.shape)
-        if self.batch_size is None:
-            width = max(logits.shape[2], _LEAST_VOCABULARY)
-            self.batch_size = max(1, _LOGITS_PER_BATCH // (logits.shape[1] * width))
-        return dce_loss(
-            logits,
-            self.x0[which],
-            mask=masked.mask,
-            mask_index=self.mask_index,
-            exclude_mask=self.exclude_mask,
-            backend=self.backend,
-        ).double()
+        output, x0 = self.body(masked.xt), self.x0[which]
+        options: dict[str, Any] = dict(mask_index=self.mask_index, exclude_mask=self.exclude_mask)
+        options |= dict(mask=masked.mask, backend=self.backend)
+        if self.lm_head is None:
+            logits = getattr(output, "logits", output)
+            self._check("logits", logits, masked.xt.shape, "V")
+            self._set_sizes(logits.shape[2], logits.shape[2])
+            return dce_loss(logits, x0, **options).double()
+        self._check("hidden states", output, masked.xt.shape, "D")
+        self._set_sizes(len(self.lm_head), output.shape[2])
+        return linear_dce_loss(output, self.lm_head, x0, bias=self.bias, **options).double()
 
-    def _check_logits(self, logits: Any, shape: torch.Size) -> Tensor:
-        check_tensor("model's logits", logits)
-        if logits.dim() != 3 or logits.shape[:2] != shape:
-            raise ValueError(f"model's logits: expected shape [{shape[0]}, {shape[1]}, V], got {[*logits.shape]}")
-        num_states = logits.shape[2]
+    def _check(self, what: str, output: Any, shape: torch.Size, width: str) -> None:
+        check_tensor(f"model's {what}", output)
+        if output.dim() != 3 or output.shape[:2] != shape:
+            raise ValueError(f"model's {what}: expected shape [{shape[0]}, {shape[1]}, {width}], got {[*output.shape]}")
+
+    def _set_sizes(self, num_states: int, width: int) -> None:
+        """What the first output tells: whether all ids exist, and how many sequences fit a batch."""
         if self._largest_id >= num_states:
             raise ValueError(f"x0, mask_index: expected ids in [0, V={num_states}), got {self._largest_id}")
-        return logits
+        if self.batch_size is None:
+            width = max(width, _LEAST_VOCABULARY)
+            self.batch_size = max(1, _LOGITS_PER_BATCH // (self.x0.shape[1] * width))
+
+
+def _parts(model: Model) -> tuple[Callable[[Tensor], Any], Tensor | None, Tensor | None]:
+    """What to call, and the last layer's weight and bias if that is apart."""
+    if not isinstance(model, tuple):
+        return model, None, None
+    if len(model) != 2 or not isinstance(model[1], nn.Linear | Tensor):
+        raise TypeError(
+            f"model: expected a callable, or a pair (body, lm_head) with an nn.Linear or its weight, got {model!r}"
+        )
+    body, lm_head = model
+    return (body, lm_head, None) if isinstance(lm_head, Tensor) else (body, lm_head.weight, lm_head.bias)
 
 
 @contextmanager
 def evaluating(model: Model) -> Iterator[None]:
-    """No gradients, and an nn.Module in evaluation mode; each submodule gets its own mode back."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    """No gradients; an nn.Module, or that of a method, in evaluation mode, and each submodule back in its own."""
+    body = model[0] if isinstance(model, tuple) else model
+    module = getattr(body, "__self__", body)
+    modules = list(module.modules()) if isinstance(module, nn.Module) else []
     modes = [module.training for module in modules]
     try:
         for module in modules:

@@ -85,7 +85,9 @@ def time_free_nll(
     comes in nor on batch_size. An nn.Module is put into evaluation mode, and back; no gradients are made.
 
     Args:
-        model: callable xt [b, L] int64 -> logits [b, L, V], or -> an object with `.logits`.
+        model: callable xt [b, L] int64 -> logits [b, L, V], or -> an object with `.logits`. Or a pair (body, lm_head)
+            of a callable xt -> hidden states [b, L, D] and an nn.Linear or its weight [V, D]: then no logits are made
+            where nothing is masked, and never all at once.
         x0: [B, L] int64 tokens.
         mask_index: id of the mask, >= 0, since xt is made before the model tells V.
         num_samples: most network passes to spend on a sequence, the fully masked one included. Unless all
@@ -93,7 +95,7 @@ def time_free_nll(
         proposal: "stratified", "uniform" or "harmonic".
         target: [B, L] bool, the positions whose likelihood is meant; None means all.
         exclude_mask: whether the softmax leaves out the mask, as in `dce_loss`.
-        batch_size: rows in a forward pass; None bounds the logits to 256 MB in float32.
+        batch_size: rows in a forward pass; None bounds logits, or hidden states, to 256 MB in float32.
         seed: of all draws; None takes one from torch's generator.
         sample_ids: [B] int64, names of the sequences in the draws; None means 0..B-1.
         backend: as in `dce_loss`.
