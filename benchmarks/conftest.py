@@ -48,15 +48,15 @@ def pytest_terminal_summary(terminalreporter, config):
     rows = [row._replace(floor=floor and floor(rates)) for row, floor in _rows]
     write = terminalreporter.write_line
     write(f"\n{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    write("GB/s: read {:.1f}, copy {:.1f}, fresh fill {:.1f};  matmul {:.0f} GFLOP/s".format(*rates))
-    write(f"\n{'case':56} {'who':22} {'ms':>9} {'of floor':>9} {'slower':>8} {'extra MB':>9}")
+    write("GB/s: read {:.1f}, copy {:.1f}, fresh fill {:.1f};  matmul {:.0f}, bfloat16 {:.0f} GFLOP/s".format(*rates))
+    write(f"\n{'case':56} {'who':28} {'ms':>9} {'of floor':>9} {'slower':>8} {'extra MB':>9}")
     first: Row | None = None
     for row in rows:
         first = row if first is None or row.case != first.case else first
         share = f"{row.floor / row.seconds:9.0%}" if row.floor else f"{'':9}"
         ratio = "" if row is first else f"{row.seconds / first.seconds:.1f}x"
         case = row.case if row is first else ""
-        write(f"{case:56} {row.who:22} {row.seconds * 1e3:9.2f} {share} {ratio:>8} {row.extra_bytes / 1e6:9.1f}")
+        write(f"{case:56} {row.who:28} {row.seconds * 1e3:9.2f} {share} {ratio:>8} {row.extra_bytes / 1e6:9.1f}")
     if config.getoption("--json-results"):
         result = {"machine": _processor(), "torch": torch.__version__, "sources": sources()}
         result |= {"threads": torch.get_num_threads(), "rates": rates._asdict(), "rows": [r._asdict() for r in rows]}

@@ -23,7 +23,8 @@ class Machine(NamedTuple):
     read: float
     copy: float
     fresh_fill: float
-    matmul: float
+    matmul: float  # float32
+    matmul_bf16: float
 
 
 class Row(NamedTuple):
@@ -44,7 +45,8 @@ class Probe:
         size, side = (1024 * MB, 8192) if gpu else (256 * MB, 1024)
         torch.ones(4 << 30, dtype=torch.uint8)  # a virtual machine pays for pages never touched before
         source, target = torch.ones(size // 4, device=DEVICE), torch.ones(size // 4, device=DEVICE)
-        a, b = torch.rand(2, side, side, device=DEVICE, dtype=torch.bfloat16 if gpu else torch.float32)
+        a = torch.rand(side, side, device=DEVICE)
+        low = a.bfloat16()
 
         def fresh_fill() -> None:
             """What an output costs: on the CPU 2 MB pages, touched the first time."""
@@ -59,9 +61,11 @@ class Probe:
             "read": source.sum,
             "copy": lambda: target.copy_(source),
             "fresh_fill": fresh_fill,
-            "matmul": lambda: a @ b,
+            "matmul": lambda: a @ a,
+            "matmul_bf16": lambda: low @ low,
         }
-        self.work = {"read": size, "copy": 2 * size, "fresh_fill": size, "matmul": 2 * side**3}
+        self.work = {"read": size, "copy": 2 * size, "fresh_fill": size}
+        self.work |= dict.fromkeys(["matmul", "matmul_bf16"], 2 * side**3)
 
     def rates(self, seconds: dict[str, list[float]]) -> Machine:
         return Machine(**{name: work / statistics.median(seconds[name]) / 1e9 for name, work in self.work.items()})

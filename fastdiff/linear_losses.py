@@ -4,10 +4,12 @@ import math
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fastdiff.checks import Number, check_rows, check_tensor
 from fastdiff.losses import dce_rows, dse_rows
 from fastdiff.ops.linear_loss import Head, linear_loss
+from fastdiff.ops.parallel import replicated, shard_of
 
 
 def linear_dce_loss(
@@ -27,6 +29,7 @@ def linear_dce_loss(
     reduction: str = "none",
     num_items: Number | Tensor | None = None,
     capacity: int | None = None,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """`dce_loss` of the logits hidden @ lm_head.T + bias, which are never whole in memory.
@@ -44,15 +47,18 @@ def linear_dce_loss(
         softcap: if not 0, the logits are softcap * tanh(logits / softcap).
         capacity: the most scored rows there can be. Then nothing waits for the device, as in a CUDA graph, and this
             many rows are multiplied; if there are more, loss and gradients are NaN. None counts them.
+        group: the ranks over whose ids lm_head (and bias) are cut, in equal parts in the order of ranks; lm_head may
+            also be a DTensor sharded along V. Hidden states and tokens are the same on all ranks, and so is the loss.
 
     Returns:
         float32 (float64 for float64 inputs) [...] or [].
 
     Raises:
-        ValueError, TypeError: as `dce_loss`; shapes, types or devices of hidden, lm_head and bias do not fit.
+        ValueError, TypeError: as `dce_loss`; shapes, types or devices of hidden, lm_head and bias do not fit; on every
+            rank of a group, if tokens or parts of lm_head do not belong together.
         BackendUnavailable: the backend named cannot run here.
     """
-    head = _head(hidden, lm_head, bias, softcap, capacity)
+    head = _head(hidden, lm_head, bias, softcap, capacity, group)
     z = head.logits_like()
     rows = dce_rows(z, x0, xt, mask, weight, mask_index, exclude_mask, ignore_index, z_loss, reduction, num_items)
     return linear_loss(head, rows, backend)
@@ -74,12 +80,13 @@ def linear_dse_loss(
     reduction: str = "none",
     num_items: Number | Tensor | None = None,
     capacity: int | None = None,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """`dse_loss` of what hidden @ lm_head.T + bias gives, which is never whole in memory.
 
     Args:
-        hidden, lm_head, bias, softcap, capacity: as in `linear_dce_loss`.
+        hidden, lm_head, bias, softcap, capacity, group: as in `linear_dce_loss`.
         sigma, xt, x0, graph, dsigma, mask_index, parametrization, reduction, num_items, backend: as in `dse_loss`, with
             [...] the shape of hidden without D.
 
@@ -90,13 +97,20 @@ def linear_dse_loss(
         ValueError, TypeError: as `dse_loss`; shapes, types or devices of hidden, lm_head and bias do not fit.
         BackendUnavailable: the backend named cannot run here.
     """
-    head = _head(hidden, lm_head, bias, softcap, capacity)
+    head = _head(hidden, lm_head, bias, softcap, capacity, group)
     z = head.logits_like()
     rows = dse_rows(z, sigma, xt, x0, graph, dsigma, mask_index, parametrization, reduction, num_items)
     return linear_loss(head, rows, backend)
 
 
-def _head(hidden: Tensor, lm_head: Tensor, bias: Tensor | None, softcap: float, capacity: int | None) -> Head:
+def _head(
+    hidden: Tensor,
+    lm_head: Tensor,
+    bias: Tensor | None,
+    softcap: float,
+    capacity: int | None,
+    group: ProcessGroup | None,
+) -> Head:
     check_rows("hidden", hidden, "D")
     check_rows("lm_head", lm_head, "D")
     width = hidden.shape[-1]
@@ -106,6 +120,8 @@ def _head(hidden: Tensor, lm_head: Tensor, bias: Tensor | None, softcap: float, 
         check_tensor("bias", bias)
         if bias.shape != lm_head.shape[:1]:
             raise ValueError(f"bias: expected shape [V={len(lm_head)}], got {tuple(bias.shape)}")
+        bias = shard_of("bias", bias, 0, group)[0]
+    hidden, (lm_head, shard) = replicated("hidden", hidden), shard_of("lm_head", lm_head, 0, group)
     autocast = torch.is_autocast_enabled(hidden.device.type)
     for name, tensor in (("lm_head", lm_head), ("bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
@@ -118,4 +134,4 @@ def _head(hidden: Tensor, lm_head: Tensor, bias: Tensor | None, softcap: float, 
         raise ValueError(f"capacity: expected a number of rows >= 0 or None, got {capacity}")
     cast = autocast and hidden.dtype != torch.float64
     dtype = torch.get_autocast_dtype(hidden.device.type) if cast else hidden.dtype
-    return Head(hidden, lm_head, bias, float(softcap), -1 if capacity is None else capacity, dtype)
+    return Head(hidden, lm_head, bias, float(softcap), -1 if capacity is None else capacity, dtype, shard)

@@ -4,6 +4,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fastdiff.checks import (
     Number,
@@ -14,6 +15,8 @@ from fastdiff.checks import (
     per_token,
     vocabulary_index,
 )
+from fastdiff.ops.linear_loss import Head, linear_loss
+from fastdiff.ops.parallel import shard_of
 from fastdiff.ops.row_loss import Rows, row_loss
 
 REDUCTIONS = ("none", "sum", "mean")
@@ -50,6 +53,7 @@ def dce_loss(  # type: ignore[misc]  # the overloads only tell apart what comes 
     reduction: str = "none",
     num_items: Number | Tensor | None = None,
     return_stats: bool = False,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, RowStats]:
     """Masked cross-entropy `w (logsumexp_v z_v - z_x0)` at masked positions, 0 elsewhere, in nats.
@@ -67,6 +71,8 @@ def dce_loss(  # type: ignore[misc]  # the overloads only tell apart what comes 
         reduction: "none" for [...] losses, "sum", or "mean" over the scored tokens (0 if there are none).
         num_items: with "mean", divide the sum by this number (or tensor of one element) instead.
         return_stats: return (loss, RowStats), from the same read of the logits.
+        group: the ranks over which V is cut, in equal parts in the order of ranks; logits may also be a DTensor sharded
+            along V. Tokens are the same on all ranks, and so is the loss.
 
     Returns:
         float32 (float64 for float64 logits) [...] or [].
@@ -77,7 +83,14 @@ def dce_loss(  # type: ignore[misc]  # the overloads only tell apart what comes 
         BackendUnavailable: the backend named cannot run here.
     """
     check_rows("logits", logits)
-    rows = dce_rows(logits, x0, xt, mask, weight, mask_index, exclude_mask, ignore_index, z_loss, reduction, num_items)
+    logits, shard = shard_of("logits", logits, -1, group)
+    head = Head(logits, None, None, 0.0, -1, logits.dtype, shard)
+    z = head.logits_like() if shard.group else logits
+    rows = dce_rows(z, x0, xt, mask, weight, mask_index, exclude_mask, ignore_index, z_loss, reduction, num_items)
+    if shard.group:
+        if return_stats:
+            raise ValueError("return_stats: not for logits that are sharded over a group")
+        return linear_loss(head, rows, backend)
     loss, stats = row_loss(rows, backend, return_stats)
     return (loss, RowStats(stats[0], stats[1], stats[2] == 1)) if return_stats else loss
 
@@ -94,6 +107,7 @@ def dse_loss(
     parametrization: str = "log_score",
     reduction: str = "none",
     num_items: Number | Tensor | None = None,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Denoising score entropy (Lou, Meng, Ermon 2024), in nats per unit of sigma, times dsigma if that is given.
@@ -118,6 +132,7 @@ def dse_loss(
             "scale_by_sigma": SEDD's output before its tail, the log score is out - log e1 - log(V - 1).
         reduction: "none" for [...] losses, "sum", or "mean" over the scored tokens (0 if there are none).
         num_items: with "mean", divide the sum by this number (or tensor of one element) instead.
+        group: as in `dce_loss`; not with conditionals of the uniform graph.
 
     Returns:
         float32 (float64 for float64 log_score) [...] or [].
@@ -128,8 +143,11 @@ def dse_loss(
         BackendUnavailable: the backend named cannot run here.
     """
     check_rows("log_score", log_score)
-    rows = dse_rows(log_score, sigma, xt, x0, graph, dsigma, mask_index, parametrization, reduction, num_items)
-    return row_loss(rows, backend)[0]
+    log_score, shard = shard_of("log_score", log_score, -1, group)
+    head = Head(log_score, None, None, 0.0, -1, log_score.dtype, shard)
+    z = head.logits_like() if shard.group else log_score
+    rows = dse_rows(z, sigma, xt, x0, graph, dsigma, mask_index, parametrization, reduction, num_items)
+    return linear_loss(head, rows, backend) if shard.group else row_loss(rows, backend)[0]
 
 
 def dce_rows(

@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor, Tensor> row_loss(Tensor z, Tensor x0, std::optional<T
 
 Tensor row_loss_(Tensor z, Tensor x0, std::optional<Tensor> xt, std::optional<Tensor> mask, std::optional<Tensor> sigma,
                  std::optional<Tensor> weight, std::string functor, int64_t mask_index, bool exclude_mask,
-                 int64_t ignore_index, bool scale_by_sigma, double z_loss);
+                 int64_t ignore_index, bool scale_by_sigma, double z_loss, int64_t all_states, bool with_grad);
 
 std::tuple<Tensor, Tensor> mask_tokens(Tensor x0, Tensor p, std::optional<Tensor> maskable, Tensor seed, Tensor steps,
                                        Tensor sample_ids, int64_t mask_index);

@@ -19,8 +19,8 @@ using Acc = decltype(load(T()));
 template <typename C>
 constexpr C kInfinity = std::numeric_limits<C>::infinity();
 
-// A row and the place of its gradient, which may be its own. x0 and the excluded id (the mask or x_t; -1 for none) are
-// treated apart.
+// A row and the place of its gradient, which may be its own. x0 and the excluded id (the mask or x_t) are treated
+// apart; either is negative if it is not in the row.
 template <typename T>
 struct Row {
   const T* z;
@@ -109,13 +109,13 @@ FASTDIFF_HD double dse_row(const Row<T>& row, double weight, double shift, const
   const double scale = weight * dse.scale;
   double sum = dse.a > 0 ? dse_runs<kGrad, PhiTerm>(row, scale, shift, dse.a, dse.log_a)
                          : dse_runs<kGrad, ExpTerm>(row, scale, shift);
-  if (row.x0 != row.excluded) {
+  if (row.x0 >= 0 && row.x0 != row.excluded) {
     const double s = load(row.z[row.x0]) - shift;
     const Term<double> term = scaled_phi(s, s - dse.log_a_x0, dse.a_x0);
     sum += term.value;
     if constexpr (kGrad) store(row.grad + row.x0, static_cast<Acc<T>>(scale * term.slope));
   }
-  if constexpr (kGrad) store(row.grad + row.excluded, Acc<T>(0));
+  if (kGrad && row.excluded >= 0) store(row.grad + row.excluded, Acc<T>(0));
   return scale * sum;
 }
 
@@ -190,11 +190,13 @@ FASTDIFF_HD double entropy(const Row<T>& row, const ExpSum<Acc<T>>& all) {
   return std::log(all.sum) - sum / all.sum;
 }
 
+// With x0 elsewhere, as if its number were 0 and its probability nothing: the loss is the log-sum-exp.
 template <bool kGrad, typename T>
 FASTDIFF_HD double dce_row(const Row<T>& row, double weight, double z_loss, Scratch<T>& scratch, RowStats* stats) {
   using C = Acc<T>;
-  const C at_x0 = load(row.z[row.x0]);
-  ExpSum<C> all{at_x0, 1};
+  const bool here = row.x0 >= 0;
+  const C at_x0 = here ? load(row.z[row.x0]) : -kInfinity<C>;
+  ExpSum<C> all{at_x0, here ? 1.0 : 0.0};
   C max_before = -kInfinity<C>, max_after = max_before;
   C *kept = kGrad ? scratch.kept(row) : nullptr, *shift = scratch.shifts.data();
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
@@ -205,20 +207,23 @@ FASTDIFF_HD double dce_row(const Row<T>& row, double weight, double z_loss, Scra
   });
   if (all.shift == kInfinity<C>) all.sum = NAN;  // inf - inf, as in PyTorch
   // log p(x0). The shift is never added to log(sum): beside a large one the sum's digits would be lost.
-  const double log_p = (static_cast<double>(at_x0) - all.shift) - std::log(all.sum);
-  const double logsumexp = all.shift + std::log(all.sum), slope = 1 + 2 * z_loss * logsumexp;
+  const double logsumexp = all.shift + std::log(all.sum);
+  const double drift = z_loss == 0 ? 0 : logsumexp;  // which may be infinite
+  const double slope = 1 + 2 * z_loss * drift;
+  const double log_p = here ? (static_cast<double>(at_x0) - all.shift) - std::log(all.sum) : -logsumexp;
   const bool correct = at_x0 > max_before && at_x0 >= max_after && !std::isnan(all.sum);
   if (stats) *stats = {logsumexp, entropy(row, all), static_cast<double>(correct)};
   if constexpr (kGrad) {
     shift = scratch.shifts.data();
     row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-      const double scale = weight * slope / all.sum * std::exp(static_cast<double>(*shift++) - all.shift);
+      double scale = weight * slope / all.sum * std::exp(static_cast<double>(*shift++) - all.shift);
+      if (!here && all.sum == 0) scale = 0;  // a part of the row without weight
       store_scaled(row.grad + first, kept + first, n, static_cast<C>(scale));
     });
-    store(row.grad + row.x0, static_cast<C>(weight * (std::expm1(log_p) + (slope - 1) * std::exp(log_p))));
+    if (here) store(row.grad + row.x0, static_cast<C>(weight * (std::expm1(log_p) + (slope - 1) * std::exp(log_p))));
     if (row.excluded >= 0) store(row.grad + row.excluded, C(0));
   }
-  return weight * (z_loss * logsumexp * logsumexp - log_p);
+  return weight * (z_loss * drift * drift - log_p);
 }
 
 // ---------------------------------------------------------------------------------------------------------

@@ -131,15 +131,18 @@ std::tuple<Tensor, Tensor, Tensor> row_loss(Tensor z, Tensor x0, std::optional<T
   return {loss, grad, stat};
 }
 
-// Per-token losses; the gradient of their sum replaces z, which is contiguous.
+// Per-token losses in float64; if asked for, the gradient of their sum replaces z, which is contiguous.
 Tensor row_loss_(Tensor z, Tensor x0, std::optional<Tensor> xt, std::optional<Tensor> mask, std::optional<Tensor> sigma,
                  std::optional<Tensor> weight, std::string functor, int64_t mask_index, bool exclude_mask,
-                 int64_t ignore_index, bool scale_by_sigma, double z_loss) {
-  RowLoss op(z, x0, xt, mask, sigma, weight, functor, mask_index, exclude_mask, ignore_index, scale_by_sigma, z_loss);
+                 int64_t ignore_index, bool scale_by_sigma, double z_loss, int64_t all_states, bool with_grad) {
+  RowLoss op(z, x0, xt, mask, sigma, weight, functor, mask_index, exclude_mask, ignore_index, scale_by_sigma, z_loss,
+             all_states);
   op.check();
-  op.grad = z.mutable_data_ptr();
+  if (with_grad) op.grad = z.mutable_data_ptr();
   const std::vector<double> losses = run(op);
-  return tensor_of(z, sizes(x0), [&](int64_t r) { return losses[r]; });
+  Tensor loss = torch::stable::new_empty(z, sizes(x0), ScalarType::Double);
+  std::copy(losses.begin(), losses.end(), mutable_data<double>(loss));
+  return loss;
 }
 
 }  // namespace fastdiff

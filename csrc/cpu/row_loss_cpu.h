@@ -19,7 +19,9 @@ inline Functor functor_named(const std::string& name) {
   bad_value("functor: expected dce, dse_absorb, dse_uniform or dse_uniform_logits, got ", name);
 }
 
-// z is [..., V] with any strides before the last; all other tensors are contiguous over [...].
+// z is [..., V] with any strides before the last; all other tensors are contiguous over [...]. Where z holds a part of
+// a row of `all_states` numbers, ids count from its first, x0 is -1 if it lies elsewhere, and x_t -1 or, if it is not
+// x0, -2.
 struct RowLoss {
   const Tensor& tensor;
   const void* z;
@@ -27,7 +29,7 @@ struct RowLoss {
   const bool* mask;
   const double *sigma, *weight;
   Functor functor;
-  int64_t mask_index, ignore_index, num_states, rows;
+  int64_t mask_index, ignore_index, num_states, all_states, rows;
   bool exclude_mask, scale_by_sigma;
   double z_loss, scale = 1;
   std::vector<uint8_t> scored;
@@ -37,7 +39,8 @@ struct RowLoss {
 
   RowLoss(const Tensor& z_, const Tensor& x0_, const std::optional<Tensor>& xt_, const std::optional<Tensor>& mask_,
           const std::optional<Tensor>& sigma_, const std::optional<Tensor>& weight_, const std::string& functor_,
-          int64_t mask_index_, bool exclude_mask_, int64_t ignore_index_, bool scale_by_sigma_, double z_loss_)
+          int64_t mask_index_, bool exclude_mask_, int64_t ignore_index_, bool scale_by_sigma_, double z_loss_,
+          std::optional<int64_t> all_states_ = {})
       : tensor(z_),
         z(z_.const_data_ptr()),
         x0(data<int64_t>(x0_)),
@@ -49,6 +52,7 @@ struct RowLoss {
         mask_index(mask_index_),
         ignore_index(ignore_index_),
         num_states(z_.size(-1)),
+        all_states(all_states_.value_or(num_states)),
         rows(x0_.numel()),
         exclude_mask(exclude_mask_),
         scale_by_sigma(scale_by_sigma_),
@@ -64,6 +68,8 @@ struct RowLoss {
     return offset;
   }
 
+  bool in_part() const { return all_states != num_states; }
+
   bool uniform() const { return functor == Functor::dse_uniform || functor == Functor::dse_uniform_logits; }
 
   // The id that is treated apart, or -1.
@@ -73,12 +79,12 @@ struct RowLoss {
   }
 
   double shift(int64_t row) const {
-    return scale_by_sigma ? Noise(sigma[row]).log_e1 + std::log(static_cast<double>(num_states - 1)) : 0;
+    return scale_by_sigma ? Noise(sigma[row]).log_e1 + std::log(static_cast<double>(all_states - 1)) : 0;
   }
 
   DseRow dse_row(int64_t row) const {
     if (functor == Functor::dse_absorb) return DseRow::absorb(sigma[row]);
-    return DseRow::uniform(sigma[row], num_states, xt[row] != x0[row]);
+    return DseRow::uniform(sigma[row], all_states, xt[row] != x0[row]);
   }
 
   // A sigma given to dce turns conditionals into scores: DSE of log c - log e1 is DCE / e1.
@@ -102,14 +108,14 @@ struct RowLoss {
 
  private:
   void check_row(int64_t r) const {
-    if (x0[r] < 0 || x0[r] >= num_states)
+    if (x0[r] < (in_part() ? -1 : 0) || x0[r] >= num_states)
       bad_value("x0: expected ids in [0, ", num_states, "), got ", x0[r], " at token ", r);
     if (sigma && !(sigma[r] >= 0 && std::isfinite(sigma[r])))
       bad_value("sigma: expected finite numbers >= 0, got ", sigma[r], " at token ", r);
     if (!xt) return;
-    if (uniform() && (xt[r] < 0 || xt[r] >= num_states))
+    if (uniform() && (xt[r] < (in_part() ? -2 : 0) || xt[r] >= num_states))
       bad_value("xt: expected ids in [0, ", num_states, "), got ", xt[r], " at token ", r);
-    if (!uniform() && xt[r] != mask_index && xt[r] != x0[r])
+    if (!uniform() && !in_part() && xt[r] != mask_index && xt[r] != x0[r])
       bad_value("xt: expected x0 or the mask ", mask_index, ", got ", xt[r], " where x0 is ", x0[r], " at token ", r,
                 " (are xt and x0 swapped?)");
   }

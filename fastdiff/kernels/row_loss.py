@@ -152,7 +152,7 @@ def dse_row(
     if WITH_GRAD:
         tl.debug_barrier()  # a gradient in the place of its row must not come before this
     at_x0, slope_x0 = scaled_phi(s_x0, s_x0 - log_a_x0, a_x0, 1e-2)
-    at_x0 = tl.where(row[7] == row[8], 0.0, at_x0)
+    at_x0 = tl.where((row[7] == row[8]) | (row[7] == -1), 0.0, at_x0)
     f32 = tl.float32
     constants = (shift.to(f32), (shift + log_a).to(f32), a.to(f32), weight.to(f32), (weight * slope_x0).to(f32))
     total = tl.zeros((BLOCK,), f32)
@@ -215,7 +215,8 @@ def dce_row(
     WITH_GRAD: tl.constexpr, WITH_STATS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     top, others = sum_exp(row, BLOCK, VEC)
-    at_x0 = load_at(row, row[7])
+    elsewhere = row[7] == -1
+    at_x0 = tl.where(elsewhere, float("-inf"), load_at(row, row[7]))
     if WITH_GRAD:
         tl.debug_barrier()  # as in dse_row
     shift = tl.where(at_x0 > top, at_x0, top)
@@ -223,11 +224,14 @@ def dce_row(
     total = tl.where(shift == float("inf"), float("nan"), total)  # inf - inf, as in PyTorch
     log_p = (at_x0 - shift) - tl.log(total)  # the shift is never added to log(sum), where digits would be lost
     logsumexp = shift + tl.log(total)
-    slope = 1 + 2 * z_loss * logsumexp
+    log_p = tl.where(elsewhere, -logsumexp, log_p)
+    drift = tl.where(z_loss == 0, 0.0, logsumexp)  # which may be infinite
+    slope = 1 + 2 * z_loss * drift
     entropy, correct = tl.zeros_like(total), tl.zeros_like(total)
     if WITH_GRAD or WITH_STATS:
         f32 = tl.float32
-        x_x0, scale = at_x0.to(f32) - shift.to(f32), (weight * slope / total).to(f32)
+        scale = tl.where(elsewhere & (total == 0), 0.0, weight * slope / total).to(f32)
+        x_x0 = at_x0.to(f32) - shift.to(f32)
         grad_x0 = (weight * (expm1_(log_p) + (slope - 1) * tl.exp(log_p))).to(f32)
         constants = (shift.to(f32), x_x0, scale, grad_x0)
         dots, aheads = tl.zeros((BLOCK,), f32), tl.zeros((BLOCK,), tl.int32)
@@ -242,7 +246,7 @@ def dce_row(
             entropy = tl.log(total) - (tl.sum(dots, 0) + tl.sum(dot, 0) + dot_x0).to(tl.float64) / total
             first = tl.sum(aheads, 0) + tl.sum(ahead, 0) == 0
             correct = tl.where(first & (total == total), 1.0, 0.0).to(tl.float64)
-    return weight * (z_loss * logsumexp * logsumexp - log_p), logsumexp, entropy, correct
+    return weight * (z_loss * drift * drift - log_p), logsumexp, entropy, correct
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -319,10 +323,11 @@ def row_loss_kernel(
     SIGMA,  # float64 [rows] or None
     WEIGHT,  # float64 [rows] or None
     SCALE,  # float64 [], a factor of every loss
-    LOSS,  # float32 [rows]
+    LOSS,  # float32 or float64 [rows]
     GRAD,  # [rows, V] contiguous; anything without gradient
     STATS,  # float32 [3, rows] or None
     V,
+    all_states,  # V, or of how many numbers a row of Z is a part: then x0 and XT may be negative, as row_losses_ has it
     inner,
     stride_outer,
     stride_inner,
@@ -351,7 +356,8 @@ def row_loss_kernel(
             scored &= tl.load(MASK + r) != 0
         elif XT is not None:
             scored &= tl.load(XT + r) == mask_index
-    x0 = tl.where((x0 >= 0) & (x0 < V), x0, -2).to(tl.int32)  # no such id: the loss will be NaN
+    least = tl.where(all_states == V, 0, -1)
+    x0 = tl.where((x0 >= least) & (x0 < V), x0, -2).to(tl.int32)  # no such id: the loss will be NaN
     excluded = tl.where((excluded >= -1) & (excluded < V), excluded, -3).to(tl.int32)
 
     start, grad_start = (r // inner) * stride_outer + (r % inner) * stride_inner, r * V
@@ -374,7 +380,7 @@ def row_loss_kernel(
         if SIGMA is not None:
             inv_e1, log_e1 = noise(tl.load(SIGMA + r))
         if SCALE_BY_SIGMA:
-            shift = log_e1 + tl.log((V - 1).to(tl.float64))
+            shift = log_e1 + tl.log((all_states - 1).to(tl.float64))
         if FUNCTOR == "dce":
             if SIGMA is not None:  # conditionals as scores: DSE of log c - log e1 is DCE / e1
                 weight *= inv_e1
@@ -382,7 +388,7 @@ def row_loss_kernel(
         elif FUNCTOR == "dse_absorb":
             loss = dse_row(row, weight, shift, zero, zero, inv_e1, -log_e1, "exp", WITH_GRAD, BLOCK, VEC)
         else:
-            moved, k, weight = x0 != excluded, V * inv_e1, weight / V
+            moved, k, weight = x0 != excluded, all_states * inv_e1, weight / all_states
             if FUNCTOR == "dse_uniform":
                 log_r = tl.where(k < float("inf"), -log1p_(k), 0.0)  # with sigma = 0 r is 0, and log r is not needed
                 a, log_a = tl.where(moved, 1.0, 1 / (1 + k)), tl.where(moved, 0.0, log_r)
@@ -391,7 +397,7 @@ def row_loss_kernel(
                 loss = nelbo_row(row, weight, k, WITH_GRAD, BLOCK, VEC)
     elif WITH_GRAD:
         zero_grad(row, BLOCK, VEC)
-    tl.store(LOSS + r, loss.to(tl.float32))
+    tl.store(LOSS + r, loss.to(LOSS.dtype.element_ty))
     if STATS is not None:
         rows = tl.num_programs(0)
         tl.store(STATS + r, logsumexp.to(tl.float32))
@@ -451,7 +457,8 @@ def row_loss(
     grad = z.new_empty(z.shape if with_grad else (0,))
     stats = z.new_empty((3, *x0.shape) if with_stats else (0,), dtype=torch.float32)
     launch(
-        z, (x0, xt, mask, sigma, weight), scale, losses, grad if with_grad else None, stats if with_stats else None,
+        z, (x0, xt, mask, sigma, weight), z.shape[-1], scale,
+        losses, grad if with_grad else None, stats if with_stats else None,
         functor, mask_index, exclude_mask, ignore_index, scale_by_sigma, z_loss,
     )  # fmt: skip
     loss = losses if reduction == "none" else losses.sum(dtype=torch.float64).float()
@@ -461,6 +468,7 @@ def row_loss(
 def launch(
     z: Tensor,
     tokens: tuple[Tensor | None, ...],
+    all_states: int,
     scale: Tensor,
     losses: Tensor,
     grad: Tensor | None,
@@ -478,7 +486,7 @@ def launch(
         with torch.cuda.device_of(z):
             row_loss_kernel[(rows,)](
                 z, *tokens, scale, losses, z if grad is None else grad, stats,
-                num_states, inner, outer_stride, inner_stride, mask_index, ignore_index, z_loss,
+                num_states, all_states, inner, outer_stride, inner_stride, mask_index, ignore_index, z_loss,
                 FUNCTOR=functor, EXCLUDE_MASK=exclude_mask, SCALE_BY_SIGMA=scale_by_sigma, WITH_GRAD=grad is not None,
                 CONTIGUOUS=z.is_contiguous(), VEC=16 // z.element_size(),
                 **(SMALL if num_states <= SMALL["BLOCK"] else LARGE[z.element_size()]),
@@ -505,11 +513,13 @@ def row_loss_(
     ignore_index: int,
     scale_by_sigma: bool,
     z_loss: float,
+    all_states: int,
+    with_grad: bool,
 ) -> Tensor:
-    """The operator row_loss_.triton: losses, and the gradient of their sum in the place of z."""
-    losses = z.new_empty(x0.shape, dtype=torch.float32)
+    """The operator row_loss_.triton: losses, and if asked for the gradient of their sum in the place of z."""
+    losses, one = z.new_empty(x0.shape, dtype=torch.float64), z.new_ones((), dtype=torch.float64)
     launch(
-        z, (x0, xt, mask, sigma, weight), z.new_ones((), dtype=torch.float64), losses, z, None,
+        z, (x0, xt, mask, sigma, weight), all_states, one, losses, z if with_grad else None, None,
         functor, mask_index, exclude_mask, ignore_index, scale_by_sigma, z_loss,
     )  # fmt: skip
     return losses

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.backends import KERNELS, resolve
+from fastdiff.backends import KERNELS, BackendUnavailable, resolve
 from fastdiff.ops.library import define, implement, library, no_double_backward
-from fastdiff.ops.row_loss import Rows, check_row_values, reference_loss, row_losses, row_losses_, scored_tokens
+from fastdiff.ops.parallel import Shard, sharded_losses_
+from fastdiff.ops.row_loss import Rows, check_row_values, reference_loss, row_losses_, scored_tokens
 from fastdiff.ops.saved_grads import scaled
 
 # Bytes of logits that exist at a time. On a GPU a chunk must be large enough to keep the multiplier busy.
@@ -24,16 +25,18 @@ TILE_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
 # stay in cache (1.5x), and 16-bit gradients on their way into a float32 sum.
 IDS = {"cpu": 512, "cuda": 8192}
 
-# hidden [..., D], lm_head [V, D], bias [V]; then as row_loss, over logits softcap * tanh(z / softcap) if softcap > 0;
-# capacity: most scored rows, or -1 to count them; dtype: what to multiply in; wanted: which of the first three get a
-# gradient. Returns the loss, float32 (float64 for a float64 dtype), and those gradients of its sum or mean, or empty.
+# hidden [..., D], lm_head [V, D], bias [V]; or no lm_head, and hidden holds the logits. Then as row_loss, over logits
+# softcap * tanh(z / softcap) if softcap > 0; capacity: most scored rows, or -1 to count them; dtype: what to multiply
+# in; group: whose ranks have a part of all_states ids each, or ""; wanted: which of the first three get a gradient.
+# Returns the loss, float32 (float64 for a float64 dtype), and those gradients of its sum or mean, or empty.
 _LINEAR = (
-    "Tensor hidden, Tensor lm_head, Tensor? bias, Tensor x0, Tensor? xt, Tensor? mask, Tensor? sigma, Tensor? weight, "
+    "Tensor hidden, Tensor? lm_head, Tensor? bias, Tensor x0, Tensor? xt, Tensor? mask, Tensor? sigma, Tensor? weight, "
     "Tensor? num_items, str functor, int mask_index, bool exclude_mask, int ignore_index, bool scale_by_sigma, "
-    "float z_loss, str reduction, float softcap, SymInt capacity, ScalarType dtype"
+    "float z_loss, str reduction, float softcap, SymInt capacity, ScalarType dtype, str group, SymInt all_states"
 )
 _TENSORS = 9  # of the arguments
 _NONE = [False] * 3
+_IGNORED = -(2**63)  # of the rows that fill a list up: no id, whatever else is ignored
 
 
 @dataclasses.dataclass
@@ -41,15 +44,21 @@ class Head:
     """The last layer: softcap * tanh((hidden @ lm_head.T + bias) / softcap), multiplied in dtype."""
 
     hidden: Tensor
-    lm_head: Tensor
+    lm_head: Tensor | None
     bias: Tensor | None
     softcap: float
     capacity: int
     dtype: torch.dtype
+    shard: Shard
+
+    @property
+    def num_states(self) -> int:
+        """How many ids this rank has."""
+        return self.hidden.shape[-1] if self.lm_head is None else len(self.lm_head)
 
     def logits_like(self) -> Tensor:
         """One number in the shape of the logits, which are never made."""
-        shape = (*self.hidden.shape[:-1], self.lm_head.shape[0])
+        shape = (*self.hidden.shape[:-1], self.shard.all_states)
         return self.hidden.detach().new_empty((), dtype=self.dtype).expand(shape)
 
 
@@ -58,20 +67,24 @@ def linear_loss(head: Head, rows: Rows, backend: str | None) -> Tensor:
     backend = resolve(backend, head.hidden.device)
     if backend == "reference" or (backend == "triton" and head.dtype == torch.float64):
         return _reference(head, rows)
+    if head.shard.group and rows.functor == "dse_uniform_logits":
+        raise ValueError("parametrization: conditionals of the uniform graph cannot be sharded over a group")
     inputs = (head.hidden, head.lm_head, head.bias)
     wanted = _NONE
     if torch.is_grad_enabled() and rows.reduction != "none":
         wanted = [x is not None and x.requires_grad for x in inputs]
-    constants = rows.arguments()[1:]
-    return _linear_loss[backend](*inputs, *constants, head.softcap, head.capacity, head.dtype, wanted)[0]
+    constants = (*rows.arguments()[1:], head.softcap, head.capacity, head.dtype, *head.shard)
+    return _linear_loss[backend](*inputs, *constants, wanted)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The operators: shapes under tracing, and autograd.
 
 
-def _fake(hidden: Tensor, lm_head: Tensor, bias: Tensor | None, x0: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    reduction, _, _, dtype, wanted = arguments[-5:]
+def _fake(
+    hidden: Tensor, lm_head: Tensor | None, bias: Tensor | None, x0: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    reduction, _, _, dtype, _, _, wanted = arguments[-7:]
     loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     loss = hidden.new_empty(x0.shape if reduction == "none" else (), dtype=loss_dtype)
     inputs = zip(wanted, (hidden, lm_head, bias), strict=True)
@@ -131,9 +144,9 @@ def _recompute(backend: str, grad_loss: Tensor, *arguments: Any) -> tuple[Tensor
     return _compute(backend, head, rows, arguments[-1])[1:]
 
 
-def _unpack(hidden: Tensor, lm_head: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Head, Rows]:
-    *constants, softcap, capacity, dtype = rest
-    head = Head(hidden, lm_head, bias, softcap, capacity, dtype)
+def _unpack(hidden: Tensor, lm_head: Tensor | None, bias: Tensor | None, *rest: Any) -> tuple[Head, Rows]:
+    *constants, softcap, capacity, dtype, group, all_states = rest
+    head = Head(hidden, lm_head, bias, softcap, capacity, dtype, Shard(group, all_states))
     return head, Rows(head.logits_like(), *constants)
 
 
@@ -141,13 +154,16 @@ def _compute(backend: str, head: Head, rows: Rows, wanted: list[bool]) -> tuple[
     check_row_values(rows)
     scored = scored_tokens(rows)
     index, count = scored_rows(scored, None if head.capacity < 0 else head.capacity)
+    if head.shard.group:
+        head.shard.check(head.num_states, rows, count, wanted[0])
     missing = torch.where(count > len(index), math.nan, 0.0)  # for all to see, should the list be too short
     rows.weight = _weights(rows, count) + missing
     with torch.autocast(scored.device.type, enabled=False):  # head.dtype has the last word
         chunks = _Chunks(backend, head, rows, wanted)
         losses = (chunks.losses(index) + missing).view(scored.shape)
-    loss = losses if rows.reduction == "none" else losses.sum(dtype=torch.float64).to(losses.dtype)
-    return loss, *chunks.grads()
+        grads = list(chunks.grads())
+    loss = losses if rows.reduction == "none" else losses.sum()
+    return loss.to(torch.float64 if head.dtype == torch.float64 else torch.float32), *grads
 
 
 def scored_rows(scored: Tensor, capacity: int | None = None) -> tuple[Tensor, Tensor]:
@@ -174,34 +190,43 @@ class _Chunks:
     """The scored rows, a chunk of logits at a time: their losses, and the sums of their gradients."""
 
     def __init__(self, backend: str, head: Head, rows: Rows, wanted: list[bool]) -> None:
-        self.backend, self.head, self.rows = backend, head, rows
+        self.backend, self.head, self.rows = backend, head, dataclasses.replace(rows, ignore_index=_IGNORED)
         self.hidden = head.hidden.reshape(-1, head.hidden.shape[-1])
-        self.lm_head = head.lm_head.to(head.dtype)
+        self.lm_head = None if head.lm_head is None else head.lm_head.to(head.dtype)
         self.bias = None if head.bias is None else head.bias.to(head.dtype)
-        num_rows, width = self.hidden.shape
         self.exact = torch.float64 if head.dtype == torch.float64 else torch.float32
-        self.grad_hidden = self.hidden.new_zeros(num_rows + 1, width) if wanted[0] else None  # the last is for filling
-        self.grad_lm_head = torch.zeros_like(head.lm_head, dtype=self.exact) if wanted[1] else None
-        self.grad_bias = torch.zeros_like(head.bias, dtype=self.exact) if wanted[2] and head.bias is not None else None
+        num_rows, width = self.hidden.shape
+        partial_sums = head.shard.group and head.lm_head is not None  # over this rank's ids
+        dtype = self.exact if partial_sums else self.hidden.dtype
+        # One row more than there are: what fills the list up goes there.
+        self.grad_hidden = self.hidden.new_zeros(num_rows + 1, width, dtype=dtype) if wanted[0] else None
+        self.grad_lm_head = self._zeros(head.lm_head) if wanted[1] else None
+        self.grad_bias = self._zeros(head.bias) if wanted[2] else None
+        self.with_grad = any(wanted)
+
+    def _zeros(self, like: Tensor | None) -> Tensor | None:
+        return None if like is None else torch.zeros_like(like, dtype=self.exact)
 
     def losses(self, index: Tensor) -> Tensor:
-        losses = torch.zeros(len(self.hidden) + 1, dtype=self.exact, device=index.device)
+        losses = torch.zeros(len(self.hidden) + 1, dtype=torch.float64, device=index.device)
         for part in index.split(self._length(len(index))):
             losses[part] = self._chunk(part)
         return losses[:-1]
 
     def grads(self) -> Iterator[Tensor]:
-        sums = (
-            self.grad_hidden if self.grad_hidden is None else self.grad_hidden[:-1],
-            self.grad_lm_head,
-            self.grad_bias,
-        )
+        if self.grad_hidden is not None:
+            self.grad_hidden = self.grad_hidden[:-1]
+            if self.head.shard.group and self.lm_head is not None:
+                self.head.shard.sum(self.grad_hidden)
+        sums = (self.grad_hidden, self.grad_lm_head, self.grad_bias)
         for total, x in zip(sums, (self.head.hidden, self.head.lm_head, self.head.bias), strict=True):
             yield self.hidden.new_empty(0) if total is None or x is None else total.to(x.dtype).view(x.shape)
 
     def _length(self, num_rows: int) -> int:
         """Rows of a chunk, all alike, whose logits fit the tile. A softcap keeps two more copies, in float32."""
-        num_ids, size = self.lm_head.shape[0], self.lm_head.element_size()
+        num_ids, size = self.head.num_states, self.head.dtype.itemsize
+        if self.head.shard.group:
+            num_ids = self.head.shard.size  # the same on all ranks
         row = num_ids * (size if self.head.softcap == 0 else size + 8)
         most = max(1, TILE_BYTES[self.hidden.device.type] // row)
         return max(1, math.ceil(num_rows / max(1, math.ceil(num_rows / most))))
@@ -213,33 +238,38 @@ class _Chunks:
         rows.x0 = torch.where(exists, rows.x0, rows.ignore_index)
         hidden = self.hidden[at].to(self.head.dtype)
         rows.z, slope = self._logits(hidden)
-        if self.grad_hidden is None and self.grad_lm_head is None and self.grad_bias is None:
-            return row_losses(rows, self.backend)
-        losses = row_losses_(rows, self.backend)
-        self._add_grads(rows.z if slope is None else rows.z.mul_(slope).to(self.head.dtype), hidden, part)
+        if self.head.shard.group:
+            losses = sharded_losses_(rows, self.backend, self.head.shard, self.with_grad)
+        else:
+            losses = row_losses_(rows, self.backend, self.head.num_states, self.with_grad)
+        if self.with_grad:
+            self._add_grads(rows.z if slope is None else rows.z.mul_(slope).to(self.head.dtype), hidden, part)
         return losses
 
     def _logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits of some rows, and with a softcap its slope at each."""
-        z = hidden.new_empty(len(hidden), len(self.lm_head))
-        whole = hidden.dtype.itemsize == 2 or hidden.is_cuda
-        ids = len(self.lm_head) if whole else IDS["cpu"]
-        for first in range(0, len(self.lm_head), ids):
-            some = slice(first, first + ids)
-            if self.bias is None:
-                torch.mm(hidden, self.lm_head[some].t(), out=z[:, some])
-            else:
-                torch.addmm(self.bias[some], hidden, self.lm_head[some].t(), out=z[:, some])
-        softcap = self.head.softcap
+        z, softcap = hidden if self.lm_head is None else self._product(hidden, self.lm_head), self.head.softcap
         if softcap == 0:
             return z, None
         slope = (z.to(self.exact) / softcap).tanh_()
         z = slope * softcap
         return z, slope.square_().neg_().add_(1)
 
+    def _product(self, hidden: Tensor, lm_head: Tensor) -> Tensor:
+        z = hidden.new_empty(len(hidden), len(lm_head))
+        whole = hidden.dtype.itemsize == 2 or hidden.is_cuda
+        ids = len(lm_head) if whole else IDS["cpu"]
+        for first in range(0, len(lm_head), ids):
+            some = slice(first, first + ids)
+            if self.bias is None:
+                torch.mm(hidden, lm_head[some].t(), out=z[:, some])
+            else:
+                torch.addmm(self.bias[some], hidden, lm_head[some].t(), out=z[:, some])
+        return z
+
     def _add_grads(self, grad: Tensor, hidden: Tensor, part: Tensor) -> None:
         if self.grad_hidden is not None:
-            self.grad_hidden[part] = (grad @ self.lm_head).to(self.grad_hidden.dtype)
+            self.grad_hidden[part] = (grad if self.lm_head is None else grad @ self.lm_head).to(self.grad_hidden.dtype)
         if self.grad_lm_head is not None:
             _add_product(self.grad_lm_head, grad, hidden)
         if self.grad_bias is not None:
@@ -259,6 +289,8 @@ def _add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
 
 def _reference(head: Head, rows: Rows) -> Tensor:
     """The same in plain PyTorch and float64, logits and all."""
+    if head.shard.group or head.lm_head is None:
+        raise BackendUnavailable("backend 'reference': cannot be sharded over a group")
     bias = None if head.bias is None else head.bias.double()
     rows.z = F.linear(head.hidden.double(), head.lm_head.double(), bias)
     if head.softcap:

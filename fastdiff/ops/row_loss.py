@@ -72,15 +72,14 @@ def row_loss(rows: Rows, backend: str | None, with_stats: bool = False) -> tuple
     return loss, stats
 
 
-def row_losses(rows: Rows, backend: str) -> Tensor:
-    """Losses per token, without a gradient and whatever the reduction."""
-    return _row_loss[backend](*dataclasses.replace(rows, reduction="none").arguments(), False, False)[0]
+def row_losses_(rows: Rows, backend: str, all_states: int, with_grad: bool) -> Tensor:
+    """Losses per token in float64, whatever the reduction; with_grad, rows.z becomes the gradient of their sum.
 
-
-def row_losses_(rows: Rows, backend: str) -> Tensor:
-    """Losses per token, whatever the reduction. rows.z, contiguous, becomes the gradient of their sum."""
+    Where rows.z, contiguous, holds a part of all_states numbers, ids count from its first; x0 is -1 if it is
+    elsewhere, xt -1 then or, if it is not x0, -2. The loss is this part's: of cross-entropy, the part's log-sum-exp.
+    """
     z, x0, xt, mask, sigma, weight, _, *constants, _ = rows.arguments()
-    return _row_loss_[backend](z, x0, xt, mask, sigma, weight, *constants)
+    return _row_loss_[backend](z, x0, xt, mask, sigma, weight, *constants, all_states, with_grad)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -132,8 +131,9 @@ _row_loss_backward = define(
 _row_loss_ = define(
     "row_loss_",
     "(Tensor(a!) z, Tensor x0, Tensor? xt, Tensor? mask, Tensor? sigma, Tensor? weight, str functor, int mask_index, "
-    "bool exclude_mask, int ignore_index, bool scale_by_sigma, float z_loss) -> Tensor",
-    lambda z, x0, *_: z.new_empty(x0.shape, dtype=_loss_dtype(z)),
+    "bool exclude_mask, int ignore_index, bool scale_by_sigma, float z_loss, SymInt all_states, bool with_grad) "
+    "-> Tensor",
+    lambda z, x0, *_: z.new_empty(x0.shape, dtype=torch.float64),
 )
 for _backend in KERNELS:
     torch.library.register_autograd(

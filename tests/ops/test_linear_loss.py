@@ -231,7 +231,7 @@ def test_opcheck(reduction):
     p = linear_problem((2, 3), 7)
     inputs = [p[leaf].requires_grad_() for leaf in LEAVES]
     rows = [p["x0"], p["xt"], None, None, p["weight"], None]
-    constants = ["dce", p["mask_index"], True, -100, False, 1e-3, reduction, 0.0, -1, torch.float32]
+    constants = ["dce", p["mask_index"], True, -100, False, 1e-3, reduction, 0.0, -1, torch.float32, "", 7]
     for wanted in ([True] * 3, [True, False, True]) if reduction == "sum" else ([False] * 3,):
         torch.library.opcheck(torch.ops.fastdiff.linear_loss.cpu, (*inputs, *rows, *constants, wanted))
     inputs = [x.detach() for x in inputs]
@@ -239,7 +239,7 @@ def test_opcheck(reduction):
     backward = torch.ops.fastdiff.linear_loss_backward.cpu
     torch.library.opcheck(backward, (upstream, *inputs, *rows, *constants, [True, True, False]))
     row_loss_ = torch.ops.fastdiff.row_loss_.cpu
-    torch.library.opcheck(row_loss_, (torch.randn(2, 3, 7), *rows[:-1], *constants[:6]))
+    torch.library.opcheck(row_loss_, (torch.randn(2, 3, 7), *rows[:-1], *constants[:6], 7, True))
 
 
 def test_agrees_with_the_logits_multiplied_beforehand():

@@ -1,0 +1,139 @@
+"""Rows cut across the ranks of a process group, each rank with as many consecutive ids, the last perhaps with fewer.
+
+Tokens and hidden states are the same on all ranks; so are the losses, and the gradient of the hidden states.
+"""
+
+import dataclasses
+import sys
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastdiff.ops.row_loss import Rows, row_losses_
+
+
+class Shard(NamedTuple):
+    """A rank's part of `all_states` ids. The group goes by its name, as operators take no objects; "" is no group."""
+
+    group: str
+    all_states: int
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        return dist.distributed_c10d._resolve_process_group(self.group)  # type: ignore[arg-type]
+
+    @property
+    def size(self) -> int:
+        return -(-self.all_states // dist.get_world_size(self.process_group))
+
+    @property
+    def first(self) -> int:
+        return self.size * dist.get_rank(self.process_group)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor, group=self.process_group)
+        return tensor
+
+    def max(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.process_group)
+        return tensor
+
+    def check(self, num_states: int, rows: Rows, count: Tensor, wanted: bool) -> None:
+        """Raises on all ranks if the ranks' parts or tokens do not belong together, when they would wait for ever."""
+        ranks = dist.get_world_size(self.process_group)
+        mine = torch.stack(
+            [torch.full_like(count, rows.x0.numel()), count, rows.x0.sum(), torch.full_like(count, wanted)]
+        )
+        low, high = self.max(torch.cat([-mine, mine])).view(2, -1)
+        if not torch.equal(-low, high):
+            raise ValueError(
+                "x0: expected the same tokens (and requires_grad of hidden) on every rank of the group, got different "
+                "ones. Under FSDP, call the loss in the forward of the module that holds lm_head, where that is whole."
+            )
+        sizes = torch.zeros(ranks, dtype=torch.int64, device=count.device)
+        sizes[dist.get_rank(self.process_group)] = num_states
+        found = self.sum(sizes).tolist()
+        expected = [min(self.size, self.all_states - self.size * rank) for rank in range(ranks)]
+        if found != expected or expected[-1] < 1:
+            raise ValueError(f"group: expected shards of {expected} ids on its {ranks} ranks, got {found}")
+
+
+def shard_of(name: str, tensor: Tensor, dim: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Shard]:
+    """A rank's own part of a tensor sharded along `dim`: of a DTensor, or a plain tensor itself if a group is given."""
+    if (sharded := _dtensor(tensor)) is not None:
+        placements, mesh, dim = sharded.placements, sharded.device_mesh, dim % tensor.dim()
+        if group is not None or mesh.ndim != 1 or not placements[0].is_shard(dim):
+            raise ValueError(
+                f"{name}: expected a DTensor sharded along its ids on a mesh of one dimension, and no group, "
+                f"got {placements} on {mesh}"
+            )
+        group, num_states, tensor = mesh.get_group(), tensor.shape[dim], sharded.to_local()
+    elif group is not None:
+        if not dist.is_initialized():
+            raise ValueError("group: expected torch.distributed to be initialised")
+        num_states = tensor.shape[dim] * dist.get_world_size(group)
+    if group is None or dist.get_world_size(group) == 1:
+        return tensor, Shard("", tensor.shape[dim])
+    return tensor, Shard(group.group_name, num_states)
+
+
+def replicated(name: str, tensor: Tensor) -> Tensor:
+    """A plain tensor; of a DTensor that every rank has, what it has."""
+    if (dtensor := _dtensor(tensor)) is None:
+        return tensor
+    if not all(placement.is_replicate() for placement in dtensor.placements):
+        raise ValueError(f"{name}: expected the same on all ranks, got a DTensor of {dtensor.placements}")
+    return dtensor.to_local()
+
+
+def sharded_losses_(rows: Rows, backend: str, shard: Shard, with_grad: bool) -> Tensor:
+    """`row_losses_` of whole rows, of which rows.z holds this rank's part; ids count from the first of all."""
+    part = _own(rows, shard)
+    if rows.functor != "dce":  # a sum over ids, and what belongs to x0 is added where x0 is
+        return shard.sum(row_losses_(part, backend, shard.all_states, with_grad))
+    scored, z = rows.x0 != rows.ignore_index, rows.z
+    weight = torch.ones_like(scored, dtype=torch.float64) if rows.weight is None else rows.weight
+    if rows.sigma is not None:
+        weight = weight * torch.exp(-rows.sigma) / -torch.expm1(-rows.sigma)
+    here, at = part.x0 >= 0, part.x0.clamp_min(0).unsqueeze(1)
+    others = dataclasses.replace(part, x0=torch.where(scored, -1, part.x0), sigma=None, weight=None, z_loss=0.0)
+    own = row_losses_(others, backend, shard.all_states, False)
+    top = shard.max(own.clone())
+    at_x0 = torch.where(here, z.gather(1, at).squeeze(1).double(), 0)
+    total, at_x0 = shard.sum(torch.stack([torch.exp(own - top), at_x0]))
+    logsumexp = top + total.log()
+    log_p, slope = at_x0 - logsumexp, 1 + 2 * rows.z_loss * logsumexp
+    if with_grad:
+        others.weight = weight * slope * torch.exp(own - logsumexp)
+        row_losses_(others, backend, shard.all_states, True)
+        entry = weight * (torch.expm1(log_p) + (slope - 1) * log_p.exp())
+        z.scatter_(1, at, torch.where(here.unsqueeze(1), entry.unsqueeze(1).to(z.dtype), z.gather(1, at)))
+    return torch.where(scored, weight * (rows.z_loss * logsumexp**2 - log_p), 0)
+
+
+def _own(rows: Rows, shard: Shard) -> Rows:
+    """The rows with ids that count from the first of this part, as `row_losses_` wants them. All are scored."""
+    first, num_states = shard.first, rows.z.shape[-1]
+
+    def own(ids: Tensor, elsewhere: Tensor) -> Tensor:
+        return torch.where((ids >= first) & (ids < first + num_states), ids - first, elsewhere)
+
+    xt = None
+    if rows.xt is not None and rows.functor == "dse_uniform":
+        xt = own(rows.xt, (rows.xt == rows.x0).long() - 2)
+    return dataclasses.replace(
+        rows,
+        x0=own(rows.x0, torch.where(rows.x0 == rows.ignore_index, rows.ignore_index, -1)),
+        xt=xt,
+        mask=None,
+        mask_index=rows.mask_index - first,
+        exclude_mask=rows.exclude_mask and first <= rows.mask_index < first + num_states,
+    )
+
+
+def _dtensor(tensor: Tensor) -> Any:
+    """The tensor if it is a DTensor, whose module is not imported here: it would take longer than all of fastdiff."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return tensor if module is not None and isinstance(tensor, module.DTensor) else None

@@ -1,0 +1,155 @@
+"""Run by torchrun on a few ranks: each function below holds the losses of all ranks against those of one process."""
+
+import sys
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import assert_near, linear_problem, loss_and_grads, loss_of, problem
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+
+import fastdiff.ops.linear_loss as op
+from fastdiff import BackendUnavailable, dce_loss, linear_dce_loss
+
+LEAVES = ("hidden", "lm_head", "bias")
+SHARDED = ["dce", "dce_all", "dce_z", "absorb", "absorb_logits", "absorb_scaled", "uniform", "uniform_scaled"]
+
+
+def own(tensor, dim=0):
+    """This rank's part."""
+    return tensor.chunk(dist.get_world_size(), dim)[dist.get_rank()].contiguous()
+
+
+def agree(name, p, parts, dims, leaves, **options):
+    """Loss and gradients from this rank's part of some tensors against those from the whole ones."""
+    dtype = p[leaves[0]].dtype
+    whole = loss_and_grads(name, p, *leaves, **{k: v for k, v in options.items() if k != "group"})
+    got = loss_and_grads(name, p | parts, *leaves, **options)
+    for leaf, a, b in zip(("loss", *leaves), got, whole, strict=True):
+        a = a.to_local() if isinstance(a, DTensor) else a
+        expected = own(b, dims[leaf]) if leaf in dims else b
+        assert_near(a, expected, dtype, f"{leaf} in {name}", slack=8)
+
+
+def vocabulary_parallel():
+    op.TILE_BYTES["cpu"] = 4 * 4 * 100  # several chunks
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for num_states in (4, 12, 508):
+            p = linear_problem((3, 5), num_states, dtype)
+            parts = {name: own(p[name]) for name in ("lm_head", "bias")}
+            for name in SHARDED:
+                for reduction in ("none", "sum", "mean"):
+                    options = dict(reduction=reduction, group=dist.group.WORLD)
+                    agree(name, p, parts, dict(lm_head=0, bias=0), LEAVES, **options)
+
+
+def sharded_logits():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        p = problem((3, 5), 510, dtype, mask_index=200)
+        for name in SHARDED:
+            for reduction in ("none", "mean"):
+                options = dict(reduction=reduction, group=dist.group.WORLD)
+                agree(name, p, dict(z=own(p["z"], 2)), dict(z=2), ("z",), **options)
+
+
+def numbers_of_any_size():
+    """Large ones beside small ones, a part without weight, and one without any number but the mask's."""
+    p = problem((2, 4), 8, torch.float32, mask_index=0)
+    p["z"][0] += 1e4
+    p["z"][1, :, :4] = -torch.inf
+    p["x0"][1] = 5
+    p["xt"] = torch.zeros_like(p["xt"])
+    for name in ("dce", "dce_all"):
+        agree(name, p, dict(z=own(p["z"], 2)), dict(z=2), ("z",), reduction="sum", group=dist.group.WORLD)
+    p["z"][0, 0, 3] = torch.nan
+    losses = [loss_of("dce", p), loss_of("dce", p | dict(z=own(p["z"], 2)), group=dist.group.WORLD)]
+    assert torch.equal(*(loss.isnan() for loss in losses))
+    assert losses[1].isnan()[0, 0]
+
+
+def dtensors():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p = linear_problem((3, 5), 13)  # the last rank has fewer ids
+    parts = {name: distribute_tensor(p[name], mesh, [Shard(0)]) for name in ("lm_head", "bias")}
+    parts["hidden"] = distribute_tensor(p["hidden"], mesh, [Replicate()])
+    for name in ("dce", "uniform"):
+        for reduction in ("none", "sum"):
+            agree(name, p, parts, dict(lm_head=0, bias=0), LEAVES, reduction=reduction)
+    q = problem((3, 5), 13)
+    agree("absorb", q, dict(z=distribute_tensor(q["z"], mesh, [Shard(2)])), dict(z=2), ("z",), reduction="sum")
+    wrong = distribute_tensor(p["lm_head"], mesh, [Replicate()])
+    with pytest.raises(ValueError, match="lm_head: expected a DTensor sharded"):
+        linear_dce_loss(p["hidden"], wrong, p["x0"])
+
+
+def wrong_calls_raise_on_every_rank():
+    p, rank, group = linear_problem((3, 5), 12), dist.get_rank(), dist.group.WORLD
+    part = own(p["lm_head"])
+    call = partial(linear_dce_loss, p["hidden"], exclude_mask=False, group=group)
+    with pytest.raises(ValueError, match="x0: expected the same tokens"):
+        call(part, torch.full_like(p["x0"], rank))
+    with pytest.raises(ValueError, match=r"group: expected shards of .* ids on its 2 ranks, got \[5, 6\]"):
+        call(p["lm_head"][: 5 + rank], p["x0"] % 10)
+    with pytest.raises(ValueError, match="parametrization: conditionals of the uniform graph"):
+        loss_of("uniform_logits", p | dict(lm_head=part, bias=None), group=group)
+    with pytest.raises(ValueError, match="return_stats"):
+        dce_loss(p["hidden"], p["x0"] % 10, return_stats=True, group=group)
+    with pytest.raises(BackendUnavailable, match="sharded"):
+        call(part, p["x0"], backend="reference")
+
+
+class Head(nn.Module):
+    """A body and a last layer; the loss is computed where the parameters are whole."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.body = nn.Linear(16, 16, bias=False)
+        self.lm_head = nn.Linear(16, len(p["lm_head"]))
+        nn.init.eye_(self.body.weight)
+        self.lm_head.weight.data, self.lm_head.bias.data = p["lm_head"].clone(), p["bias"].clone()
+
+    def forward(self, p, reduction):
+        head = self.lm_head
+        q = p | dict(hidden=self.body(p["hidden"]), lm_head=head.weight, bias=head.bias)
+        loss = loss_of("dce", q, reduction=reduction)
+        return (loss * p["upstream"]).sum() if reduction == "none" else loss
+
+
+def data_parallel():
+    """Each rank has sequences of its own; gradients are the mean over ranks, for DDP and FSDP2 alike."""
+    ranks = dist.get_world_size()
+    p = linear_problem((4 * ranks, 5), 27)
+    p["upstream"] = torch.linspace(-1, 2, p["x0"].numel()).view(p["x0"].shape)
+    mine = {k: own(v) if torch.is_tensor(v) and len(v) == 4 * ranks else v for k, v in p.items()}
+    for reduction in ("none", "sum"):
+        whole = Head(p)
+        whole(p, reduction).backward()
+        expected = {name: parameter.grad / ranks for name, parameter in whole.named_parameters()}
+        wrapped = {"DDP": nn.parallel.DistributedDataParallel(Head(p)), "FSDP2": fully_shard(Head(p))}
+        for how, model in wrapped.items():
+            model(mine, reduction).backward()
+            for name, parameter in model.named_parameters():
+                grad = parameter.grad.full_tensor() if how == "FSDP2" else parameter.grad
+                assert grad.abs().max() > 0
+                assert_near(grad, expected[name.removeprefix("module.")], torch.float32, f"{name}, {how}", slack=8)
+
+
+def fsdp_with_a_last_layer_of_its_own():
+    """Outside of its own forward the layer's weight is in parts, and tokens differ: an error, no wrong gradient."""
+    p = linear_problem((4 * dist.get_world_size(), 5), 27)
+    mine = {k: own(v) if torch.is_tensor(v) and len(v) == 4 * dist.get_world_size() else v for k, v in p.items()}
+    model = Head(p)
+    fully_shard(model.lm_head)
+    fully_shard(model)
+    with pytest.raises(ValueError, match="Under FSDP, call the loss in the forward"):
+        model(mine, "sum")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    globals()[sys.argv[1]]()
+    dist.destroy_process_group()
