@@ -314,7 +314,7 @@ def nelbo_row(row, weight, k, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr, VEC:
 # The kernel.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["all_states"])
 def row_loss_kernel(
     Z,  # [rows, V], row r at (r // inner) * stride_outer + (r % inner) * stride_inner
     X0,  # int64 [rows]

@@ -160,7 +160,8 @@ def _compute(backend: str, head: Head, rows: Rows, wanted: list[bool]) -> tuple[
     rows.weight = _weights(rows, count) + missing
     with torch.autocast(scored.device.type, enabled=False):  # head.dtype has the last word
         chunks = _Chunks(backend, head, rows, wanted)
-        losses = (chunks.losses(index) + missing).view(scored.shape)
+        losses = chunks.losses(index, count)
+        losses = (losses + missing).view(scored.shape)
         grads = list(chunks.grads())
     loss = losses if rows.reduction == "none" else losses.sum()
     return loss.to(torch.float64 if head.dtype == torch.float64 else torch.float32), *grads
@@ -207,11 +208,36 @@ class _Chunks:
     def _zeros(self, like: Tensor | None) -> Tensor | None:
         return None if like is None else torch.zeros_like(like, dtype=self.exact)
 
-    def losses(self, index: Tensor) -> Tensor:
+    def losses(self, index: Tensor, count: Tensor) -> Tensor:
+        """Of all rows, float64: those of the list, and 0."""
         losses = torch.zeros(len(self.hidden) + 1, dtype=torch.float64, device=index.device)
+        if self.lm_head is not None and self._sums_suffice():
+            losses[index] = self._from_sums(self.lm_head, index, count)
+            return losses[:-1]
         for part in index.split(self._length(len(index))):
             losses[part] = self._chunk(part)
         return losses[:-1]
+
+    def _sums_suffice(self) -> bool:
+        """Whether a kernel makes what the loss needs from tiles of logits that are never stored."""
+        sums = self.rows.functor in ("dce", "dse_absorb") and self.head.dtype.itemsize == 2
+        return sums and self.backend == "triton" and not self.with_grad and not self.head.shard.group
+
+    def _from_sums(self, lm_head: Tensor, index: Tensor, count: Tensor) -> Tensor:
+        """Losses from three numbers in the place of each row: log sum exp of the other ids, x0's, and the mask's."""
+        from fastdiff.kernels.linear_loss import row_sums
+
+        exists = index < len(self.hidden)
+        at = torch.where(exists, index, 0)
+        rows, excluded = self.rows.at(at), self.rows.mask_index if self.rows.exclude_mask else -1
+        hidden = self.hidden.to(self.head.dtype)
+        others, at_x0 = row_sums(hidden, lm_head, self.bias, at, count, rows.x0, excluded, self.head.softcap)
+        z = torch.stack([others, at_x0, torch.full_like(at_x0, -math.inf)], 1)
+        if rows.scale_by_sigma:  # by the number of states
+            z = z + math.log(2) - math.log(self.head.num_states - 1)
+        rows.z, rows.x0, rows.xt = z, torch.where(exists, 1, rows.ignore_index), torch.full_like(rows.x0, 2)
+        rows.mask, rows.mask_index, rows.exclude_mask, rows.reduction = None, 2, True, "none"
+        return reference_loss(rows)
 
     def grads(self) -> Iterator[Tensor]:
         if self.grad_hidden is not None:
