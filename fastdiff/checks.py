@@ -66,10 +66,14 @@ def per_token(name: str, value: Number | Tensor, shape: torch.Size, device: torc
     return spread.to(device=device, dtype=torch.float64).expand(shape)
 
 
+def values_are_checked(device: torch.device) -> bool:
+    """Whether to look at values: not where that would break a graph, or wait for a device without CHECKED."""
+    return not torch.compiler.is_compiling() and (CHECKED or device.type == "cpu")
+
+
 def check_values(name: str, value: Tensor, wrong: Tensor, expected: str) -> None:
-    """Raises where `wrong` is true. Not looked at: where that breaks a graph, or waits for a device without CHECKED."""
-    looking = CHECKED or value.device.type == "cpu"
-    if torch.compiler.is_compiling() or not looking or not wrong.any():
+    """Raises where `wrong` is true, if values are checked."""
+    if not values_are_checked(value.device) or not wrong.any():
         return
     at = tuple(wrong.nonzero()[0].tolist())
     raise ValueError(f"{name}: expected {expected}, got {value[at].item()} at {list(at)}")

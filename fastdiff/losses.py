@@ -59,7 +59,8 @@ def dce_loss(  # type: ignore[misc]  # the overloads only tell apart what comes 
     """Masked cross-entropy `w (logsumexp_v z_v - z_x0)` at masked positions, 0 elsewhere, in nats.
 
     Args:
-        logits: [..., V] float32, float64, bfloat16 or float16. Never changed.
+        logits: [..., V] float32, float64, bfloat16 or float16. Never changed. A strided last dimension is copied. In
+            float16 backward reads them again, so that a loss scale comes in before the gradient is rounded.
         x0: [...] int64 clean tokens. Where x0 = ignore_index the loss is 0.
         xt: [...] noised tokens; positions with xt = mask_index are scored.
         mask: [...] bool, the scored positions, instead of xt. With neither, every position is scored.
@@ -118,7 +119,7 @@ def dse_loss(
         `(1/N) sum_{y != x_t} a_y phi(s_y - log a_y)`
 
     Args:
-        log_score: [..., V] float32, float64, bfloat16 or float16. Never changed.
+        log_score: [..., V], as the logits of `dce_loss`.
         sigma: total noise, > 0 where a token is masked or moved (everywhere, for logits of the uniform graph); a number
             or a tensor over a prefix of the token shape ([B] is one per sequence), or one that broadcasts to it. It has
             no gradient.

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.checks import Number, check_bool, check_choice, check_tensor, check_tokens, check_values, per_token
+from fastdiff.checks import (
+    Number,
+    check_bool,
+    check_choice,
+    check_tensor,
+    check_tokens,
+    check_values,
+    per_token,
+    values_are_checked,
+)
 from fastdiff.ops import corrupt as ops
 from fastdiff.philox import Purpose, draw32, uniform
 
@@ -205,8 +214,9 @@ def corrupt(
         raise TypeError(f"graph: expected Absorbing or Uniform, got {graph!r}")
     names = _check(x0, 0, None, seed, step, sample_ids, generator)
     sigma = per_token("sigma", sigma, x0.shape, x0.device)
-    check_values("sigma", sigma, ~((sigma >= 0) & sigma.isfinite()), "finite numbers >= 0")
-    check_values("x0", x0, (x0 < 0) | (x0 >= graph.num_states), f"ids in [0, {graph.num_states})")
+    if values_are_checked(x0.device):
+        check_values("sigma", sigma, ~((sigma >= 0) & sigma.isfinite()), "finite numbers >= 0")
+        check_values("x0", x0, (x0 < 0) | (x0 >= graph.num_states), f"ids in [0, {graph.num_states})")
     p, x0 = -torch.expm1(-sigma), x0.long().contiguous()
     if graph.mask_index is None:
         return ops.uniform_tokens(x0, p, names, graph.num_states, backend)

@@ -1,5 +1,6 @@
 """The choice of backend, and what is said when one cannot run."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -50,10 +51,31 @@ def test_why_triton_is_missing(version, reason, monkeypatch):
     assert backends._triton_missing() == reason
 
 
-def test_a_gpu_that_is_too_old_is_named(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.raises(BackendUnavailable, match=r"backend 'triton': compute capability 7\.5, 8\.0 is needed"):
-        backends.resolve("triton", torch.device("cuda"))
+@pytest.mark.parametrize(
+    ("capability", "triton_missing", "reason"),
+    [((7, 5), None, r"compute capability 7\.5, 8\.0 is needed"), ((8, 0), "triton is not installed", "not installed")],
+)
+def test_a_gpu_that_triton_cannot_use(capability, triton_missing, reason, monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(backends, "TRITON_MISSING", None)
+    assert backends.resolve(None, gpu) == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(backends, "TRITON_MISSING", triton_missing)
+    with pytest.raises(BackendUnavailable, match=f"backend 'triton': .*{reason}"):
+        backends.resolve("triton", gpu)
+    backends._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match=f"slow float64 reference: .*{reason}"):
+        assert backends.resolve(None, gpu) == "reference"
+
+
+@pytest.mark.parametrize("asked", ["0", "1"])
+def test_values_off_the_cpu_are_looked_at_only_if_the_environment_asks(asked):
+    code = "import torch, fastdiff.checks as c; x = torch.ones(1, device='meta'); c.check_values('x', x, x > 0, 'less')"
+    command, env = [sys.executable, "-c", code], os.environ | {"FASTDIFF_CHECK": asked}
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.returncode == int(asked), result.stderr
+    assert asked == "0" or "cannot be called on meta tensors" in result.stderr
 
 
 def test_import_prints_nothing_and_loads_no_extras():

@@ -71,7 +71,8 @@ def linear_loss(head: Head, rows: Rows, backend: str | None) -> Tensor:
         raise ValueError("parametrization: conditionals of the uniform graph cannot be sharded over a group")
     inputs = (head.hidden, head.lm_head, head.bias)
     wanted = _NONE
-    if torch.is_grad_enabled() and rows.reduction != "none":
+    # In float16 a gradient needs the upstream loss scale at once, as it would underflow without.
+    if torch.is_grad_enabled() and rows.reduction != "none" and head.dtype != torch.float16:
         wanted = [x is not None and x.requires_grad for x in inputs]
     constants = (*rows.arguments()[1:], head.softcap, head.capacity, head.dtype, *head.shard)
     return _linear_loss[backend](*inputs, *constants, wanted)[0]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdiff import reference
 from fastdiff.backends import KERNELS, resolve
-from fastdiff.checks import check_values
+from fastdiff.checks import check_values, values_are_checked
 from fastdiff.ops.library import define, implement, implement_in_triton, library, no_double_backward
 from fastdiff.ops.saved_grads import scaled
 
@@ -68,6 +68,7 @@ def row_loss(rows: Rows, backend: str | None, with_stats: bool = False) -> tuple
     if rows.z.stride(-1) != 1:
         rows.z = rows.z.contiguous()
     with_grad = torch.is_grad_enabled() and rows.z.requires_grad and rows.reduction != "none"
+    with_grad = with_grad and rows.z.dtype != torch.float16  # whose gradient needs the upstream loss scale at once
     loss, _, stats = _row_loss[backend](*rows.arguments(), with_grad, with_stats)
     return loss, stats
 
@@ -196,6 +197,8 @@ def scored_tokens(rows: Rows) -> Tensor:
 
 def check_row_values(rows: Rows) -> None:
     """What the kernels check of the values, RowLoss::check in csrc/cpu/row_loss_cpu.h."""
+    if not values_are_checked(rows.x0.device):
+        return
     x0, xt, sigma, num_states = rows.x0, rows.xt, rows.sigma, rows.z.shape[-1]
     live, scored, uniform = x0 != rows.ignore_index, scored_tokens(rows), rows.functor.startswith("dse_uniform")
     check_values("x0", x0, live & ((x0 < 0) | (x0 >= num_states)), f"ids in [0, {num_states})")

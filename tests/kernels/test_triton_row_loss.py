@@ -31,7 +31,29 @@ def test_large_vocabularies(name, device):
     both(name, problem((1, 3), 50257, mask_index=20000, device=device), slack=2, reduction="sum")
 
 
-@pytest.mark.parametrize("layout", ["next position", "rows apart", "expanded", "four dimensions", "one dimension"])
+@pytest.mark.parametrize("name", ["dce", "absorb", "uniform", "uniform_logits"])
+def test_a_million_states(name, device):
+    both(name, problem((1, 2), 2**20, device=device), slack=2, reduction="sum")
+
+
+@pytest.mark.parametrize("name", ["dce", "absorb", "uniform", "uniform_logits"])
+@pytest.mark.parametrize("shape", [(1, 3), (3, 1)], ids=str)
+def test_rows_that_start_beyond_two_to_the_31(shape, name, device):
+    p, far = problem(shape, 61, torch.bfloat16, device=device), 2**30 + 8
+    memory = torch.empty(2 * far + 61, dtype=torch.bfloat16, device=device)  # on the CPU only what is touched is there
+    z = memory.as_strided((*shape, 61), (far, far, 1)).copy_(p["z"]).requires_grad_()
+    p["xt"] = torch.full_like(p["xt"], p["mask_index"])
+    results = []
+    for backend in ("triton", "reference"):
+        loss = loss_of(name, {**p, "z": z}, backend=backend)
+        results.append((loss.detach(), torch.autograd.grad(loss.sum(), z)[0]))
+    for got, expected, dtype in zip(*results, (torch.float32, torch.bfloat16), strict=True):
+        assert_near(got, expected, dtype, name)
+
+
+@pytest.mark.parametrize(
+    "layout", ["next position", "rows apart", "columns apart", "expanded", "four dimensions", "one dimension"]
+)
 def test_layouts(layout, device):
     p = problem((3, 5), 61, device=device)
     if layout == "next position":
@@ -39,6 +61,8 @@ def test_layouts(layout, device):
         p["weight"] = p["weight"][:, 1:]
     if layout == "rows apart":
         p["z"] = torch.cat([p["z"], p["z"]], -1)[..., 3:64]
+    if layout == "columns apart":
+        p["z"] = torch.stack([p["z"], p["z"]], -1)[..., 0]
     if layout == "expanded":
         p["z"] = p["z"][:, :1].expand(3, 5, 61)
     if layout == "four dimensions":

@@ -381,3 +381,14 @@ def test_mask_outside_the_vocabulary_when_it_is_not_excluded():
 
 def test_both_backends_are_here():
     assert all(r.available for r in fastdiff.backends.report() if r.name in ("cpu", "reference"))
+
+
+def test_loss_scaling_keeps_small_float16_gradients():
+    """As GradScaler does it: without the scale nearly half of these gradients would be 0 in float16."""
+    p = problem((4, 64), 1000, torch.float16, spread=1.0)
+    lost = []
+    for backend in ("cpu", "reference"):
+        z = p["z"].clone().requires_grad_()
+        (loss_of("dce", p | dict(z=z), reduction="mean", num_items=1e4, backend=backend) * 2.0**16).backward()
+        lost.append((z.grad[p["xt"] == 999] == 0).double().mean())
+    assert abs(lost[0] - lost[1]) < 1e-3

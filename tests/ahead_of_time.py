@@ -1,0 +1,57 @@
+"""Triton kernels compiled for a GPU that need not be here."""
+
+import re
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastdiff.kernels import row_loss
+
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+FUNCTORS = ["dce", "dse_absorb", "dse_uniform", "dse_uniform_logits"]
+
+
+def compiled(kernel, types, config, capability):
+    """The kernel for a compute capability. Pointers are multiples of 16, as torch's are, and so is what is "i32:16"."""
+    options = {name: value for name, value in config.items() if name in ("num_warps", "num_stages")}
+    constants = {name: value for name, value in config.items() if name not in options}
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    sixteens = [i for i, name in enumerate(names) if signature[name].startswith("*") or signature[name].endswith(":16")]
+    signature = {name: kind.removesuffix(":16") for name, kind in signature.items()}
+    constants = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(
+        fn=kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in sixteens}
+    )
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=options)
+
+
+def compiled_row_loss(functor, dtype, with_grad, with_stats, config, capability):
+    types = dict.fromkeys(["X0", "XT"], "*i64") | dict.fromkeys(["SIGMA", "WEIGHT", "SCALE"], "*fp64")
+    types |= dict(Z=POINTERS[dtype], GRAD=POINTERS[dtype], LOSS="*fp32", STATS="*fp32", z_loss="fp32")
+    types |= dict.fromkeys(["V", "all_states", "inner", "mask_index"], "i32")
+    types |= dict.fromkeys(["stride_outer", "stride_inner", "ignore_index"], "i64")
+    constants = dict(MASK=None, FUNCTOR=functor, EXCLUDE_MASK=True, SCALE_BY_SIGMA=False, WITH_GRAD=with_grad)
+    constants |= dict(CONTIGUOUS=True, VEC=16 // dtype.itemsize)
+    constants |= (dict(SIGMA=None) if functor == "dce" else {}) | ({} if with_stats else dict(STATS=None))
+    return compiled(row_loss.row_loss_kernel, types, constants | config, capability)
+
+
+def resources(binary):
+    """Registers of a thread, and bytes of them that the assembler had to keep in memory."""
+    report, target = "", re.search(r"\.target (\w+)", binary.asm["ptx"])[1]
+    with TemporaryDirectory() as folder:
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(binary.asm["ptx"])
+        for ptxas in Path(triton.__file__).parent.rglob("ptxas*"):  # of those that Triton brings, one knows this PTX
+            command = [ptxas, "-v", f"-arch={target}", ptx, "-o", ptx.with_suffix(".cubin")]
+            report += subprocess.run(command, capture_output=True, text=True).stderr
+    spilled = re.findall(r"(\d+) bytes spill", report)
+    assert spilled, report
+    return int(re.search(r"Used (\d+) registers", report)[1]), sum(map(int, spilled))
