@@ -18,6 +18,7 @@ GPU = DEVICE.type == "cuda"
 SHAPE, WIDTH, NUM_STATES = ((8, 1024), 4096, 126464) if GPU else ((8, 256), 768, 50257)
 COMPILED = os.environ.get("FASTDIFF_BENCH_COMPILED", "1") != "0"
 CHUNKED = os.environ.get("FASTDIFF_BENCH_CHUNKED", "0") != "0"  # torch's own chunking: minutes a call on a CPU
+ROUNDS = 7 if GPU else 3  # of seconds each
 TYPES = [torch.bfloat16] if GPU else [torch.float32, torch.bfloat16]
 
 
@@ -87,7 +88,7 @@ def test_forward_and_backward(case, batch, compare):
         calls |= {f"{who}, compiled": torch.compile(formulas[who]) for who in compiled}
     calls = {who: partial(both_ways, batch, call) for who, call in calls.items()}
     name = f"linear {case.__name__}, forward + backward, {str(batch['hidden'].dtype).removeprefix('torch.')}"
-    compare(name, calls, partial(floor, batch, 3))
+    compare(name, calls, partial(floor, batch, 3), ROUNDS)
 
 
 @CASES
@@ -96,4 +97,4 @@ def test_forward(case, batch, compare):
     calls = {"fastdiff": partial(loss, reduction="sum"), **formulas}
     calls = {who: torch.no_grad()(call) for who, call in calls.items()}
     name = f"linear {case.__name__}, forward, {str(batch['hidden'].dtype).removeprefix('torch.')}"
-    compare(name, calls, partial(floor, batch, 1))
+    compare(name, calls, partial(floor, batch, 1), ROUNDS)

@@ -30,8 +30,10 @@ def probe() -> Probe:
 def compare(probe, benchmark) -> Callable[..., None]:
     """Measures calls against each other and the machine; the first is ours, which pytest-benchmark times too."""
 
-    def run(case: str, calls: dict[str, Callable[[], object]], floor: Floor | None = None) -> None:
-        seconds = interleave(calls | probe.calls, ROUNDS)
+    def run(
+        case: str, calls: dict[str, Callable[[], object]], floor: Floor | None = None, rounds: int = ROUNDS
+    ) -> None:
+        seconds = interleave(calls | probe.calls, rounds)
         _rates.append(probe.rates(seconds))
         for who, call in calls.items():
             row = Row(case, who, statistics.median(seconds[who]), None, peak_extra_bytes(call))

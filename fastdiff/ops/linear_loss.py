@@ -20,7 +20,7 @@ from fastdiff.ops.row_loss import Rows, check_row_values, reference_loss, row_lo
 from fastdiff.ops.saved_grads import scaled
 
 # Bytes of logits that exist at a time. On a GPU a chunk must be large enough to keep the multiplier busy.
-TILE_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
+TILE_BYTES = {"cpu": 52 << 20, "cuda": 512 << 20}
 # Ids multiplied at a time, in products that are faster in parts: the logits in float32 on the CPU, whose blocks then
 # stay in cache (1.5x), and 16-bit gradients on their way into a float32 sum.
 IDS = {"cpu": 512, "cuda": 8192}
@@ -202,12 +202,9 @@ class _Chunks:
         dtype = self.exact if partial_sums else self.hidden.dtype
         # One row more than there are: what fills the list up goes there.
         self.grad_hidden = self.hidden.new_zeros(num_rows + 1, width, dtype=dtype) if wanted[0] else None
-        self.grad_lm_head = self._zeros(head.lm_head) if wanted[1] else None
-        self.grad_bias = self._zeros(head.bias) if wanted[2] else None
-        self.with_grad = any(wanted)
-
-    def _zeros(self, like: Tensor | None) -> Tensor | None:
-        return None if like is None else torch.zeros_like(like, dtype=self.exact)
+        self.grad_lm_head: Tensor | None = None  # until there is one
+        self.grad_bias: Tensor | None = None
+        self.wanted, self.with_grad = wanted, any(wanted)
 
     def losses(self, index: Tensor, count: Tensor) -> Tensor:
         """Of all rows, float64: those of the list, and 0."""
@@ -215,8 +212,12 @@ class _Chunks:
         if self.lm_head is not None and self._sums_suffice():
             losses[index] = self._from_sums(self.lm_head, index, count)
             return losses[:-1]
-        for part in index.split(self._length(len(index))):
+        length = self._length(len(index))
+        # One tile for all chunks: a new one each time would cost its page faults.
+        self.tile = self.hidden.new_empty(length, self.head.num_states, dtype=self.head.dtype)
+        for part in index.split(length):
             losses[part] = self._chunk(part)
+        del self.tile
         return losses[:-1]
 
     def _sums_suffice(self) -> bool:
@@ -246,8 +247,12 @@ class _Chunks:
             if self.head.shard.group and self.lm_head is not None:
                 self.head.shard.sum(self.grad_hidden)
         sums = (self.grad_hidden, self.grad_lm_head, self.grad_bias)
-        for total, x in zip(sums, (self.head.hidden, self.head.lm_head, self.head.bias), strict=True):
-            yield self.hidden.new_empty(0) if total is None or x is None else total.to(x.dtype).view(x.shape)
+        inputs = (self.head.hidden, self.head.lm_head, self.head.bias)
+        for total, x, want in zip(sums, inputs, self.wanted, strict=True):
+            if not want or x is None:
+                yield self.hidden.new_empty(0)
+            else:
+                yield torch.zeros_like(x) if total is None else total.to(x.dtype).view(x.shape)
 
     def _length(self, num_rows: int) -> int:
         """Rows of a chunk, all alike, whose logits fit the tile. A softcap keeps two more copies, in float32."""
@@ -283,7 +288,7 @@ class _Chunks:
         return z, slope.square_().neg_().add_(1)
 
     def _product(self, hidden: Tensor, lm_head: Tensor) -> Tensor:
-        z = hidden.new_empty(len(hidden), len(lm_head))
+        z = self.tile[: len(hidden)]
         whole = hidden.dtype.itemsize == 2 or hidden.is_cuda
         ids = len(lm_head) if whole else IDS["cpu"]
         for first in range(0, len(lm_head), ids):
@@ -297,21 +302,28 @@ class _Chunks:
     def _add_grads(self, grad: Tensor, hidden: Tensor, part: Tensor) -> None:
         if self.grad_hidden is not None:
             self.grad_hidden[part] = (grad if self.lm_head is None else grad @ self.lm_head).to(self.grad_hidden.dtype)
-        if self.grad_lm_head is not None:
-            _add_product(self.grad_lm_head, grad, hidden)
-        if self.grad_bias is not None:
-            self.grad_bias += grad.sum(0, dtype=self.exact)
+        if self.wanted[1]:
+            self.grad_lm_head = _add_product(self.grad_lm_head, grad, hidden, self.exact)
+        if self.wanted[2]:
+            total = grad.sum(0, dtype=self.exact)
+            self.grad_bias = total if self.grad_bias is None else self.grad_bias + total
 
 
-def _add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """total += grad.T @ hidden. Where only a product of their own type is to be had, it is rounded once a chunk."""
-    if grad.dtype == total.dtype:
-        total.addmm_(grad.t(), hidden)
-        return
-    exact: dict[str, Any] = {"out_dtype": total.dtype} if grad.is_cuda else {}
+def _add_product(total: Tensor | None, grad: Tensor, hidden: Tensor, exact: torch.dtype) -> Tensor:
+    """total + grad.T @ hidden, in place; without a total yet, the product.
+
+    Where only a product of their own type is to be had, it is rounded once a chunk.
+    """
+    if grad.dtype == exact:
+        return grad.t() @ hidden if total is None else total.addmm_(grad.t(), hidden)
+    new = total is None
+    total = grad.new_empty(grad.shape[1], hidden.shape[1], dtype=exact) if total is None else total
+    options: dict[str, Any] = {"out_dtype": exact} if grad.is_cuda else {}
     ids = IDS[grad.device.type]
     for some, columns in zip(total.split(ids), grad.split(ids, 1), strict=True):
-        some += torch.mm(columns.t(), hidden, **exact)
+        product = torch.mm(columns.t(), hidden, **options)
+        some.copy_(product) if new else some.add_(product)
+    return total
 
 
 def _reference(head: Head, rows: Rows) -> Tensor:
