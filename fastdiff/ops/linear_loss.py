@@ -204,6 +204,7 @@ class _Chunks:
         self.grad_hidden = self.hidden.new_zeros(num_rows + 1, width, dtype=dtype) if wanted[0] else None
         self.grad_lm_head: Tensor | None = None  # until there is one
         self.grad_bias: Tensor | None = None
+        self.sum_dtype = self.exact
         self.wanted, self.with_grad = wanted, any(wanted)
 
     def losses(self, index: Tensor, count: Tensor) -> Tensor:
@@ -213,6 +214,8 @@ class _Chunks:
             losses[index] = self._from_sums(self.lm_head, index, count)
             return losses[:-1]
         length = self._length(len(index))
+        if self.head.lm_head is not None and len(index) <= length:
+            self.sum_dtype = self.head.lm_head.dtype  # one chunk: nothing to sum up
         # One tile for all chunks: a new one each time would cost its page faults.
         self.tile = self.hidden.new_empty(length, self.head.num_states, dtype=self.head.dtype)
         for part in index.split(length):
@@ -303,22 +306,22 @@ class _Chunks:
         if self.grad_hidden is not None:
             self.grad_hidden[part] = (grad if self.lm_head is None else grad @ self.lm_head).to(self.grad_hidden.dtype)
         if self.wanted[1]:
-            self.grad_lm_head = _add_product(self.grad_lm_head, grad, hidden, self.exact)
+            self.grad_lm_head = _add_product(self.grad_lm_head, grad, hidden, self.sum_dtype)
         if self.wanted[2]:
             total = grad.sum(0, dtype=self.exact)
             self.grad_bias = total if self.grad_bias is None else self.grad_bias + total
 
 
-def _add_product(total: Tensor | None, grad: Tensor, hidden: Tensor, exact: torch.dtype) -> Tensor:
+def _add_product(total: Tensor | None, grad: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """total + grad.T @ hidden, in place; without a total yet, the product.
 
     Where only a product of their own type is to be had, it is rounded once a chunk.
     """
-    if grad.dtype == exact:
+    if grad.dtype == dtype:
         return grad.t() @ hidden if total is None else total.addmm_(grad.t(), hidden)
     new = total is None
-    total = grad.new_empty(grad.shape[1], hidden.shape[1], dtype=exact) if total is None else total
-    options: dict[str, Any] = {"out_dtype": exact} if grad.is_cuda else {}
+    total = grad.new_empty(grad.shape[1], hidden.shape[1], dtype=dtype) if total is None else total
+    options: dict[str, Any] = {"out_dtype": dtype} if grad.is_cuda else {}
     ids = IDS[grad.device.type]
     for some, columns in zip(total.split(ids), grad.split(ids, 1), strict=True):
         product = torch.mm(columns.t(), hidden, **options)
