@@ -3,6 +3,7 @@
 The floor multiplies the scored rows, once forward and twice backward, at the rate of the machine's matmul.
 """
 
+import importlib.util
 import os
 from functools import partial
 
@@ -18,7 +19,7 @@ GPU = DEVICE.type == "cuda"
 SHAPE, WIDTH, NUM_STATES = ((8, 1024), 4096, 126464) if GPU else ((8, 256), 768, 50257)
 COMPILED = os.environ.get("FASTDIFF_BENCH_COMPILED", "1") != "0"
 CHUNKED = os.environ.get("FASTDIFF_BENCH_CHUNKED", "0") != "0"  # torch's own chunking: minutes a call on a CPU
-ROUNDS = 7 if GPU else 3  # of seconds each
+ROUNDS = 7 if GPU else 5  # of seconds each
 TYPES = [torch.bfloat16] if GPU else [torch.float32, torch.bfloat16]
 
 
@@ -53,12 +54,28 @@ def dce(b):
             h[masked] @ w.t(), x0[masked], weight=each, exclude_mask=False, reduction="sum"
         ),
     }
+    if GPU:
+        formulas |= installed(h.flatten(0, 1), w, b["labels"].flatten())
     if CHUNKED:
         for policy in ("accurate", "balanced", "compact"):
             options = torch.nn.LinearCrossEntropyOptions(acc_policy=policy)
             formulas[f"the same, chunked, {policy}"] = partial(fused, options=options)
     loss = partial(linear_dce_loss, h, w, x0, xt=b["xt"], weight=rate, exclude_mask=False)
     return loss, formulas, ("every row", "scored rows by hand")
+
+
+def installed(hidden, lm_head, labels):
+    """Other libraries' fused losses, those that are installed; they run on a GPU only and take no weights."""
+    found = {}
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
+
+        found["Liger"] = lambda: liger(hidden, lm_head, labels, reduction="sum")
+    if importlib.util.find_spec("cut_cross_entropy"):
+        from cut_cross_entropy import linear_cross_entropy as cce
+
+        found["cut-cross-entropy"] = lambda: cce(hidden, lm_head, labels, reduction="sum")
+    return found
 
 
 def dse_absorb(b):

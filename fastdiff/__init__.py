@@ -15,6 +15,7 @@ from fastdiff.noising import (
     sample_mask_counts,
     sample_times,
 )
+from fastdiff.ops.linear_loss import scored_rows
 from fastdiff.sampling import sample
 from fastdiff.schedules import Cosine, Geometric, Linear, LogLinear, Polynomial
 
@@ -45,5 +46,6 @@ __all__ = [
     "sample",
     "sample_mask_counts",
     "sample_times",
+    "scored_rows",
     "time_free_nll",
 ]

@@ -1,15 +1,18 @@
 """The losses over hidden @ lm_head.T: the last linear layer and the loss in one operation, without the logits."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from fastdiff.checks import Number, check_rows, check_tensor
 from fastdiff.losses import dce_rows, dse_rows
 from fastdiff.ops.linear_loss import Head, linear_loss
 from fastdiff.ops.parallel import replicated, shard_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def linear_dce_loss(
@@ -29,7 +32,7 @@ def linear_dce_loss(
     reduction: str = "none",
     num_items: Number | Tensor | None = None,
     capacity: int | None = None,
-    group: ProcessGroup | None = None,
+    group: "ProcessGroup | None" = None,
     backend: str | None = None,
 ) -> Tensor:
     """`dce_loss` of the logits hidden @ lm_head.T + bias, which are never whole in memory.
@@ -80,7 +83,7 @@ def linear_dse_loss(
     reduction: str = "none",
     num_items: Number | Tensor | None = None,
     capacity: int | None = None,
-    group: ProcessGroup | None = None,
+    group: "ProcessGroup | None" = None,
     backend: str | None = None,
 ) -> Tensor:
     """`dse_loss` of what hidden @ lm_head.T + bias gives, which is never whole in memory.
@@ -109,7 +112,7 @@ def _head(
     bias: Tensor | None,
     softcap: float,
     capacity: int | None,
-    group: ProcessGroup | None,
+    group: "ProcessGroup | None",
 ) -> Head:
     check_rows("hidden", hidden, "D")
     check_rows("lm_head", lm_head, "D")

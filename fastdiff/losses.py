@@ -1,10 +1,9 @@
 """Losses of discrete diffusion, per token or reduced, in nats: fused forward and gradient, one read of each row."""
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from fastdiff.checks import (
     Number,
@@ -18,6 +17,9 @@ from fastdiff.checks import (
 from fastdiff.ops.linear_loss import Head, linear_loss
 from fastdiff.ops.parallel import shard_of
 from fastdiff.ops.row_loss import Rows, row_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 REDUCTIONS = ("none", "sum", "mean")
 _IGNORE_NONE = -(2**63)
@@ -53,7 +55,7 @@ def dce_loss(  # type: ignore[misc]  # the overloads only tell apart what comes 
     reduction: str = "none",
     num_items: Number | Tensor | None = None,
     return_stats: bool = False,
-    group: ProcessGroup | None = None,
+    group: "ProcessGroup | None" = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, RowStats]:
     """Masked cross-entropy `w (logsumexp_v z_v - z_x0)` at masked positions, 0 elsewhere, in nats.
@@ -108,7 +110,7 @@ def dse_loss(
     parametrization: str = "log_score",
     reduction: str = "none",
     num_items: Number | Tensor | None = None,
-    group: ProcessGroup | None = None,
+    group: "ProcessGroup | None" = None,
     backend: str | None = None,
 ) -> Tensor:
     """Denoising score entropy (Lou, Meng, Ermon 2024), in nats per unit of sigma, times dsigma if that is given.

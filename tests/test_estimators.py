@@ -375,7 +375,7 @@ def test_a_model_may_be_a_body_and_a_last_layer(bias: bool) -> None:
         torch.testing.assert_close(estimate.nll, expected.nll)
         torch.testing.assert_close(estimate.stderr, expected.stderr)
     torch.testing.assert_close(
-        exact_nll((body, head), x0, mask_index=4).nll,
+        exact_nll((lambda xt: SimpleNamespace(last_hidden_state=body(xt)), head), x0, mask_index=4).nll,
         exact_nll(lambda xt: head(network(xt)), x0, mask_index=4).nll,
     )
 

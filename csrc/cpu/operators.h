@@ -19,6 +19,9 @@ Tensor row_loss_(Tensor z, Tensor x0, std::optional<Tensor> xt, std::optional<Te
                  std::optional<Tensor> weight, std::string functor, int64_t mask_index, bool exclude_mask,
                  int64_t ignore_index, bool scale_by_sigma, double z_loss, int64_t all_states, bool with_grad);
 
+// A fresh buffer costs a page fault every 4 KB unless the kernel is told, before the first touch, to use 2 MB ones.
+void advise_huge_pages(Tensor fresh);
+
 std::tuple<Tensor, Tensor> mask_tokens(Tensor x0, Tensor p, std::optional<Tensor> maskable, Tensor seed, Tensor steps,
                                        Tensor sample_ids, int64_t mask_index);
 std::tuple<Tensor, Tensor> mask_exactly(Tensor x0, Tensor counts, std::optional<Tensor> maskable,

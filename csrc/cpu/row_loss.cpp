@@ -69,16 +69,6 @@ Rows rows_for(ScalarType dtype, Isa isa, bool grad) {
   }
 }
 
-// A fresh buffer costs a page fault every 4 KB unless the kernel is told, before the first touch, to use 2 MB ones.
-void advise_huge_pages(void* start, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  const auto address = reinterpret_cast<uintptr_t>(start);
-  const uintptr_t first = (address + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = (address + bytes) / kHugePage * kHugePage;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 // A new tensor like z, float64 if z is and else float32, of what f gives by index.
 template <typename F>
 Tensor tensor_of(const Tensor& z, const std::vector<int64_t>& shape, const F& f) {
@@ -101,6 +91,15 @@ std::vector<double> run(RowLoss& op) {
 
 }  // namespace
 
+void advise_huge_pages(Tensor fresh) {
+#ifdef MADV_HUGEPAGE
+  const auto address = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr());
+  const uintptr_t first = (address + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (address + fresh.numel() * fresh.element_size()) / kHugePage * kHugePage;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 // Per-token losses (reduction "none") or their sum or mean; the gradient of the sum or mean if asked for; and if asked
 // for, per token, the log-sum-exp, the entropy, and 1 where x0 has the largest number.
 std::tuple<Tensor, Tensor, Tensor> row_loss(Tensor z, Tensor x0, std::optional<Tensor> xt, std::optional<Tensor> mask,
@@ -114,7 +113,8 @@ std::tuple<Tensor, Tensor, Tensor> row_loss(Tensor z, Tensor x0, std::optional<T
   if (num_items) op.scale = 1.0 / *data<double>(*num_items);
 
   Tensor grad = torch::stable::new_empty(z, with_grad ? sizes(z) : std::vector<int64_t>{0});
-  if (with_grad) advise_huge_pages(op.grad = grad.mutable_data_ptr(), grad.numel() * z.element_size());
+  advise_huge_pages(grad);
+  if (with_grad) op.grad = grad.mutable_data_ptr();
   std::vector<RowStats> stats(with_stats ? op.rows : 0);
   op.stats = with_stats ? stats.data() : nullptr;
   std::vector<double> losses = run(op);

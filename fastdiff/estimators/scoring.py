@@ -12,8 +12,8 @@ from fastdiff.linear_losses import linear_dce_loss
 from fastdiff.losses import dce_loss
 from fastdiff.noising import Masked
 
-# xt [b, L] -> logits [b, L, V] or an object with `.logits`; or a pair of xt -> hidden states [b, L, D] and the last
-# layer, an nn.Linear or its weight [V, D].
+# xt [b, L] -> logits [b, L, V] or an object with `.logits`; or a pair of xt -> hidden states [b, L, D] (or an
+# object with `.last_hidden_state`) and the last layer, an nn.Linear or its weight [V, D].
 Model = Callable[[Tensor], Any] | tuple[Callable[[Tensor], Tensor], nn.Linear | Tensor]
 
 _LOGITS_PER_BATCH = 2**26  # 256 MB in float32
@@ -76,6 +76,7 @@ class Scorer:
             self._check("logits", logits, masked.xt.shape, "V")
             self._set_sizes(logits.shape[2], logits.shape[2])
             return dce_loss(logits, x0, **options).double()
+        output = getattr(output, "last_hidden_state", output)
         self._check("hidden states", output, masked.xt.shape, "D")
         self._set_sizes(len(self.lm_head), output.shape[2])
         return linear_dce_loss(output, self.lm_head, x0, bias=self.bias, **options).double()

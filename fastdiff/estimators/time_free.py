@@ -86,8 +86,8 @@ def time_free_nll(
 
     Args:
         model: callable xt [b, L] int64 -> logits [b, L, V], or -> an object with `.logits`. Or a pair (body, lm_head)
-            of a callable xt -> hidden states [b, L, D] and an nn.Linear or its weight [V, D]: then no logits are made
-            where nothing is masked, and never all at once.
+            of a callable xt -> hidden states [b, L, D], or -> an object with `.last_hidden_state`, and an nn.Linear
+            or its weight [V, D]: then no logits are made where nothing is masked, and never all at once.
         x0: [B, L] int64 tokens.
         mask_index: id of the mask, >= 0, since xt is made before the model tells V.
         num_samples: most network passes to spend on a sequence, the fully masked one included. Unless all

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.backends import KERNELS, BackendUnavailable, resolve
+from fastdiff.checks import check_bool
 from fastdiff.ops.library import define, implement, library, no_double_backward
 from fastdiff.ops.parallel import Shard, sharded_losses_
 from fastdiff.ops.row_loss import Rows, check_row_values, reference_loss, row_losses_, scored_tokens
@@ -122,6 +123,8 @@ _linear_loss_backward = define(
 )
 
 
+library.define("advise_huge_pages(Tensor(a!) fresh) -> ()")
+
 for _backend in KERNELS:
     torch.library.register_autograd(
         f"fastdiff::linear_loss.{_backend}", partial(_backward, _backend), setup_context=_setup_context, lib=library
@@ -169,10 +172,20 @@ def _compute(backend: str, head: Head, rows: Rows, wanted: list[bool]) -> tuple[
 
 
 def scored_rows(scored: Tensor, capacity: int | None = None) -> tuple[Tensor, Tensor]:
-    """The compact list of scored rows of bool [...], flattened and in order, and on the device how many there are.
+    """The compact list of scored rows, and how many there are.
 
-    With a capacity the list is that long, filled up with scored.numel(), and nothing waits for the device.
+    Args:
+        scored: [...] bool, as the mask of a noised batch.
+        capacity: the length of the list, which is cut or filled up with scored.numel(); then nothing waits for the
+            device and no shape depends on data. None makes it as long as there are rows.
+
+    Returns:
+        int64 [capacity] indices into the flattened tokens, in order, and their number, int64 [] on the device.
+
+    Raises:
+        TypeError: scored is not bool.
     """
+    check_bool("scored", scored, scored.shape, scored.device)
     if capacity is None:
         index = scored.flatten().nonzero()
     else:
@@ -217,7 +230,7 @@ class _Chunks:
         if self.head.lm_head is not None and len(index) <= length:
             self.sum_dtype = self.head.lm_head.dtype  # one chunk: nothing to sum up
         # One tile for all chunks: a new one each time would cost its page faults.
-        self.tile = self.hidden.new_empty(length, self.head.num_states, dtype=self.head.dtype)
+        self.tile = self._fresh((length, self.head.num_states), self.head.dtype)
         for part in index.split(length):
             losses[part] = self._chunk(part)
         del self.tile
@@ -255,7 +268,21 @@ class _Chunks:
             if not want or x is None:
                 yield self.hidden.new_empty(0)
             else:
-                yield torch.zeros_like(x) if total is None else total.to(x.dtype).view(x.shape)
+                yield self._finished(total, x)
+
+    def _finished(self, total: Tensor | None, like: Tensor) -> Tensor:
+        if total is None:
+            return torch.zeros_like(like)
+        if total.dtype == like.dtype:
+            return total.view(like.shape)
+        return self._fresh(like.shape, like.dtype).copy_(total.view(like.shape))
+
+    def _fresh(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """New memory, with few page faults."""
+        fresh = self.hidden.new_empty(shape, dtype=dtype)
+        if self.backend == "cpu":
+            torch.ops.fastdiff.advise_huge_pages(fresh)
+        return fresh
 
     def _length(self, num_rows: int) -> int:
         """Rows of a chunk, all alike, whose logits fit the tile. A softcap keeps two more copies, in float32."""
@@ -306,27 +333,27 @@ class _Chunks:
         if self.grad_hidden is not None:
             self.grad_hidden[part] = (grad if self.lm_head is None else grad @ self.lm_head).to(self.grad_hidden.dtype)
         if self.wanted[1]:
-            self.grad_lm_head = _add_product(self.grad_lm_head, grad, hidden, self.sum_dtype)
+            self.grad_lm_head = self._plus_product(self.grad_lm_head, grad, hidden)
         if self.wanted[2]:
             total = grad.sum(0, dtype=self.exact)
             self.grad_bias = total if self.grad_bias is None else self.grad_bias + total
 
+    def _plus_product(self, total: Tensor | None, grad: Tensor, hidden: Tensor) -> Tensor:
+        """total + grad.T @ hidden, in place; the product alone if there is no total yet.
 
-def _add_product(total: Tensor | None, grad: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """total + grad.T @ hidden, in place; without a total yet, the product.
-
-    Where only a product of their own type is to be had, it is rounded once a chunk.
-    """
-    if grad.dtype == dtype:
-        return grad.t() @ hidden if total is None else total.addmm_(grad.t(), hidden)
-    new = total is None
-    total = grad.new_empty(grad.shape[1], hidden.shape[1], dtype=dtype) if total is None else total
-    options: dict[str, Any] = {"out_dtype": dtype} if grad.is_cuda else {}
-    ids = IDS[grad.device.type]
-    for some, columns in zip(total.split(ids), grad.split(ids, 1), strict=True):
-        product = torch.mm(columns.t(), hidden, **options)
-        some.copy_(product) if new else some.add_(product)
-    return total
+        Where only a product of their own type is to be had, it is rounded once a chunk.
+        """
+        first = total is None
+        if total is None:
+            total = self._fresh((grad.shape[1], hidden.shape[1]), self.sum_dtype)
+        if grad.dtype == total.dtype:
+            return torch.addmm(total, grad.t(), hidden, beta=0 if first else 1, out=total)
+        options: dict[str, Any] = {"out_dtype": total.dtype} if grad.is_cuda else {}
+        ids = IDS[grad.device.type]
+        for some, columns in zip(total.split(ids), grad.split(ids, 1), strict=True):
+            product = torch.mm(columns.t(), hidden, **options)
+            some.copy_(product) if first else some.add_(product)
+        return total
 
 
 def _reference(head: Head, rows: Rows) -> Tensor:

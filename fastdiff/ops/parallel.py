@@ -21,7 +21,7 @@ class Shard(NamedTuple):
     all_states: int
 
     @property
-    def process_group(self) -> dist.ProcessGroup:
+    def process_group(self) -> "dist.ProcessGroup":
         return dist.distributed_c10d._resolve_process_group(self.group)  # type: ignore[arg-type]
 
     @property
@@ -60,7 +60,7 @@ class Shard(NamedTuple):
             raise ValueError(f"group: expected shards of {expected} ids on its {ranks} ranks, got {found}")
 
 
-def shard_of(name: str, tensor: Tensor, dim: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Shard]:
+def shard_of(name: str, tensor: Tensor, dim: int, group: "dist.ProcessGroup | None") -> tuple[Tensor, Shard]:
     """A rank's own part of a tensor sharded along `dim`: of a DTensor, or a plain tensor itself if a group is given."""
     if (sharded := _dtensor(tensor)) is not None:
         placements, mesh, dim = sharded.placements, sharded.device_mesh, dim % tensor.dim()

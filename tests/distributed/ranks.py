@@ -46,6 +46,13 @@ def vocabulary_parallel():
                     agree(name, p, parts, dict(lm_head=0, bias=0), LEAVES, **options)
 
 
+def options_of_the_last_layer():
+    p = linear_problem((3, 5), 12)
+    parts = {name: own(p[name]) for name in ("lm_head", "bias")}
+    for options in (dict(softcap=1.5), dict(capacity=15), dict(softcap=2.0, capacity=20)):
+        agree("dce", p, parts, dict(lm_head=0, bias=0), LEAVES, reduction="sum", group=dist.group.WORLD, **options)
+
+
 def sharded_logits():
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         p = problem((3, 5), 510, dtype, mask_index=200)

@@ -11,6 +11,7 @@ FILE = Path(__file__).with_name("ranks.py")
 CASES = [
     ("vocabulary_parallel", 2),
     ("vocabulary_parallel", 4),
+    ("options_of_the_last_layer", 2),
     ("sharded_logits", 3),
     ("numbers_of_any_size", 2),
     ("dtensors", 3),

@@ -7,7 +7,7 @@ from cases import LOSSES, TOLERANCE, assert_near, linear_problem, loss_and_grads
 from torch.utils.checkpoint import checkpoint
 
 import fastdiff.ops.linear_loss as op
-from fastdiff import dce_loss, linear_dce_loss, linear_dse_loss
+from fastdiff import dce_loss, linear_dce_loss, linear_dse_loss, scored_rows
 
 LEAVES = ("hidden", "lm_head", "bias")
 # Logits come rounded from a product of 16-bit numbers, as from nn.Linear: so do their gradients.
@@ -95,10 +95,14 @@ def test_capacity(name, chunked):
 
 def test_the_list_of_scored_rows():
     scored = torch.tensor([[True, False, True], [False, False, True]])
-    assert op.scored_rows(scored)[0].tolist() == [0, 2, 5]
-    index, count = op.scored_rows(scored, 5)
+    assert scored_rows(scored)[0].tolist() == [0, 2, 5]
+    index, count = scored_rows(scored, 5)
     assert index.tolist() == [0, 2, 5, 6, 6]
     assert count == 3
+    assert scored_rows(scored, 2)[0].tolist() == [0, 2]
+    assert scored_rows(torch.zeros(0, 3, dtype=torch.bool), 2)[0].tolist() == [0, 0]
+    with pytest.raises(TypeError, match="scored: expected a bool tensor"):
+        scored_rows(scored.long())
 
 
 def test_rows_that_are_not_scored_are_not_multiplied(monkeypatch):
@@ -138,6 +142,16 @@ def test_weight_gradients_are_summed_in_float32(dtype, monkeypatch):
     expected = torch.full((8, 4), 256 / 8, dtype=dtype)
     expected[0] -= 256
     assert torch.equal(lm_head.grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_are_written_everywhere(dtype, chunked):
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        for reduction in ("none", "sum"):
+            assert_agrees("dce", linear_problem((3, 5), 507, dtype), reduction=reduction)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
