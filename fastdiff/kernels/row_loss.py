@@ -109,9 +109,12 @@ def load_at(row, index):
 
 
 @triton.jit
-def store_grad(pointers, gradient, ids, exists, row, at_x0, at_excluded):
-    gradient = tl.where(ids == row[7], at_x0, gradient)
-    tl.store(pointers, tl.where(ids == row[8], at_excluded, gradient), mask=exists)
+def store_apart(row, at_x0, at_excluded):
+    """Writes the gradients of x0 and of the excluded id over what the loops have left there."""
+    tl.debug_barrier()
+    for_x0, for_excluded = row[7], row[8]
+    tl.store(row[1] + for_x0, at_x0, mask=(for_x0 >= 0) & (for_x0 < row[6]))
+    tl.store(row[1] + for_excluded, at_excluded, mask=(for_excluded >= 0) & (for_excluded < row[6]))
 
 
 @triton.jit
@@ -129,9 +132,9 @@ def zero_grad(row, BLOCK: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def dse_visit(part, row, constants, KIND: tl.constexpr, WITH_GRAD: tl.constexpr):
-    """The terms of some numbers, 0 at x0 and the excluded id; stores their gradients."""
+    """The terms of some numbers, 0 at x0 and the excluded id; stores gradients."""
     z, grad, ids, exists = part
-    shift, shift_a, a, scale, grad_x0 = constants
+    shift, shift_a, a, scale = constants
     x = tl.load(z, mask=exists, other=0.0).to(tl.float32)
     if KIND == "phi":
         value, slope = scaled_phi(x - shift, x - shift_a, a, 0.25)
@@ -139,7 +142,7 @@ def dse_visit(part, row, constants, KIND: tl.constexpr, WITH_GRAD: tl.constexpr)
         value = tl.exp(x - shift)
         slope = value
     if WITH_GRAD:
-        store_grad(grad, scale * slope, ids, exists, row, grad_x0, 0.0)
+        tl.store(grad, scale * slope, mask=exists)
     return tl.where(exists & (ids != row[7]) & (ids != row[8]), value, 0.0)
 
 
@@ -154,11 +157,13 @@ def dse_row(
     at_x0, slope_x0 = scaled_phi(s_x0, s_x0 - log_a_x0, a_x0, 1e-2)
     at_x0 = tl.where((row[7] == row[8]) | (row[7] == -1), 0.0, at_x0)
     f32 = tl.float32
-    constants = (shift.to(f32), (shift + log_a).to(f32), a.to(f32), weight.to(f32), (weight * slope_x0).to(f32))
+    constants = (shift.to(f32), (shift + log_a).to(f32), a.to(f32), weight.to(f32))
     total = tl.zeros((BLOCK,), f32)
     for i in range(num_blocks(row, BLOCK, VEC)):
         total += dse_visit(block_of(row, i, BLOCK, VEC), row, constants, KIND, WITH_GRAD)
     edge = dse_visit(edge_of(row, VEC), row, constants, KIND, WITH_GRAD)
+    if WITH_GRAD:
+        store_apart(row, (weight * slope_x0).to(f32), 0.0)
     return weight * (tl.sum(total, 0).to(tl.float64) + tl.sum(edge, 0) + at_x0)
 
 
@@ -167,11 +172,17 @@ def dse_row(
 
 
 @triton.jit
+def load_part(part):
+    """Some numbers of a row that is read again, from the cache; -inf where there is none."""
+    z, _, _, exists = part
+    return tl.load(z, mask=exists, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
+
+
+@triton.jit
 def load_others(part, row):
-    """Some numbers of a row; -inf at x0, at the excluded id and where there is none."""
-    z, _, ids, exists = part
-    x = tl.load(z, mask=exists, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
-    return tl.where((ids == row[7]) | (ids == row[8]), float("-inf"), x)
+    """The same, -inf at x0 and at the excluded id too."""
+    ids = part[2]
+    return tl.where((ids == row[7]) | (ids == row[8]), float("-inf"), load_part(part))
 
 
 @triton.jit
@@ -197,14 +208,14 @@ def sum_exp(row, BLOCK: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def dce_visit(part, row, constants, WITH_GRAD: tl.constexpr):
+def dce_visit(part, row, constants, WITH_GRAD: tl.constexpr, WITH_STATS: tl.constexpr):
     """Stores gradients; for the statistics, exp(x) x with x = z - shift, and which numbers stand before x0's."""
     _, grad, ids, exists = part
-    shift, x_x0, scale, grad_x0 = constants
-    x = load_others(part, row) - shift
+    shift, x_x0, scale = constants
+    x = (load_others(part, row) if WITH_STATS else load_part(part)) - shift
     e = tl.exp2(x * LOG2_E)
     if WITH_GRAD:
-        store_grad(grad, scale * e, ids, exists, row, grad_x0, 0.0)
+        tl.store(grad, scale * e, mask=exists)
     ahead = (x > x_x0) | ((x == x_x0) & (ids < row[7]))
     return tl.where(x < -86.0, 0.0, e * x), tl.where(ahead, 1, 0)
 
@@ -233,14 +244,16 @@ def dce_row(
         scale = tl.where(elsewhere & (total == 0), 0.0, weight * slope / total).to(f32)
         x_x0 = at_x0.to(f32) - shift.to(f32)
         grad_x0 = (weight * (expm1_(log_p) + (slope - 1) * tl.exp(log_p))).to(f32)
-        constants = (shift.to(f32), x_x0, scale, grad_x0)
+        constants = (shift.to(f32), x_x0, scale)
         dots, aheads = tl.zeros((BLOCK,), f32), tl.zeros((BLOCK,), tl.int32)
         for i in range(num_blocks(row, BLOCK, VEC)):
-            dot, ahead = dce_visit(block_of(row, i, BLOCK, VEC), row, constants, WITH_GRAD)
+            dot, ahead = dce_visit(block_of(row, i, BLOCK, VEC), row, constants, WITH_GRAD, WITH_STATS)
             if WITH_STATS:
                 dots += dot
                 aheads += ahead
-        dot, ahead = dce_visit(edge_of(row, VEC), row, constants, WITH_GRAD)
+        dot, ahead = dce_visit(edge_of(row, VEC), row, constants, WITH_GRAD, WITH_STATS)
+        if WITH_GRAD:
+            store_apart(row, grad_x0, 0.0)
         if WITH_STATS:
             dot_x0 = tl.where(x_x0 < -86.0, 0.0, tl.exp(x_x0) * x_x0)
             entropy = tl.log(total) - (tl.sum(dots, 0) + tl.sum(dot, 0) + dot_x0).to(tl.float64) / total
@@ -266,10 +279,9 @@ def nelbo_terms(part, row, constants):
 
 @triton.jit
 def nelbo_store(part, row, constants, gradient):
-    _, pointers, ids, exists = part
-    scale, mean, grad_x0, grad_xt = gradient
+    scale, mean = gradient
     c, _, pull = nelbo_terms(part, row, constants)
-    store_grad(pointers, scale * c * (pull - mean), ids, exists, row, grad_x0, grad_xt)
+    tl.store(part[1], scale * c * (pull - mean), mask=part[3])
 
 
 @triton.jit
@@ -303,10 +315,11 @@ def nelbo_row(row, weight, k, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr, VEC:
         # pull - mean, where the two nearly cancel if c is near 1
         grad_xt = (scale * c_xt * (dc_xt * rest_xt - (pull_sum + c_x0 * pull_x0))).to(f32)
         grad_x0 = (scale * c_x0 * (pull_x0 * rest_x0 - (mean - c_x0 * pull_x0))).to(f32)
-        gradient = (scale.to(f32), mean.to(f32), grad_x0, grad_xt)
+        gradient = (scale.to(f32), mean.to(f32))
         for i in range(num_blocks(row, BLOCK, VEC)):
             nelbo_store(block_of(row, i, BLOCK, VEC), row, constants, gradient)
         nelbo_store(edge_of(row, VEC), row, constants, gradient)
+        store_apart(row, grad_x0, grad_xt)
     return weight * (a * gap_sum + loss_x0)
 
 
