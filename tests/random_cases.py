@@ -127,7 +127,7 @@ def check_dse(draw, backend, device="cpu"):
     options["reduction"] = draw(st.sampled_from(["none", "sum", "mean"]))
     # A gradient of conditionals is a difference, which for equal logits is 0 but for rounding.
     least = 0.1 if form == "logits" else 1e-30
-    # Where s is close to log a, which float32 rounds, a term and its slope lose a digit, and a row may hold nothing else.
+    # Close to log a, which float32 rounds, a term and its slope lose a digit, and a row may hold nothing else.
     agree(dse_loss, z, backend, options, slack=5, least=least)
 
 
