@@ -17,9 +17,6 @@ from ahead_of_time import FUNCTORS, POINTERS, compiled, compiled_row_loss, resou
 
 from fastdiff.kernels import corrupt, linear_loss, row_loss
 
-# Bytes stored and loaded again: 4 of a row's float64 constants, beside 255 registers that are full.
-ALLOWED_SPILLS = {(100, "dse_uniform_logits", torch.float32, True): 8}
-
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/kernels runs on the GPU itself")
 @pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("kernels/test_triton_*.py")), ids=lambda p: p.stem)
@@ -37,7 +34,7 @@ def test_in_the_interpreter(path):
 def test_row_loss_compiles_to_wide_loads_and_no_spills(capability, functor, dtype, with_grad):
     for config in (row_loss.SMALL, row_loss.LARGE[dtype.itemsize]):
         binary = compiled_row_loss(functor, dtype, with_grad, functor == "dce", config, capability)
-        assert resources(binary)[1] <= ALLOWED_SPILLS.get((capability, functor, dtype, with_grad), 0)
+        assert resources(binary)[1] == 0
         # A row of odd length starts anywhere; all but its two ends goes in 16-byte accesses all the same.
         ptx = binary.asm["ptx"]
         assert re.search(r"ld\.global[\w.:]*\.v4\.b32", ptx)
