@@ -19,7 +19,7 @@ GPU = DEVICE.type == "cuda"
 SHAPE, WIDTH, NUM_STATES = ((8, 1024), 4096, 126464) if GPU else ((8, 256), 768, 50257)
 COMPILED = os.environ.get("FASTDIFF_BENCH_COMPILED", "1") != "0"
 CHUNKED = os.environ.get("FASTDIFF_BENCH_CHUNKED", "0") != "0"  # torch's own chunking: minutes a call on a CPU
-ROUNDS = 7 if GPU else 5  # of seconds each
+ROUNDS = 7 if GPU else 3  # of seconds each
 TYPES = [torch.bfloat16] if GPU else [torch.float32, torch.bfloat16]
 
 

@@ -217,6 +217,7 @@ class _Chunks:
         self.grad_hidden = self.hidden.new_zeros(num_rows + 1, width, dtype=dtype) if wanted[0] else None
         self.grad_lm_head: Tensor | None = None  # until there is one
         self.grad_bias: Tensor | None = None
+        self.tile: Tensor | None = None
         self.sum_dtype = self.exact
         self.wanted, self.with_grad = wanted, any(wanted)
 
@@ -227,13 +228,14 @@ class _Chunks:
             losses[index] = self._from_sums(self.lm_head, index, count)
             return losses[:-1]
         length = self._length(len(index))
-        if self.head.lm_head is not None and len(index) <= length:
-            self.sum_dtype = self.head.lm_head.dtype  # one chunk: nothing to sum up
-        # One tile for all chunks: a new one each time would cost its page faults.
-        self.tile = self._fresh((length, self.head.num_states), self.head.dtype)
+        if self.head.lm_head is not None:
+            # One tile for all chunks: a new one each time would cost its page faults.
+            self.tile = self._fresh((length, self.head.num_states), self.head.dtype)
+            if len(index) <= length:
+                self.sum_dtype = self.head.lm_head.dtype  # one chunk: nothing to sum up
         for part in index.split(length):
             losses[part] = self._chunk(part)
-        del self.tile
+        self.tile = None  # before gradients are copied into their type
         return losses[:-1]
 
     def _sums_suffice(self) -> bool:
@@ -310,15 +312,16 @@ class _Chunks:
 
     def _logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits of some rows, and with a softcap its slope at each."""
-        z, softcap = hidden if self.lm_head is None else self._product(hidden, self.lm_head), self.head.softcap
+        z, softcap = hidden, self.head.softcap
+        if self.lm_head is not None and self.tile is not None:
+            z = self._product(self.tile[: len(hidden)], hidden, self.lm_head)
         if softcap == 0:
             return z, None
         slope = (z.to(self.exact) / softcap).tanh_()
         z = slope * softcap
         return z, slope.square_().neg_().add_(1)
 
-    def _product(self, hidden: Tensor, lm_head: Tensor) -> Tensor:
-        z = self.tile[: len(hidden)]
+    def _product(self, z: Tensor, hidden: Tensor, lm_head: Tensor) -> Tensor:
         whole = hidden.dtype.itemsize == 2 or hidden.is_cuda
         ids = len(lm_head) if whole else IDS["cpu"]
         for first in range(0, len(lm_head), ids):

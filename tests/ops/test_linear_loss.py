@@ -149,7 +149,9 @@ def test_gradients_are_written_everywhere(dtype, chunked):
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
         for reduction in ("none", "sum"):
-            assert_agrees("dce", linear_problem((3, 5), 507, dtype), reduction=reduction)
+            p = linear_problem((3, 5), 507, dtype)
+            assert_agrees("dce", p, reduction=reduction)
+            assert_agrees("dce", p | dict(xt=p["x0"]), reduction=reduction)  # nothing is scored
     finally:
         torch.use_deterministic_algorithms(False)
 
