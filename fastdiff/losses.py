@@ -16,13 +16,12 @@ from fastdiff.checks import (
 )
 from fastdiff.ops.linear_loss import Head, linear_loss
 from fastdiff.ops.parallel import shard_of
-from fastdiff.ops.row_loss import Rows, row_loss
+from fastdiff.ops.row_loss import IGNORE_NONE, Rows, row_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 REDUCTIONS = ("none", "sum", "mean")
-_IGNORE_NONE = -(2**63)
 PARAMETRIZATIONS = ("log_score", "logits", "log_probs", "scale_by_sigma")
 
 
@@ -224,7 +223,7 @@ def _rows(
     *,
     mask_index: int,
     exclude_mask: bool = True,
-    ignore_index: int = _IGNORE_NONE,
+    ignore_index: int = IGNORE_NONE,
     scale_by_sigma: bool = False,
 ) -> Rows:
     check_tokens("x0", x0, z.shape[:-1], z.device)

@@ -17,13 +17,21 @@ from fastdiff.backends import KERNELS, BackendUnavailable, resolve
 from fastdiff.checks import check_bool
 from fastdiff.ops.library import define, implement, library, no_double_backward
 from fastdiff.ops.parallel import Shard, sharded_losses_
-from fastdiff.ops.row_loss import Rows, check_row_values, reference_loss, row_losses_, scored_tokens
+from fastdiff.ops.row_loss import (
+    IGNORE_NONE,
+    Rows,
+    check_row_values,
+    loss_dtype,
+    reference_loss,
+    row_losses_,
+    scored_tokens,
+)
 from fastdiff.ops.saved_grads import scaled
 
 # Bytes of logits that exist at a time. On a GPU a chunk must be large enough to keep the multiplier busy.
 TILE_BYTES = {"cpu": 52 << 20, "cuda": 512 << 20}
 # Ids multiplied at a time, in products that are faster in parts: the logits in float32 on the CPU, whose blocks then
-# stay in cache (1.5x), and 16-bit gradients on their way into a float32 sum.
+# stay in cache, and 16-bit gradients on their way into a float32 sum.
 IDS = {"cpu": 512, "cuda": 8192}
 
 # hidden [..., D], lm_head [V, D], bias [V]; or no lm_head, and hidden holds the logits. Then as row_loss, over logits
@@ -37,7 +45,6 @@ _LINEAR = (
 )
 _TENSORS = 9  # of the arguments
 _NONE = [False] * 3
-_IGNORED = -(2**63)  # of the rows that fill a list up: no id, whatever else is ignored
 
 
 @dataclasses.dataclass
@@ -87,8 +94,7 @@ def _fake(
     hidden: Tensor, lm_head: Tensor | None, bias: Tensor | None, x0: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     reduction, _, _, dtype, _, _, wanted = arguments[-7:]
-    loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    loss = hidden.new_empty(x0.shape if reduction == "none" else (), dtype=loss_dtype)
+    loss = hidden.new_empty(x0.shape if reduction == "none" else (), dtype=loss_dtype(dtype))
     inputs = zip(wanted, (hidden, lm_head, bias), strict=True)
     return loss, *(x.new_empty(x.shape) if want and x is not None else hidden.new_empty(0) for want, x in inputs)
 
@@ -168,7 +174,7 @@ def _compute(backend: str, head: Head, rows: Rows, wanted: list[bool]) -> tuple[
         losses = (losses + missing).view(scored.shape)
         grads = list(chunks.grads())
     loss = losses if rows.reduction == "none" else losses.sum()
-    return loss.to(torch.float64 if head.dtype == torch.float64 else torch.float32), *grads
+    return loss.to(loss_dtype(head.dtype)), *grads
 
 
 def scored_rows(scored: Tensor, capacity: int | None = None) -> tuple[Tensor, Tensor]:
@@ -205,11 +211,11 @@ class _Chunks:
     """The scored rows, a chunk of logits at a time: their losses, and the sums of their gradients."""
 
     def __init__(self, backend: str, head: Head, rows: Rows, wanted: list[bool]) -> None:
-        self.backend, self.head, self.rows = backend, head, dataclasses.replace(rows, ignore_index=_IGNORED)
+        self.backend, self.head, self.rows = backend, head, dataclasses.replace(rows, ignore_index=IGNORE_NONE)
         self.hidden = head.hidden.reshape(-1, head.hidden.shape[-1])
         self.lm_head = None if head.lm_head is None else head.lm_head.to(head.dtype)
         self.bias = None if head.bias is None else head.bias.to(head.dtype)
-        self.exact = torch.float64 if head.dtype == torch.float64 else torch.float32
+        self.exact = loss_dtype(head.dtype)
         num_rows, width = self.hidden.shape
         partial_sums = head.shard.group and head.lm_head is not None  # over this rank's ids
         dtype = self.exact if partial_sums else self.hidden.dtype
@@ -367,7 +373,7 @@ def _reference(head: Head, rows: Rows) -> Tensor:
     rows.z = F.linear(head.hidden.double(), head.lm_head.double(), bias)
     if head.softcap:
         rows.z = head.softcap * torch.tanh(rows.z / head.softcap)
-    return reference_loss(rows).to(torch.float64 if head.dtype == torch.float64 else torch.float32)
+    return reference_loss(rows).to(loss_dtype(head.dtype))
 
 
 for _backend in KERNELS:

@@ -24,6 +24,7 @@ _ROWS = (
 
 
 _TENSORS = 7  # of the arguments
+IGNORE_NONE = -(2**63)  # an ignore_index that is no id
 
 
 @dataclasses.dataclass
@@ -89,9 +90,9 @@ def row_losses_(rows: Rows, backend: str, all_states: int, with_grad: bool) -> T
 
 def _fake(z: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     reduction, with_grad, with_stats = arguments[-3:]
-    loss = z.new_empty(z.shape[:-1] if reduction == "none" else (), dtype=_loss_dtype(z))
+    loss = z.new_empty(z.shape[:-1] if reduction == "none" else (), dtype=loss_dtype(z.dtype))
     grad = z.new_empty(z.shape if with_grad else (0,))
-    return loss, grad, z.new_empty((3, *z.shape[:-1]) if with_stats else (0,), dtype=_loss_dtype(z))
+    return loss, grad, z.new_empty((3, *z.shape[:-1]) if with_stats else (0,), dtype=loss_dtype(z.dtype))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -161,7 +162,7 @@ def reference_loss(rows: Rows) -> Tensor:
         loss = loss.sum()
     if rows.reduction == "mean":
         loss = loss / (scored.sum().clamp_min(1) if rows.num_items is None else rows.num_items)
-    return loss.to(_loss_dtype(rows.z))
+    return loss.to(loss_dtype(rows.z.dtype))
 
 
 def _reference_loss(rows: Rows, x0: Tensor, scored: Tensor) -> Tensor:
@@ -182,7 +183,7 @@ def _reference_stats(rows: Rows) -> Tensor:
     scored = scored_tokens(rows)
     z = torch.where(scored.unsqueeze(-1), rows.z.detach(), 0)
     stats = reference.dce_stats(z, torch.where(scored, rows.x0, 0), rows.mask_index if rows.exclude_mask else None)
-    return torch.where(scored, stats, 0).to(_loss_dtype(z))
+    return torch.where(scored, stats, 0).to(loss_dtype(z.dtype))
 
 
 def scored_tokens(rows: Rows) -> Tensor:
@@ -215,5 +216,6 @@ def check_row_values(rows: Rows) -> None:
         check_values("sigma", sigma, needed & (sigma == 0), "numbers > 0 where a token was masked or moved")
 
 
-def _loss_dtype(z: Tensor) -> torch.dtype:
-    return torch.float64 if z.dtype == torch.float64 else torch.float32
+def loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of a loss over numbers of a type, and of sums of them."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

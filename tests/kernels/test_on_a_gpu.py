@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import LOSSES, assert_near, loss_and_grad, loss_of, problem
+from cases import LOSSES, assert_near, linear_problem, loss_and_grad, loss_and_grads, loss_of, problem
 
 from fastdiff import Uniform, corrupt, dce_loss, harmonic_mask, mask_exactly, mask_tokens
 from fastdiff.backends import INTERPRETING
@@ -116,6 +116,7 @@ def test_scaled_gradients():
 def test_nothing_waits_for_the_device(monkeypatch):
     monkeypatch.setattr("fastdiff.checks.CHECKED", False)
     p = problem((4, 64), M + 1, device="cuda")
+    q = linear_problem((4, 64), M + 1, device="cuda")
     x0, counts = p["x0"], torch.full((4,), 5, device="cuda")
 
     def everything():
@@ -126,6 +127,7 @@ def test_nothing_waits_for_the_device(monkeypatch):
         for name in LOSSES:
             for reduction in ("none", "mean"):
                 loss_and_grad(name, p, reduction=reduction)
+                loss_and_grads(name, q, "hidden", "lm_head", reduction=reduction, capacity=x0.numel())
 
     everything()  # compiles, and copies the table of harmonic numbers
     torch.cuda.set_sync_debug_mode("error")
