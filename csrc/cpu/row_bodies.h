@@ -10,7 +10,12 @@
 
 namespace fastdiff {
 
-constexpr int64_t kBlock = 1024;  // numbers summed in the working type before a sum goes into double
+// Numbers summed in the working type before a sum goes into double. Loops with sanitizers have no lanes to share a sum.
+#ifdef __SANITIZE_ADDRESS__
+constexpr int64_t kBlock = 64;
+#else
+constexpr int64_t kBlock = 1024;
+#endif
 
 // The type that numbers stored as T are computed in.
 template <typename T>
