@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from dna import dna_strings
+from dna import dna_strings, markov_transition
 from torch import Tensor
 
 MASK_LOGIT = 9.0
@@ -106,6 +106,38 @@ class MarkovChain(Oracle):
         return torch.nn.functional.pad(joint.log(), (0, 1))
 
 
+class OrderMarkov(MarkovChain):
+    """A chain of any order k: initial [A^k], transition [A^k, A]. Token ids are 0..A-1, the mask is A.
+
+    The context of a place is the k letters before it, as a number of k digits in base A, the oldest first. The
+    letters before a string are never seen; `initial` is the distribution of this context of its first place.
+    """
+
+    def __post_init__(self) -> None:
+        self.mask_index = self.transition.shape[1]
+
+    def _forward(self, xt: Tensor) -> tuple[list[Tensor], Tensor]:
+        """p(context of i | observed before i), [B, A^k] per position, and log p(observed), [B]."""
+        before, log_prob = [self.initial.expand(len(xt), -1)], torch.zeros(len(xt), dtype=torch.float64)
+        for evidence in self._evidence(xt):
+            reached = before[-1].unsqueeze(2) * (self.transition * evidence.unsqueeze(1))  # [B, A^k, A]
+            reached = reached.view(len(xt), self.mask_index, -1).sum(1)  # the oldest letter is summed out
+            total = reached.sum(1, keepdim=True)
+            log_prob = log_prob + total.squeeze(1).log()
+            before.append(reached / total)
+        return before[:-1], log_prob
+
+    def logits(self, xt: Tensor) -> Tensor:
+        before, _ = self._forward(xt)
+        after, columns = torch.ones_like(before[0]), []  # p(observed from i on | context of i), up to a factor
+        for seen, evidence in zip(before[::-1], self._evidence(xt)[::-1], strict=True):
+            ahead = self.transition * after.repeat(1, self.mask_index).view(len(xt), -1, self.mask_index)
+            columns.append((seen.unsqueeze(1) @ ahead).squeeze(1))
+            after = (ahead @ evidence.unsqueeze(2)).squeeze(2)
+            after = after / after.sum(1, keepdim=True)
+        return torch.nn.functional.pad(torch.stack(columns[::-1], 1).log(), (0, 1))
+
+
 def mixture(length: int, num_tokens: int, components: int = 3, mask_index: int = -1, seed: int = 0) -> Mixture:
     """A random mixture over num_tokens tokens and the mask, which may sit anywhere among the ids."""
     generator = torch.Generator().manual_seed(seed)
@@ -120,6 +152,12 @@ def markov_chain(num_tokens: int, *, seed: int = 0, sharpness: float = 2.0) -> M
     generator = torch.Generator().manual_seed(seed)
     logits = sharpness * torch.randn(num_tokens + 1, num_tokens, dtype=torch.float64, generator=generator)
     return MarkovChain(logits[0].softmax(0), logits[1:].softmax(1))
+
+
+def order_markov(order: int, num_tokens: int = 4, *, seed: int = 0, sharpness: float = 1.5) -> OrderMarkov:
+    """What `dna.markov_strings` draws from the random chain of `dna.markov_transition`."""
+    transition = markov_transition(order, seed=seed, num_letters=num_tokens, sharpness=sharpness)
+    return OrderMarkov(torch.full((num_tokens**order,), num_tokens**-order, dtype=torch.float64), transition)
 
 
 def dna_toy(seed: int = 0) -> tuple[Mixture, Tensor]:

@@ -18,6 +18,7 @@ class NLLEstimate:
         num_tokens: [B] int64, tokens whose likelihood this is (the prompt is not counted).
         num_forwards: [B] int64, network passes spent.
         degrees_of_freedom: [B] float64, those of stderr; infinite where stderr is 0.
+        bias: [B] float64, an estimate of what the expectation of nll is too high by; 0 for unbiased estimators.
     """
 
     nll: Tensor
@@ -25,6 +26,7 @@ class NLLEstimate:
     num_tokens: Tensor
     num_forwards: Tensor
     degrees_of_freedom: Tensor
+    bias: Tensor
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Bounds (low, high), [B] each, that hold the true value with probability `level` (Student's t).
@@ -32,8 +34,7 @@ class NLLEstimate:
         Raises:
             ValueError: level outside (0, 1).
         """
-        half = student_t(level, self.degrees_of_freedom) * self.stderr
-        return self.nll - half, self.nll + half
+        return _interval(self.nll, self.stderr, self.degrees_of_freedom, level)
 
     @property
     def bits_per_token(self) -> Tensor:
@@ -65,6 +66,7 @@ class NLLEstimate:
             num_tokens=self.num_tokens.sum().view(1),
             num_forwards=self.num_forwards.sum().view(1),
             degrees_of_freedom=torch.where(spread > 0, variance.sum() ** 2 / spread, math.inf).view(1),
+            bias=self.bias.sum().view(1),
         )
 
     def to_dict(self) -> dict[str, list[Any]]:
@@ -75,12 +77,65 @@ class NLLEstimate:
             "stderr": self.stderr,
             "low": low,
             "high": high,
+            "bias": self.bias,
             "bits_per_token": self.bits_per_token,
             "perplexity": self.perplexity,
             "num_tokens": self.num_tokens,
             "num_forwards": self.num_forwards,
         }
         return {name: column.tolist() for name, column in columns.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class LogRatioEstimate:
+    """log p(x) - log p(y) of B pairs of sequences, in nats, with the error that random masking leaves in them.
+
+    Attributes:
+        log_ratio: [B] float64, nats.
+        stderr: [B] float64, its standard error; 0 where every subset was enumerated.
+        num_forwards: [B] int64, network passes spent on both.
+        degrees_of_freedom: [B] float64, those of stderr; infinite where stderr is 0.
+    """
+
+    log_ratio: Tensor
+    stderr: Tensor
+    num_forwards: Tensor
+    degrees_of_freedom: Tensor
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Bounds (low, high), [B] each, that hold the true value with probability `level` (Student's t).
+
+        Raises:
+            ValueError: level outside (0, 1).
+        """
+        return _interval(self.log_ratio, self.stderr, self.degrees_of_freedom, level)
+
+
+def _interval(mean: Tensor, stderr: Tensor, degrees_of_freedom: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    half = student_t(level, degrees_of_freedom) * stderr
+    return mean - half, mean + half
+
+
+def mean_of_independent(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of n independent values [B, n], its standard error and that one's degrees of freedom: [B] each."""
+    n = values.shape[1]
+    stderr = values.std(1) / math.sqrt(n)
+    freedom = torch.full_like(stderr, n - 1)
+    return values.mean(1), stderr, torch.where(stderr == 0, math.inf, freedom)
+
+
+def mean_of_strata(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `mean_of_independent`, of one value [B, n] from each of n equal strata in their order.
+
+    Neighbours, the last and the first among them, differ by their own errors and by the drift between strata: the
+    squared standard error, sum of their squared differences / (2 n^2), is on average no smaller than the variance.
+    Degrees of freedom by Satterthwaite; n equal normals would give 2n/3.
+    """
+    n = values.shape[1]
+    square = (values - values.roll(1, 1)) ** 2
+    stderr = square.sum(1).sqrt() / (math.sqrt(2) * n)
+    freedom = (2 * square.sum(1) ** 2 / (square**2).sum(1)).clamp(1, n)
+    return values.mean(1), stderr, torch.where(stderr == 0, math.inf, freedom)
 
 
 def student_t(level: float, degrees_of_freedom: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checks import check_bool, check_tensor
+from fastdiff.checks import check_bool, check_tensor, check_tokens, check_values
 from fastdiff.linear_losses import linear_dce_loss
 from fastdiff.losses import dce_loss
-from fastdiff.noising import Masked
+from fastdiff.noising import Masked, mask_exactly
 
 # xt [b, L] -> logits [b, L, V] or an object with `.logits`; or a pair of xt -> hidden states [b, L, D] (or an
 # object with `.last_hidden_state`) and the last layer, an nn.Linear or its weight [V, D].
@@ -25,6 +25,7 @@ class Scorer:
 
     Attributes:
         x0: [B, L] int64.
+        lengths: [B] int64, tokens of each sequence; the model never sees what comes after them.
         target: [B, L] bool, the positions that may be masked.
         num_tokens: [B] int64, how many those are.
     """
@@ -34,29 +35,40 @@ class Scorer:
         model: Model,
         x0: Tensor,
         mask_index: int,
-        target: Tensor | None,
-        exclude_mask: bool,
-        batch_size: int | None,
-        backend: str | None,
+        *,
+        target: Tensor | None = None,
+        lengths: Tensor | None = None,
+        exclude_mask: bool = True,
+        batch_size: int | None = None,
+        differentiable: bool = False,
+        backend: str | None = None,
     ) -> None:
-        _check_x0(x0)
+        inside = _check_x0(x0, lengths)
         if mask_index < 0:
             raise ValueError(f"mask_index: expected an id >= 0 (xt is made before V is known), got {mask_index}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         if target is None:
-            target = torch.ones_like(x0, dtype=torch.bool)
+            target = inside
         check_bool("target", target, x0.shape, x0.device)
         if not target.any(1).all():
             empty = int((~target.any(1)).nonzero()[0])
             raise ValueError(f"target: expected at least one position in a sequence, got none in x0[{empty}]")
+        if (target & ~inside).any():
+            raise ValueError("target: expected positions inside the lengths, got one after them")
         if (target & (x0 == mask_index)).any():
             raise ValueError(f"x0: expected no mask (mask_index={mask_index}) at the target positions, got one")
         self.body, self.lm_head, self.bias = _parts(model)
         self.x0, self.target, self.mask_index = x0, target, mask_index
         self.exclude_mask, self.batch_size, self.backend = exclude_mask, batch_size, backend
-        self.num_tokens = target.sum(1)
-        self._largest_id = max([mask_index, *x0.amax(1).tolist()])
+        self.differentiable = differentiable
+        self.lengths, self.num_tokens = inside.sum(1), target.sum(1)
+        self._largest_id = max([mask_index, *x0.where(inside, 0).amax(1).tolist()])
+        self._advance: Callable[[int], None] = lambda num_rows: None
+
+    def groups(self, *columns: Tensor) -> list[Tensor]:
+        """Sequences [k] that agree in length, number of target tokens and the given columns [B]."""
+        return equal_rows(torch.stack([self.lengths, self.num_tokens, *columns], 1))
 
     def batches(self, num_rows: int) -> Iterator[Tensor]:
         """Rows 0..num_rows-1 in runs of batch_size; where that is None, a first run of one row sets it."""
@@ -64,11 +76,12 @@ class Scorer:
         while start < num_rows:
             stop = min(num_rows, start + (self.batch_size or 1))
             yield torch.arange(start, stop, device=self.x0.device)
+            self._advance(stop - start)
             start = stop
 
     def __call__(self, which: Tensor, masked: Masked) -> Tensor:
         """Losses [b, L], float64, of the sequences `which` [b] masked as given; 0 where nothing is masked."""
-        output, x0 = self.body(masked.xt), self.x0[which]
+        output, x0 = self.body(masked.xt), self.x0[which, : masked.xt.shape[1]]
         options: dict[str, Any] = dict(mask_index=self.mask_index, exclude_mask=self.exclude_mask)
         options |= dict(mask=masked.mask, backend=self.backend)
         if self.lm_head is None:
@@ -80,6 +93,48 @@ class Scorer:
         self._check("hidden states", output, masked.xt.shape, "D")
         self._set_sizes(len(self.lm_head), output.shape[2])
         return linear_dce_loss(output, self.lm_head, x0, bias=self.bias, **options).double()
+
+    def draw(
+        self, which: Tensor, counts: Tensor, steps: Tensor, seed: Tensor, sample_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Losses and masks [K, passes, L] of a group of K sequences, pass p with counts[:, p] tokens masked.
+
+        The draws are named by (seed, sample_ids[k], steps[p]): at one step a smaller count masks a subset of a larger.
+        """
+        passes, x0 = counts.shape[1], self.x0[which, : int(self.lengths[which[0]])]
+        losses, masks = [], []
+        for rows in self.batches(counts.numel()):
+            k, p = rows // passes, rows % passes
+            masked = mask_exactly(
+                x0[k],
+                counts[k, p],
+                mask_index=self.mask_index,
+                maskable=self.target[which[k], : x0.shape[1]],
+                seed=seed,
+                step=steps[p],
+                sample_ids=sample_ids[k],
+                backend=self.backend,
+            )
+            losses.append(self(which[k], masked))
+            masks.append(masked.mask)
+        shape = (len(which), passes, x0.shape[1])
+        return torch.cat(losses).view(shape), torch.cat(masks).view(shape)
+
+    @contextmanager
+    def evaluating(self, num_rows: int) -> Iterator[None]:
+        """Around `num_rows` passes: a progress bar on a terminal; unless differentiable, no gradients, and an
+        nn.Module, or that of a method, in evaluation mode, with each submodule back in its own afterwards."""
+        module = getattr(self.body, "__self__", self.body)
+        modules = list(module.modules()) if isinstance(module, nn.Module) and not self.differentiable else []
+        modes = [module.training for module in modules]
+        try:
+            for module in modules:
+                module.training = False
+            with torch.set_grad_enabled(self.differentiable), _progress(num_rows) as self._advance:
+                yield
+        finally:
+            for module, mode in zip(modules, modes, strict=True):
+                module.training = mode
 
     def _check(self, what: str, output: Any, shape: torch.Size, width: str) -> None:
         check_tensor(f"model's {what}", output)
@@ -95,6 +150,13 @@ class Scorer:
             self.batch_size = max(1, _LOGITS_PER_BATCH // (self.x0.shape[1] * width))
 
 
+def equal_rows(keys: Tensor) -> list[Tensor]:
+    """Indices of the rows of keys [B, C] that are equal, one tensor for each value, rising in each."""
+    _, group = keys.unique(dim=0, return_inverse=True)
+    order = group.argsort(stable=True)
+    return list(order.split(group.bincount().tolist())) if len(keys) else []
+
+
 def _parts(model: Model) -> tuple[Callable[[Tensor], Any], Tensor | None, Tensor | None]:
     """What to call, and the last layer's weight and bias if that is apart."""
     if not isinstance(model, tuple):
@@ -108,27 +170,33 @@ def _parts(model: Model) -> tuple[Callable[[Tensor], Any], Tensor | None, Tensor
 
 
 @contextmanager
-def evaluating(model: Model) -> Iterator[None]:
-    """No gradients; an nn.Module, or that of a method, in evaluation mode, and each submodule back in its own."""
-    body = model[0] if isinstance(model, tuple) else model
-    module = getattr(body, "__self__", body)
-    modules = list(module.modules()) if isinstance(module, nn.Module) else []
-    modes = [module.training for module in modules]
+def _progress(num_rows: int) -> Iterator[Callable[[int], None]]:
+    """What to call with the passes just made; it shows nothing unless stderr is a terminal and rich is installed."""
     try:
-        for module in modules:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError:
+        yield lambda num_rows: None
+        return
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("network passes", total=num_rows)
+        yield lambda num_rows: bar.advance(task, num_rows)
 
 
-def _check_x0(x0: Tensor) -> None:
+def _check_x0(x0: Tensor, lengths: Tensor | None) -> Tensor:
+    """Which positions [B, L] are inside the lengths."""
     check_tensor("x0", x0)
     if x0.dtype != torch.int64:
         raise TypeError(f"x0: expected int64 token ids, got {x0.dtype}")
     if x0.dim() != 2 or x0.shape[1] == 0:
         raise ValueError(f"x0: expected shape [B, L] with L >= 1, got {tuple(x0.shape)}")
-    if (x0 < 0).any():
-        raise ValueError(f"x0: expected ids >= 0, got {int(x0.min())}")
+    if lengths is None:
+        inside = torch.ones_like(x0, dtype=torch.bool)
+    else:
+        check_tokens("lengths", lengths, x0.shape[:1], x0.device)
+        check_values("lengths", lengths, (lengths < 1) | (lengths > x0.shape[1]), f"lengths in [1, {x0.shape[1]}]")
+        inside = torch.arange(x0.shape[1], device=x0.device) < lengths.unsqueeze(1)
+    if ((x0 < 0) & inside).any():
+        raise ValueError(f"x0: expected ids >= 0, got {int(x0[inside].min())}")
+    return inside

@@ -7,20 +7,27 @@ For a sequence x0 with L target positions, and c the model's conditionals,
 S uniform among the subsets of m target positions. (Jeon, Shin, Jeon, No, NeurIPS 2025; Ou et al., ICLR 2025.)
 """
 
+import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fastdiff.checks import check_choice, check_tokens
-from fastdiff.estimators.estimate import NLLEstimate
-from fastdiff.estimators.scoring import Model, Scorer, evaluating
-from fastdiff.noising import Masked, mask_exactly, resolve_seed, sample_mask_counts
-from fastdiff.philox import Purpose, uniform
+from fastdiff.estimators.chains import Replicates, plan, run_chains
+from fastdiff.estimators.estimate import NLLEstimate, mean_of_independent, mean_of_strata, student_t
+from fastdiff.estimators.scoring import Model, Scorer
+from fastdiff.noising import Masked, resolve_seed, sample_mask_counts
+from fastdiff.philox import Purpose, draw32
 from fastdiff.reference import subset_weight
 
+PROPOSALS = ("stratified", "systematic", "uniform", "harmonic")
 _MOST_ENUMERATED = 20  # target positions: a million subsets
-_STORED_LOSSES = 2**22  # 32 MB in float64
+_STORED_LOSSES = 2**20  # 8 MB in float64, and ten times that for the control variate
+_PILOT = 2**23  # its steps are after any that an estimate takes
 
 
 def exact_nll(
@@ -29,8 +36,10 @@ def exact_nll(
     *,
     mask_index: int,
     target: Tensor | None = None,
+    lengths: Tensor | None = None,
     exclude_mask: bool = True,
     batch_size: int | None = None,
+    differentiable: bool = False,
     backend: str | None = None,
 ) -> NLLEstimate:
     """The time-free NLL itself, over all 2^L - 1 subsets of the L target positions; standard errors are 0.
@@ -40,14 +49,25 @@ def exact_nll(
     Raises:
         ValueError: also where a sequence has more than 20 target positions.
     """
-    score = Scorer(model, x0, mask_index, target, exclude_mask, batch_size, backend)
+    score = Scorer(
+        model,
+        x0,
+        mask_index,
+        target=target,
+        lengths=lengths,
+        exclude_mask=exclude_mask,
+        batch_size=batch_size,
+        differentiable=differentiable,
+        backend=backend,
+    )
     if (longest := max(score.num_tokens.tolist(), default=0)) > _MOST_ENUMERATED:
         raise ValueError(
             f"target: expected at most {_MOST_ENUMERATED} positions in a sequence, whose subsets can be "
             f"enumerated, got {longest}; estimate with time_free_nll"
         )
-    with evaluating(model):
-        return _enumerate(score, torch.arange(len(x0), device=x0.device))
+    groups = score.groups()
+    with score.evaluating(int((2**score.num_tokens - 1).sum())):
+        return _in_order([(which, enumerate_subsets(score, which)) for which in groups], x0)
 
 
 def time_free_nll(
@@ -57,11 +77,15 @@ def time_free_nll(
     mask_index: int,
     num_samples: int = 64,
     proposal: str = "stratified",
+    tolerance: float | None = None,
+    max_samples: int = 4096,
     target: Tensor | None = None,
+    lengths: Tensor | None = None,
     exclude_mask: bool = True,
     batch_size: int | None = None,
     seed: int | Tensor | None = 0,
     sample_ids: Tensor | None = None,
+    differentiable: bool = False,
     backend: str | None = None,
 ) -> NLLEstimate:
     """Unbiased estimate of the time-free NLL, in nats, with its standard error.
@@ -72,17 +96,18 @@ def time_free_nll(
 
     A sequence whose 2^L - 1 subsets fit num_samples is enumerated: exact, standard error 0. Otherwise
 
-    - ``"stratified"``: one fully masked pass gives g(L). The rest of num_samples, in pairs, is spent on one
-      count from each of as many strata of 1..L-1, narrower where few tokens are masked or few are seen. A
-      control variate per token, fitted on the other passes and so without bias, takes out that some tokens
-      are harder than others. The standard error comes from pairs of neighbouring strata; its square is on
-      average no smaller than the variance. With some 30 passes or fewer, and losses that depend mostly on
-      which first few tokens are seen, 95% intervals hold the truth less often than that.
+    - ``"stratified"``: one fully masked pass, and chains of three nested masks each, at counts spread so that every
+      count is reached as often as it matters. A control variate per token, fitted on other chains and so without
+      bias, takes out that some tokens are harder than others, and harder before their neighbours are seen. The
+      standard error is that between chains. Where at least 8 chains over every count fit, those are taken.
+    - ``"systematic"``: counts at equal distances over 1..L with one random shift, as LLaDA's, with weight L/m. Its
+      standard error comes from neighbouring counts; its square is on average no smaller than the variance.
     - ``"uniform"``: independent counts m, uniform on 1..L, with weight L/m.
     - ``"harmonic"``: independent counts m with probability 1/(m H_L), and weight H_L.
 
     Draws are named by (seed, sample_ids[b], pass), so the masks of a sequence depend neither on the batch it
-    comes in nor on batch_size. An nn.Module is put into evaluation mode, and back; no gradients are made.
+    comes in nor on batch_size, and two models, or one before and after a step, meet the same masks. An nn.Module
+    is put into evaluation mode, and back. An impossible token makes nll infinite.
 
     Args:
         model: callable xt [b, L] int64 -> logits [b, L, V], or -> an object with `.logits`. Or a pair (body, lm_head)
@@ -92,142 +117,191 @@ def time_free_nll(
         mask_index: id of the mask, >= 0, since xt is made before the model tells V.
         num_samples: most network passes to spend on a sequence, the fully masked one included. Unless all
             sequences are enumerated, at least 3 for "stratified" and 2 for the others.
-        proposal: "stratified", "uniform" or "harmonic".
+        proposal: "stratified", "systematic", "uniform" or "harmonic".
+        tolerance: nats. If given, num_samples passes are a pilot that tells how many the 95% interval of each
+            sequence needs to be no wider than +- tolerance. The estimate is made from these alone: keeping the pilot,
+            or stopping when the interval looks narrow, would bias it. num_forwards counts both.
+        max_samples: most passes for a sequence after the pilot; the interval tells if they were too few.
         target: [B, L] bool, the positions whose likelihood is meant; None means all.
+        lengths: [B] int64, tokens of each sequence if they differ; what comes after is padding of any value, which
+            the model never sees: sequences of one length are run together.
         exclude_mask: whether the softmax leaves out the mask, as in `dce_loss`.
         batch_size: rows in a forward pass; None bounds logits, or hidden states, to 256 MB in float32.
         seed: of all draws; None takes one from torch's generator.
         sample_ids: [B] int64, names of the sequences in the draws; None means 0..B-1.
+        differentiable: keep the graph of all passes, so that nll has a gradient, unbiased as well; the model stays
+            in the mode it is in. Activation checkpointing in the model bounds what is kept.
         backend: as in `dce_loss`.
 
     Raises:
-        TypeError: x0, target, sample_ids or what the model returns is of a wrong type.
+        TypeError: x0, target, lengths, sample_ids or what the model returns is of a wrong type.
         ValueError: an empty sequence, or one without target; an id out of range; the mask among the targets;
             a wrong shape, the model's logits included; an unknown proposal; num_samples too small for a
-            standard error.
+            standard error; a tolerance that is not positive.
     """
-    check_choice("proposal", proposal, ("stratified", "uniform", "harmonic"))
-    score = Scorer(model, x0, mask_index, target, exclude_mask, batch_size, backend)
+    check_choice("proposal", proposal, PROPOSALS)
+    score = Scorer(
+        model,
+        x0,
+        mask_index,
+        target=target,
+        lengths=lengths,
+        exclude_mask=exclude_mask,
+        batch_size=batch_size,
+        differentiable=differentiable,
+        backend=backend,
+    )
+    seed, sample_ids = draw_names(x0, seed, sample_ids)
+    most = torch.full_like(score.num_tokens, num_samples)
+    check_enough(num_samples, proposal, all_enumerated=bool(fits(score.num_tokens, most).all()))
+    if tolerance is None:
+        return _estimate(score, most, proposal, seed, sample_ids, 0)
+    if not tolerance > 0:
+        raise ValueError(f"tolerance: expected a positive number of nats, got {tolerance}")
+    pilot = _estimate(score, most, proposal, seed, sample_ids, _PILOT)
+    enough = most * (student_t(0.95, pilot.degrees_of_freedom) * pilot.stderr / tolerance) ** 2
+    # few different numbers of passes, so that sequences still run together
+    enough = 2 ** ((4 * enough.nan_to_num(1.0).clamp(1, 2**40).log2()).ceil() / 4)
+    num = enough.ceil().long().clamp(num_samples, max(num_samples, max_samples))
+    final = _estimate(score, num, proposal, seed, sample_ids, 0)
+    return dataclasses.replace(final, num_forwards=final.num_forwards + pilot.num_forwards)
+
+
+def conditional_nll(
+    model: Model,
+    prompt: Tensor | Sequence[Tensor],
+    response: Tensor | Sequence[Tensor],
+    *,
+    mask_index: int,
+    **options: Any,
+) -> NLLEstimate:
+    """-log p(response | prompt) in nats: `time_free_nll` of prompt and response joined, the response its target.
+
+    Args:
+        model, mask_index, options: as in `time_free_nll`, but for target and lengths, which are made here.
+        prompt: [B, P] int64, or B tensors of any lengths, also 0; never masked.
+        response: [B, R] int64, or B tensors of any lengths.
+
+    Raises:
+        TypeError, ValueError: as `time_free_nll`; also where there are not as many prompts as responses.
+    """
+    for name, tokens in (("prompt", prompt), ("response", response)):
+        for row in tokens:
+            check_tokens(name, row, None)
+            if row.dim() != 1:
+                raise ValueError(f"{name}: expected one row of tokens for each sequence, got {tuple(row.shape)}")
+    if len(prompt) != len(response):
+        raise ValueError(f"response: expected as many as prompts, {len(prompt)}, got {len(response)}")
+    joined = [torch.cat([p, r]).long() for p, r in zip(prompt, response, strict=True)]
+    x0 = pad_sequence(joined, batch_first=True)
+    begin, lengths = (torch.tensor([len(row) for row in rows], device=x0.device) for rows in (prompt, joined))
+    at = torch.arange(x0.shape[1], device=x0.device)
+    target = (at >= begin.unsqueeze(1)) & (at < lengths.unsqueeze(1))
+    return time_free_nll(model, x0, mask_index=mask_index, target=target, lengths=lengths, **options)
+
+
+def draw_names(x0: Tensor, seed: int | Tensor | None, sample_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The seed and the names of the sequences, as tensors."""
     if sample_ids is None:
         sample_ids = torch.arange(len(x0), device=x0.device)
     check_tokens("sample_ids", sample_ids, x0.shape[:1], x0.device)
-    seed = resolve_seed(seed, None, x0.device)
-    few = score.num_tokens < (num_samples + 1).bit_length()  # 2^L - 1 <= num_samples
-    fewest = 1 if few.all() else 3 if proposal == "stratified" else 2
+    return resolve_seed(seed, None, x0.device), sample_ids
+
+
+def fits(num_tokens: Tensor, num_samples: Tensor) -> Tensor:
+    """Whether the 2^n - 1 subsets of n tokens fit a number of passes."""
+    return 2 ** num_tokens.clamp(max=62) - 1 <= num_samples
+
+
+def check_enough(num_samples: int, proposal: str, *, all_enumerated: bool) -> None:
+    fewest = 1 if all_enumerated else 3 if proposal == "stratified" else 2
     if num_samples < fewest:
         raise ValueError(f"num_samples: expected at least {fewest} for a standard error, got {num_samples}")
-    enumerated, sampled = few.nonzero().squeeze(1), (~few).nonzero().squeeze(1)
-    with evaluating(model):
-        parts = [_enumerate(score, enumerated)]
-        for which in sampled.split(max(1, _STORED_LOSSES // (num_samples * x0.shape[1]))):
-            if len(which) == 0:
-                continue
-            if proposal == "stratified":
-                parts.append(_stratified(score, which, num_samples, seed, sample_ids[which]))
-            else:
-                parts.append(_independent(score, which, num_samples, proposal, seed, sample_ids[which]))
-    order = torch.cat([enumerated, sampled]).argsort()
-    columns = zip(*(vars(part).values() for part in parts), strict=True)
-    return NLLEstimate(*(torch.cat(column)[order] for column in columns))
 
 
-def _enumerate(score: Scorer, which: Tensor) -> NLLEstimate:
-    """Every subset of every sequence in `which` [K], by its code: bit j is the j-th target position."""
-    n = score.num_tokens[which]
-    subsets = 2**n - 1
-    end = subsets.cumsum(0)  # the rows of sequence k are end[k] - subsets[k] .. end[k] - 1
-    rank = (score.target.cumsum(1) - 1).clamp(min=0)
-    nll = torch.zeros(len(n), dtype=torch.float64, device=n.device)
-    for rows in score.batches(int(subsets.sum())):
-        k = torch.searchsorted(end, rows, right=True)
-        code = rows - end[k] + subsets[k] + 1
-        mask = score.target[which[k]] & (code.unsqueeze(1) >> rank[which[k]]).bitwise_and(1).bool()
-        loss = score(which[k], Masked(score.x0[which[k]].masked_fill(mask, score.mask_index), mask))
-        nll.index_add_(0, k, subset_weight(n[k], mask.sum(1)) * loss.sum(1))
-    return NLLEstimate(nll, torch.zeros_like(nll), n, subsets, torch.full_like(nll, math.inf))
+def enumerate_subsets(score: Scorer, which: Tensor) -> NLLEstimate:
+    """Every subset of the n target tokens of a group of sequences, by its code: bit j is the j-th target position."""
+    n, x0 = int(score.num_tokens[which[0]]), score.x0[which, : int(score.lengths[which[0]])]
+    target = score.target[which, : x0.shape[1]]
+    rank = (target.cumsum(1) - 1).clamp(min=0)
+    nll = torch.zeros(len(which), dtype=torch.float64, device=x0.device)
+    for rows in score.batches(len(which) * (2**n - 1)):
+        k, code = rows // (2**n - 1), rows % (2**n - 1) + 1
+        mask = target[k] & (code.unsqueeze(1) >> rank[k]).bitwise_and(1).bool()
+        loss = score(which[k], Masked(x0[k].masked_fill(mask, score.mask_index), mask))
+        nll = nll.index_add(0, k, subset_weight(score.num_tokens[which[k]], mask.sum(1)) * loss.sum(1))
+    zero = torch.zeros_like(nll.detach())
+    return _of_group(score, which, (nll, zero, zero + math.inf), 2**n - 1)
 
 
-def _independent(
-    score: Scorer, which: Tensor, num_samples: int, proposal: str, seed: Tensor, sample_ids: Tensor
-) -> NLLEstimate:
-    """The mean of independent values, weight times summed loss, of the sequences `which` [K]."""
-    n = score.num_tokens[which]
-    counts, weight = sample_mask_counts(num_samples, n, proposal=proposal, seed=seed, sample_ids=sample_ids)
-    loss, _ = _draw(score, which, counts, seed, sample_ids)
-    value = weight * loss.sum(2)
-    return NLLEstimate(
-        nll=value.mean(1),
-        stderr=value.std(1) / math.sqrt(num_samples),
-        num_tokens=n,
-        num_forwards=torch.full_like(n, num_samples),
-        degrees_of_freedom=torch.full_like(value[:, 0], num_samples - 1),
-    )
-
-
-def _stratified(score: Scorer, which: Tensor, num_samples: int, seed: Tensor, sample_ids: Tensor) -> NLLEstimate:
-    """g(L) from the fully masked pass, sum_{m<L} g(m) = sum_s width_s E[g(m_s)] from a pass per stratum s.
-
-    Whatever its count, E[width_s 1{i in S} / m_s] = width_s / L for each token i. So subtracting
-    (width_s 1{i in S} / m_s - width_s / L) a_i changes no expectation while a_i comes from other passes.
-    """
-    n, pairs = score.num_tokens[which], (num_samples - 1) // 2
-    strata = {length: _strata(length, pairs) for length in set(n.tolist())}
-    edges = torch.stack([strata[length] for length in n.tolist()]).to(n.device)  # [K, 2 pairs + 1]
-    width = edges.diff()
-    stratum = torch.arange(2 * pairs, device=n.device)
-    u = uniform(seed, Purpose.COUNT, 0, sample_ids.unsqueeze(1), 0, stratum)
-    counts = 1 + (edges[:, :-1] + width * u).long().minimum(n.unsqueeze(1) - 2)
-    loss, mask = _draw(score, which, torch.cat([n.unsqueeze(1), counts], 1), seed, sample_ids)
-    full, loss, mask = loss[:, :1], loss[:, 1:], mask[:, 1:]  # [K, 1, L], [K, 2 pairs, L]
-    width, weight = width.unsqueeze(2), (width / counts).unsqueeze(2)
-    num, den = weight * loss, weight * mask
-    num_elsewhere, den_elsewhere = num.sum(1, keepdim=True) - num, den.sum(1, keepdim=True) - den
-    a = torch.where(den_elsewhere > 0, num_elsewhere / den_elsewhere, full)
-    a = a.nan_to_num(0.0, 0.0, 0.0)  # an infinite loss makes the estimate infinite, not NaN
-    value = (num - (den - width / n.view(-1, 1, 1)) * a).sum(2)
-    square = (value[:, 0::2] - value[:, 1::2]) ** 2
-    variance = square.sum(1)
-    freedom = (3 * variance**2 / (square**2).sum(1) - 2).clamp(1, pairs)  # Satterthwaite, squares of normals
-    return NLLEstimate(
-        nll=full.sum((1, 2)) / n + value.sum(1),
-        stderr=variance.sqrt(),
-        num_tokens=n,
-        num_forwards=torch.full_like(n, 1 + 2 * pairs),
-        degrees_of_freedom=torch.where(variance == 0, math.inf, freedom),
-    )
-
-
-def _strata(length: int, pairs: int) -> Tensor:
-    """Edges [2 pairs + 1] that cut [0, length - 1] into pairs of equal strata; count m is [m - 1, m).
-
-    Losses of few masked tokens vary most, like 1/m, and g bends most where few tokens are seen. So strata are
-    spread by sqrt(x), by log(1 - x / length) and by x itself, a third each.
-    """
-    x = torch.arange(length, dtype=torch.float64)
-    part = x / (length - 1)
-    share = (part + part.sqrt() - torch.log1p(-x / length) / math.log(length)) / 3
-    quantile = torch.linspace(0, 1, pairs + 1, dtype=torch.float64)
-    j = torch.searchsorted(share, quantile).clamp(1, length - 1)
-    edges = x[j - 1] + (quantile - share[j - 1]) / (share[j] - share[j - 1])
-    return torch.cat([torch.stack([edges[:-1], (edges[:-1] + edges[1:]) / 2], 1).flatten(), edges[-1:]])
-
-
-def _draw(score: Scorer, which: Tensor, counts: Tensor, seed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses and masks [K, passes, L] of the sequences `which` [K] with counts [K, passes] masked."""
-    passes, length = counts.shape[1], score.x0.shape[1]
-    loss = torch.empty(counts.numel(), length, dtype=torch.float64, device=counts.device)
-    mask = torch.empty_like(loss, dtype=torch.bool)
-    for rows in score.batches(counts.numel()):
-        k, step = rows // passes, rows % passes
-        masked = mask_exactly(
-            score.x0[which[k]],
-            counts[k, step],
-            mask_index=score.mask_index,
-            maskable=score.target[which[k]],
-            seed=seed,
-            step=step,
-            sample_ids=sample_ids[k],
-            backend=score.backend,
+def run_replicates(
+    score: Scorer,
+    which: Tensor,
+    chains_and_looks: tuple[int, int],
+    num_samples: int,
+    proposal: str,
+    seed: Tensor,
+    sample_ids: Tensor,
+    step: int,
+) -> Replicates:
+    """The values that are averaged over: one from each chain, or, for the other proposals, from each pass."""
+    if proposal == "stratified":
+        return run_chains(score, which, *chains_and_looks, seed, sample_ids, step)
+    n, passes = score.num_tokens[which], torch.arange(num_samples, device=which.device)
+    if proposal == "systematic":
+        shift = draw32(seed, Purpose.COUNT, step, sample_ids, 0, 0).unsqueeze(1)
+        counts = 1 + ((passes << 32) + shift) * n.unsqueeze(1) // (num_samples << 32)  # in exact integers
+        weight = n.unsqueeze(1) / counts
+    else:
+        counts, weight = sample_mask_counts(
+            num_samples, n, proposal=proposal, seed=seed, step=step, sample_ids=sample_ids
         )
-        loss[rows], mask[rows] = score(which[k], masked), masked.mask
-    return loss.view(-1, passes, length), mask.view(-1, passes, length)
+    loss, _ = score.draw(which, counts, step + passes, seed, sample_ids)
+    return Replicates(weight * loss.sum(2), torch.zeros_like(weight))
+
+
+def _estimate(
+    score: Scorer, num_samples: Tensor, proposal: str, seed: Tensor, sample_ids: Tensor, step: int
+) -> NLLEstimate:
+    """All sequences, those that agree in length, target tokens and num_samples [B] together."""
+    few = fits(score.num_tokens, num_samples)
+    total = torch.where(few, 2 ** score.num_tokens.clamp(max=62) - 1, num_samples).sum()
+    parts = []
+    with score.evaluating(int(total)):
+        for group in score.groups(num_samples):
+            if few[group[0]]:
+                parts.append((group, enumerate_subsets(score, group)))
+                continue
+            num = int(num_samples[group[0]])
+            for which in group.split(max(1, _STORED_LOSSES // (num * int(score.lengths[group[0]])))):
+                parts.append((which, _sampled(score, which, num, proposal, seed, sample_ids[which], step)))
+    return _in_order(parts, score.x0)
+
+
+def _sampled(
+    score: Scorer, which: Tensor, num_samples: int, proposal: str, seed: Tensor, sample_ids: Tensor, step: int
+) -> NLLEstimate:
+    chains, looks = plan(num_samples, int(score.num_tokens[which[0]]))
+    values = run_replicates(score, which, (chains, looks), num_samples, proposal, seed, sample_ids, step)
+    if proposal == "stratified":
+        return _of_group(score, which, values.mean(), 1 + chains * looks)
+    mean = mean_of_strata if proposal == "systematic" else mean_of_independent
+    return _of_group(score, which, mean(values.values), num_samples)
+
+
+def _of_group(
+    score: Scorer, which: Tensor, nll_stderr_freedom: tuple[Tensor, Tensor, Tensor], passes: int
+) -> NLLEstimate:
+    nll, stderr, freedom = nll_stderr_freedom
+    n = score.num_tokens[which]
+    return NLLEstimate(nll, stderr.detach(), n, torch.full_like(n, passes), freedom.detach(), torch.zeros_like(freedom))
+
+
+def _in_order(parts: list[tuple[Tensor, NLLEstimate]], x0: Tensor) -> NLLEstimate:
+    """Parts with their places in the batch, as one estimate of the batch."""
+    if not parts:
+        nothing, none = x0.new_zeros(0), x0.new_zeros(0, dtype=torch.float64)
+        return NLLEstimate(none, none, nothing, nothing, none, none)
+    order = torch.cat([which for which, _ in parts]).argsort()
+    columns = zip(*(vars(part).values() for _, part in parts), strict=True)
+    return NLLEstimate(*(torch.cat(column)[order] for column in columns))

@@ -1,0 +1,180 @@
+"""The default estimator: chains of nested masks, with a control variate fitted on the other chains.
+
+A chain reveals the L target tokens one by one, in a random order. It is looked at with all of them masked, and at
+other counts m of masked tokens, each with probability rho(m). A look scores the tokens that are revealed before the
+next look: a uniform draw among the masked ones, so their mean loss, times 1 / rho(m), makes the chain's sum an
+unbiased estimate of sum_m g(m). A chain looked at after every token gives -log p(x0) along one order, which all
+orders agree on where the conditionals are consistent.
+
+Most of what is left comes from the tokens themselves: some are harder, and hardest before their neighbours are seen.
+Chains other than its own predict a token's loss, by ridge regression on which neighbours are visible. The mean of such
+a prediction over random orders is known, since a neighbour comes first in half of them and both do in a third, so
+subtracting the prediction and adding its mean changes no expectation.
+"""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdiff.estimators.estimate import mean_of_independent
+from fastdiff.estimators.scoring import Scorer
+from fastdiff.philox import Purpose, uniform
+
+_LOOKS = 3  # beside the one at the full mask: longer chains leave too few of them to fit the control on
+_FOLDS = 16  # groups of chains that share one fit, made on the others
+_RIDGE = 2.0  # observations of a token that count as much as what is common to all
+_SHARED = 5  # measured: docs/estimators.md
+
+
+class Replicates(NamedTuple):
+    """Independent unbiased estimates [K, R] of K sequences' NLL, and controls [K, R] whose expectation is 0."""
+
+    values: Tensor
+    controls: Tensor
+
+    def mean(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, standard error and degrees of freedom, [K] each; the controls' share is fitted on other replicates.
+
+        Replicates share a little through their fits, which take from each what they give to all others. Their spread
+        misses that; the standard error allows for it as if for `_SHARED` parameters.
+        """
+        share = _slope_of_others(self.values.detach(), self.controls).clamp(0, 1).nan_to_num(0.0)
+        mean, stderr, freedom = mean_of_independent(self.values - share * self.controls)
+        return mean, stderr * math.sqrt(1 + _SHARED / (self.values.shape[1] - 1)), freedom
+
+
+def plan(num_samples: int, length: int) -> tuple[int, int]:
+    """How many chains, and looks at each beside the full mask, num_samples >= 3 network passes buy."""
+    passes, every = num_samples - 1, length - 1
+    looks = every if passes // every >= 8 else min(_LOOKS, every, max(1, passes // 4))
+    return passes // looks, looks
+
+
+def run_chains(
+    score: Scorer, which: Tensor, chains: int, looks: int, seed: Tensor, sample_ids: Tensor, step: int
+) -> Replicates:
+    """Chains of the sequences `which` [K], which share their length and number of target tokens n >= 2."""
+    n = int(score.num_tokens[which[0]])
+    chain = torch.arange(chains, device=which.device)
+    rho = look_probabilities(n, looks).to(which.device)
+    u = uniform(seed, Purpose.COUNT, step, sample_ids.unsqueeze(1), 0, chain)
+    counts = _draw_looks(u, rho)  # [K, R, looks]
+    full = counts.new_full((len(which), 1), n)
+    steps = step + torch.cat([chain[:1], chain.repeat_interleave(looks)])
+    loss, mask = score.draw(which, torch.cat([full, counts.flatten(1)], 1), steps, seed, sample_ids)
+    weight = torch.cat([torch.ones_like(rho[:1]).expand(*counts.shape[:2], 1), 1 / rho[counts - 1]], 2)
+    target = score.target[which, : loss.shape[2]]
+    return _replicates(_by_chain(loss, chains), _by_chain(mask, chains), weight, target)
+
+
+@lru_cache(maxsize=256)
+def look_probabilities(length: int, looks: int) -> Tensor:
+    """rho(m) for m = 1..length-1, at most 1, `looks` in all: [length - 1] float64.
+
+    Losses vary most where few tokens are masked, and depend most on which ones where few are seen. So looks are spread
+    by m^(-1/2), by (length - m)^(-3/4) and evenly, 1 : 3 : 1.
+    """
+    if looks == length - 1:
+        return torch.ones(length - 1, dtype=torch.float64)
+    m = torch.arange(1, length, dtype=torch.float64)
+    parts = ((1, m**-0.5), (3, (length - m) ** -0.75), (1, torch.ones_like(m)))
+    density = torch.stack([share * part / part.sum() for share, part in parts]).sum(0)
+    rho = looks * density / density.sum()
+    while (rho > 1).any():  # what is over 1 goes to the others
+        free = rho < 1
+        rho = torch.where(free, rho * (looks - (~free).sum()) / rho[free].sum(), 1.0)
+    return rho
+
+
+def _draw_looks(u: Tensor, rho: Tensor) -> Tensor:
+    """Counts in falling order, m with probability rho(m): those at which the sum of rho from above passes u + j."""
+    passed, looks = rho.flip(0).cumsum(0), round(rho.sum().item())
+    passed[-1] = looks
+    at = u.unsqueeze(-1) + torch.arange(looks, device=u.device)
+    return len(rho) - torch.searchsorted(passed, at, right=True)
+
+
+def _by_chain(passes: Tensor, chains: int) -> Tensor:
+    """[K, 1 + chains * looks, L] -> [K, chains, 1 + looks, L]: each chain begins with the full mask."""
+    full, rest = passes[:, :1], passes[:, 1:].unflatten(1, (chains, -1))
+    return torch.cat([full.unsqueeze(1).expand(-1, chains, -1, -1), rest], 2)
+
+
+def _replicates(loss: Tensor, mask: Tensor, weight: Tensor, target: Tensor) -> Replicates:
+    """From losses and masks [K, R, Q, L], weights [K, R, Q] and the target [K, L]."""
+    revealed = mask & ~torch.cat([mask[:, :, 1:], torch.zeros_like(mask[:, :, :1])], 2)
+    scored = weight.unsqueeze(3) * revealed / revealed.sum(3, keepdim=True).clamp(min=1)
+    values = torch.where(scored > 0, scored * loss, 0.0).sum((2, 3))
+
+    known = loss.detach().nan_to_num(0.0, 0.0, 0.0)  # an infinite loss makes the estimate infinite, not NaN
+    seen = _neighbours_seen(mask)
+    observed = weight.unsqueeze(3) * mask / mask.sum(3, keepdim=True)
+    folds = min(_FOLDS, loss.shape[1])
+    fit = [_moments(known[:, g::folds], seen[:, g::folds], observed[:, g::folds]) for g in range(folds)]
+    mean_loss, mean_seen, slope = _fit(*(torch.stack(part, 1) for part in zip(*fit, strict=True)))
+    fold = torch.arange(loss.shape[1], device=loss.device) % folds
+
+    times_scored = scored.sum(2)  # [K, R, L], on average 1 for a target token
+    values = values - ((times_scored - target.unsqueeze(1).double()) * mean_loss[:, fold]).sum(2)
+    was_seen = torch.einsum("krql,krqlp->krlp", scored, seen) - times_scored.unsqueeze(3) * mean_seen[:, fold]
+    on_average = target[:, None, :, None] * (_mean_neighbours_seen(target).unsqueeze(1) - mean_seen)[:, fold]
+    return Replicates(values, (slope[:, fold] * (was_seen - on_average)).sum((2, 3)))
+
+
+def _at(x: Tensor, offset: int) -> Tensor:
+    """x[..., i + offset] at i, 0 beyond the ends."""
+    return torch.nn.functional.pad(x, (-min(offset, 0), max(offset, 0)))[..., max(offset, 0) :][..., : x.shape[-1]]
+
+
+def _neighbours_seen(mask: Tensor) -> Tensor:
+    """Which of the two tokens on either side are visible, and whether both next ones are: [..., L, 5]."""
+    visible = (~mask).double()
+    left, right, left2, right2 = (_at(visible, offset) for offset in (-1, 1, -2, 2))
+    return torch.stack([left, right, left2, right2, left * right], -1)
+
+
+def _mean_neighbours_seen(target: Tensor) -> Tensor:
+    """The mean of `_neighbours_seen` at the time a token is revealed, over random orders of the target tokens."""
+    visible = 1 - target.double() / 2
+    left, right, left2, right2 = (_at(visible, offset) for offset in (-1, 1, -2, 2))
+    both = _at(target, -1) & _at(target, 1)
+    return torch.stack([left, right, left2, right2, torch.where(both, 1 / 3, left * right)], -1)
+
+
+def _moments(loss: Tensor, seen: Tensor, observed: Tensor) -> tuple[Tensor, ...]:
+    """Sums over the chains and looks of a fold, per token: observations, weight, loss, features and their products."""
+    weighted = observed.unsqueeze(-1) * seen
+    return (
+        (observed > 0).sum((1, 2)).double(),
+        observed.sum((1, 2)),
+        (observed * loss).sum((1, 2)),
+        weighted.sum((1, 2)),
+        torch.einsum("krqlp,krqls->klps", weighted, seen),
+        torch.einsum("krqlp,krql->klp", weighted, loss),
+    )
+
+
+def _fit(*moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean loss [K, G, L], mean features and slopes [K, G, L, 5] of each token, on all folds but one.
+
+    Slopes are those common to all tokens, and what a token adds to them after shrinkage by `_RIDGE` observations.
+    """
+    number, weight, loss, seen, products, with_loss = (m.sum(1, keepdim=True) - m for m in moments)
+    per_weight = 1 / weight.clamp(min=1e-300)
+    mean_loss, mean_seen = loss * per_weight, seen * per_weight.unsqueeze(-1)
+    products = products - seen.unsqueeze(-1) * mean_seen.unsqueeze(-2)
+    with_loss = with_loss - seen * mean_loss.unsqueeze(-1)
+    ridge = (_RIDGE * weight.sum(2) / number.sum(2))[..., None, None] * torch.eye(seen.shape[-1]).to(seen)
+    common = torch.linalg.solve(products.sum(2) + ridge, with_loss.sum(2)).unsqueeze(2)
+    own = with_loss - (products @ common.unsqueeze(-1)).squeeze(-1)
+    return mean_loss, mean_seen, common + torch.linalg.solve(products + ridge.unsqueeze(2), own)
+
+
+def _slope_of_others(y: Tensor, x: Tensor) -> Tensor:
+    """Least-squares slope of y on x [K, R], for each replicate from the R - 1 others: [K, R]."""
+    n = y.shape[1] - 1
+    mean_x, mean_y, mean_xy, mean_xx = ((v.sum(1, keepdim=True) - v) / n for v in (x, y, x * y, x * x))
+    return (mean_xy - mean_x * mean_y) / (mean_xx - mean_x**2)

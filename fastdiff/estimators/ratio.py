@@ -1,0 +1,155 @@
+"""Likelihood ratios from shared masks: what two sequences have in common then cancels, draw by draw."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fastdiff.checks import check_choice, check_tokens
+from fastdiff.estimators.chains import Replicates, plan
+from fastdiff.estimators.estimate import LogRatioEstimate, mean_of_independent, mean_of_strata
+from fastdiff.estimators.scoring import Model, Scorer, equal_rows
+from fastdiff.estimators.time_free import (
+    PROPOSALS,
+    check_enough,
+    draw_names,
+    enumerate_subsets,
+    fits,
+    run_replicates,
+)
+
+
+def log_likelihood_ratio(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    mask_index: int,
+    num_samples: int = 64,
+    proposal: str = "stratified",
+    restrict: bool = False,
+    target: Tensor | tuple[Tensor, Tensor] | None = None,
+    lengths: Tensor | tuple[Tensor, Tensor] | None = None,
+    exclude_mask: bool = True,
+    batch_size: int | None = None,
+    seed: int | Tensor | None = 0,
+    sample_ids: Tensor | None = None,
+    differentiable: bool = False,
+    backend: str | None = None,
+) -> LogRatioEstimate:
+    """Unbiased estimate of log p(x) - log p(y) in nats, as the difference of two time-free NLLs on shared masks.
+
+    Counts and masks of x and y come from the same draws (coupled). Where both have one length and target they are the
+    same masks; where not, they agree as far as the shorter one goes. (Jeon, Shin, Jeon, No, NeurIPS 2025.)
+
+    With restrict=True only the positions D where x and y differ are masked: log p(x_D | rest) - log p(y_D | rest), of
+    far lower variance. That is the same ratio if the conditionals are consistent; a network's are not quite, and then
+    it averages only over orders that reveal everything outside D first.
+
+    Args:
+        model, proposal, exclude_mask, batch_size, seed, sample_ids, differentiable, backend: as in `time_free_nll`.
+        x: [B, L] int64 tokens.
+        y: [B, M] int64 tokens.
+        mask_index: id of the mask.
+        num_samples: most network passes to spend on each sequence of a pair.
+        restrict: mask only where x and y differ; needs x and y of one shape. Equal sequences give 0.
+        target: positions whose likelihood is meant, as in `time_free_nll`: for both, or a pair (of x, of y).
+        lengths: [B] int64, tokens of each sequence if they differ, likewise.
+
+    Raises:
+        TypeError, ValueError: as `time_free_nll`; also where x and y do not pair up.
+    """
+    check_choice("proposal", proposal, PROPOSALS)
+    for name, tokens in (("x", x), ("y", y)):
+        check_tokens(name, tokens, None)
+        if tokens.dim() != 2:
+            raise ValueError(f"{name}: expected shape [B, L], got {tuple(tokens.shape)}")
+    if len(x) != len(y):
+        raise ValueError(f"y: expected as many sequences as x, {len(x)}, got {len(y)}")
+    inside = [_inside(tokens, length) for tokens, length in zip((x, y), _pair(lengths), strict=True)]
+    targets = [where if part is None else part for where, part in zip(inside, _pair(target), strict=True)]
+    seed, sample_ids = draw_names(x, seed, sample_ids)
+    pairs = torch.arange(len(x), device=x.device)
+    if restrict:
+        if x.shape != y.shape or not torch.equal(*inside):
+            raise ValueError(
+                f"restrict: expected x and y of the same lengths, got {tuple(x.shape)} and {tuple(y.shape)}"
+            )
+        targets = [part & (x != y) for part in targets]
+        pairs = targets[0].any(1).nonzero().squeeze(1)
+    score = Scorer(
+        model,
+        _stacked((x, y), pairs),
+        mask_index,
+        target=_stacked(targets, pairs),
+        lengths=torch.cat([where.sum(1)[pairs] for where in inside]),
+        exclude_mask=exclude_mask,
+        batch_size=batch_size,
+        differentiable=differentiable,
+        backend=backend,
+    )
+    most = torch.full_like(score.num_tokens, num_samples)
+    check_enough(num_samples, proposal, all_enumerated=bool(fits(score.num_tokens, most).all()))
+    zero = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    columns = [zero, zero, torch.zeros_like(sample_ids), zero + math.inf]
+    with score.evaluating(2 * num_samples * len(pairs)):
+        for which in _pair_groups(score):
+            part = _ratio(score, which, num_samples, proposal, seed, sample_ids[pairs[which]])
+            columns = [c.index_copy(0, pairs[which], p) for c, p in zip(columns, part, strict=True)]
+    return LogRatioEstimate(*columns)
+
+
+def _ratio(
+    score: Scorer, which: Tensor, num_samples: int, proposal: str, seed: Tensor, sample_ids: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Columns of LogRatioEstimate for pairs `which` [K] that agree in all lengths: x is sequence k, y is B + k."""
+    rows = which, which + len(score.x0) // 2
+    sizes = [int(score.num_tokens[row[0]]) for row in rows]
+    enumerated = [2**n - 1 <= num_samples for n in sizes]
+    chains_and_looks = plan(
+        num_samples, min((n for n, few in zip(sizes, enumerated, strict=True) if not few), default=2)
+    )
+    sides, passes = [], 0
+    for row, n, few in zip(rows, sizes, enumerated, strict=True):
+        if few:
+            nll = enumerate_subsets(score, row).nll.unsqueeze(1)
+            sides.append(Replicates(nll, torch.zeros_like(nll)))
+            passes += 2**n - 1
+        else:
+            sides.append(run_replicates(score, row, chains_and_looks, num_samples, proposal, seed, sample_ids, 0))
+            passes += 1 + math.prod(chains_and_looks) if proposal == "stratified" else num_samples
+    (x, x_control), (y, y_control) = sides
+    difference = Replicates(y - x, y_control - x_control)
+    forwards = torch.full_like(which, passes)
+    if all(enumerated):
+        zero = torch.zeros_like(which, dtype=torch.float64)
+        return difference.values.squeeze(1), zero, forwards, zero + math.inf
+    if proposal == "stratified":
+        mean, stderr, freedom = difference.mean()
+    else:
+        mean, stderr, freedom = (mean_of_strata if proposal == "systematic" else mean_of_independent)(difference.values)
+    return mean, stderr.detach(), forwards, freedom.detach()
+
+
+def _pair_groups(score: Scorer) -> list[Tensor]:
+    """Pairs whose x agree in length and target tokens, and whose y do."""
+    sizes = torch.stack([score.lengths, score.num_tokens], 1)
+    return equal_rows(torch.cat(sizes.chunk(2), 1))
+
+
+def _pair(given: Tensor | tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    return given if isinstance(given, tuple) else (given, given)
+
+
+def _inside(tokens: Tensor, lengths: Tensor | None) -> Tensor:
+    """Which positions are inside the lengths."""
+    at = torch.arange(tokens.shape[1], device=tokens.device)
+    return (at < (tokens.shape[1] if lengths is None else lengths.unsqueeze(1))).expand(tokens.shape)
+
+
+def _stacked(both: Sequence[Tensor], pairs: Tensor) -> Tensor:
+    """Two [B, .] one above the other, those pairs only, padded to one length."""
+    longest = max(part.shape[1] for part in both)
+    return torch.cat([pad(part[pairs], (0, longest - part.shape[1])) for part in both])

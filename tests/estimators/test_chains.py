@@ -1,0 +1,111 @@
+import itertools
+import math
+
+import pytest
+import torch
+from networks import RandomNetwork, random_tokens
+from oracles import markov_chain, mixture
+from torch import Tensor
+
+from fastdiff.estimators import chains, exact_nll, time_free_nll
+from fastdiff.estimators.scoring import Scorer
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "length", "chains_and_looks"),
+    [
+        (3, 5, (2, 1)),
+        (5, 40, (4, 1)),
+        (9, 40, (4, 2)),
+        (16, 40, (5, 3)),
+        (64, 40, (21, 3)),
+        (64, 8, (9, 7)),
+        (64, 9, (21, 3)),
+        (4, 2, (3, 1)),
+    ],
+)
+def test_passes_buy_chains(num_samples: int, length: int, chains_and_looks: tuple[int, int]) -> None:
+    assert chains.plan(num_samples, length) == chains_and_looks
+
+
+@pytest.mark.parametrize("length", [2, 5, 33, 1024])
+@pytest.mark.parametrize("looks", [1, 2, 3, 7])
+def test_every_count_is_looked_at_with_its_probability(length: int, looks: int) -> None:
+    if looks > length - 1:
+        return
+    rho = chains.look_probabilities(length, looks)
+    assert rho.shape == (length - 1,)
+    assert rho.sum().item() == pytest.approx(looks, rel=1e-12)
+    assert ((rho > 0) & (rho <= 1)).all()
+    u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    counts = chains._draw_looks(u.unsqueeze(0), rho)[0]
+    assert counts.shape == (200_000, looks)
+    assert (counts.diff(dim=1) < 0).all()
+    shares = torch.bincount(counts.flatten(), minlength=length)[1:] / 200_000
+    torch.testing.assert_close(shares.double(), rho, rtol=0, atol=2e-5)
+
+
+def test_masks_of_a_chain_are_nested() -> None:
+    network, x0 = RandomNetwork(20), random_tokens(3, 20)
+    score = Scorer(network, x0, 4)
+    counts, steps = torch.tensor([[20, 15, 9, 2, 15, 9, 2]]).expand(3, -1), torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    with score.evaluating(21):
+        _, mask = score.draw(torch.arange(3), counts, steps, torch.tensor(0), torch.arange(3))
+    for larger, smaller in [(0, 1), (1, 2), (2, 3), (4, 5), (5, 6)]:
+        assert not (mask[:, smaller] & ~mask[:, larger]).any()
+    assert (mask[:, 1] != mask[:, 4]).any()
+
+
+def revealed_before(target: Tensor) -> Tensor:
+    """The mean of what is visible when a token is revealed, over all orders of the target tokens."""
+    positions = target.nonzero().squeeze(1).tolist()
+    total = torch.zeros(len(target), 5, dtype=torch.float64)
+    for order in itertools.permutations(positions):
+        mask = target.clone()
+        for i in order:
+            total[i] += chains._neighbours_seen(mask)[i]
+            mask[i] = False
+    return total / math.factorial(len(positions))
+
+
+@pytest.mark.parametrize("target", ["11111", "1", "0110", "101101", "0111010", "1001"])
+def test_the_mean_over_orders_of_what_is_seen(target: str) -> None:
+    where = torch.tensor([c == "1" for c in target])
+    mean = chains._mean_neighbours_seen(where[None])[0] * where.unsqueeze(1)
+    torch.testing.assert_close(mean, revealed_before(where))
+
+
+@pytest.mark.parametrize("oracle", [mixture(8, 3, mask_index=1), markov_chain(4)], ids=["mixture", "markov"])
+def test_chains_over_every_count_are_exact_where_conditionals_are_consistent(oracle) -> None:
+    x0 = oracle.sample(3, 8)
+    estimate = time_free_nll(oracle, x0, mask_index=oracle.mask_index, num_samples=64)
+    torch.testing.assert_close(estimate.nll, oracle.nll(x0))
+    assert (estimate.stderr < 1e-9).all()
+
+
+def test_controls_have_no_mean_and_take_out_what_neighbours_tell() -> None:
+    oracle = markov_chain(8)
+    x0 = oracle.sample(1, 32, seed=1).expand(300, -1)
+    score = Scorer(oracle, x0, 8)
+    with score.evaluating(300 * 64):
+        values, controls = chains.run_chains(score, torch.arange(300), 21, 3, torch.tensor(0), torch.arange(300), 0)
+    z = controls.mean() / (controls.mean(1).std() / math.sqrt(300))
+    assert abs(z.item()) < 3.5
+    assert (values - controls).mean(1).var() < 0.5 * values.mean(1).var()
+    shared = chains.Replicates(values, controls).mean()[0]
+    assert shared.var() < 0.55 * values.mean(1).var()
+
+
+def test_an_infinite_loss_leaves_the_other_sequences_alone() -> None:
+    network, x0 = RandomNetwork(12), random_tokens(2, 12)
+    x0[0] = x0[0].clamp(min=1)
+    x0[1, 3] = 0
+
+    def never_0(xt: Tensor) -> Tensor:
+        return network(xt).index_fill(2, torch.tensor([0]), -math.inf)
+
+    estimate = time_free_nll(never_0, x0, mask_index=4)
+    assert estimate.nll[1].item() == math.inf
+    one = time_free_nll(never_0, x0[:1], mask_index=4)
+    torch.testing.assert_close(estimate.nll[:1], one.nll)
+    assert exact_nll(never_0, x0, mask_index=4).nll[1].item() == math.inf
