@@ -2,18 +2,20 @@
 
 import dataclasses
 import importlib.metadata
+import json
 import math
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 
 from fastdiff import backends
-from fastdiff.data import NUM_BYTES, Text, as_bytes, decode, encode, even_windows, load_documents
-from fastdiff.estimators import time_free_nll
-from fastdiff.model import DiffusionTransformer, ModelConfig, read_config
+from fastdiff.data import NUM_BYTES, Text, as_bytes, decode, encode, even_windows, load_documents, load_named_documents
+from fastdiff.estimators import NLLEstimate, time_free_nll
+from fastdiff.model import DiffusionTransformer, ModelConfig, read_config, write_atomically
 from fastdiff.sampling import sample as draw_samples
 from fastdiff.training import LOSSES, Record, TrainConfig, time_free
 from fastdiff.training import train as run_training
@@ -108,39 +110,110 @@ def train(
 @app.command("eval")
 def evaluate(
     run: Run,
-    data: Annotated[str | None, typer.Option(help="as for train", show_default="the run's own")] = None,
-    whole: Annotated[bool, typer.Option("--whole", help="all of a text that was not trained on")] = False,
-    num_sequences: Annotated[int, typer.Option(help="windows of the text, evenly spread")] = 64,
+    data: Annotated[
+        list[str] | None, typer.Option(help="as for train; may be given several times", show_default="the run's own")
+    ] = None,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="all of texts that were not trained on, and each file of a folder apart")
+    ] = False,
+    num_sequences: Annotated[int, typer.Option(help="windows of each text, evenly spread")] = 64,
     num_samples: Annotated[int, typer.Option(help="network passes for each of them")] = 64,
-    proposal: Annotated[str, typer.Option(help="stratified, uniform or harmonic")] = "stratified",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="bits per byte: passes until each text's interval is within +- this"),
+    ] = None,
+    proposal: Annotated[str, typer.Option(help="stratified, systematic, uniform or harmonic")] = "stratified",
     seed: Annotated[int, typer.Option(help="of the masks")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="file for the numbers")] = None,
     device: Device = None,
 ) -> None:
-    """Bits per byte of held-out text, with standard errors."""
+    """Likelihood of texts: nats, bits per byte and perplexity, with 95% intervals of what masking leaves open."""
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(f"tolerance: expected a positive number of bits per byte, got {tolerance}")
     model, loss, trained_on = _load(run, device)
     if loss == "dse-uniform":
         raise ValueError("loss: eval does not offer the likelihood of uniform-graph models, 'dse-uniform', yet")
-    documents, length = load_documents(data or trained_on), model.config.max_length
-    text = as_bytes(documents, length) if whole else Text(documents, length).validation_bytes
-    x0 = even_windows(text, length, num_sequences).to(model.lm_head.weight.device)
-    mask_index = model.config.num_states - 1
-    estimate = time_free_nll(
-        time_free(model, mask_index),
-        x0,
-        mask_index=mask_index,
-        num_samples=num_samples,
-        proposal=proposal,
-        seed=seed,
-    )
-    bits, pooled = estimate.bits_per_token, estimate.pooled()
-    rows = {
-        "text": f"{len(x0)} x {length} bytes, {'all' if whole else 'held-out part'} of {data or trained_on}",
-        "network passes": f"{int(pooled.num_forwards)} ({proposal})",
-        "bits per byte": f"{pooled.bits_per_token.item():.4f}",
-        "± from masking": f"{pooled.bits_per_token_stderr.item():.4f}",
-        "± between windows": f"{bits.std().item() / math.sqrt(len(bits)):.4f}" if len(bits) > 1 else "one window only",
+    length, mask_index = model.config.max_length, model.config.num_states - 1
+    rows = {}
+    for name, text in _texts(data or [trained_on], length, whole):
+        x0 = even_windows(text, length, num_sequences).to(model.lm_head.weight.device)
+        # errors of the windows add up in squares
+        nats = None if tolerance is None else tolerance * math.log(2) * x0.numel() / math.sqrt(len(x0))
+        estimate = time_free_nll(
+            time_free(model, mask_index),
+            x0,
+            mask_index=mask_index,
+            num_samples=num_samples,
+            tolerance=nats,
+            proposal=proposal,
+            seed=seed,
+        )
+        rows[name] = _row(estimate)
+    _show_rows(rows, f"{run}, windows of {length} bytes, {proposal}")
+    if json_file is not None:
+        write_atomically(json_file, json.dumps(rows, indent=1).encode() + b"\n")
+
+
+def _texts(data: list[str], length: int, whole: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names of texts and their bytes."""
+    for name in data:
+        if not whole:
+            yield f"held-out part of {name}", Text(load_documents(name), length).validation_bytes
+        else:
+            parts: dict[str, list[bytes]] = {}
+            for part, document in load_named_documents(name):
+                parts.setdefault(part, []).append(document)
+            longer = {part: documents for part, documents in parts.items() if sum(map(len, documents)) >= length}
+            for part, documents in (longer or parts).items():  # of files shorter than a window the first is an error
+                yield part, as_bytes(documents, length)
+
+
+def _row(estimate: NLLEstimate) -> dict[str, Any]:
+    """Numbers of one text, ready for JSON."""
+    pooled, bits = estimate.pooled(), estimate.bits_per_token
+    nll, n = pooled.nll.item(), pooled.num_tokens.item()
+    low, high = (bound.item() for bound in pooled.interval())
+    return {
+        "windows": len(bits),
+        "bytes": n,
+        "network_passes": pooled.num_forwards.item(),
+        "nll": nll,
+        "nll_interval": [low, high],
+        "bits_per_byte": nll / n / math.log(2),
+        "bits_per_byte_interval": [bound / n / math.log(2) for bound in (low, high)],
+        "perplexity": math.exp(nll / n),
+        "perplexity_interval": [math.exp(bound / n) for bound in (low, high)],
+        "bits_per_byte_sd_between_windows": bits.std().item() if len(bits) > 1 else None,
     }
-    _show(f"{run}", rows)
+
+
+def _show_rows(rows: dict[str, dict[str, Any]], title: str) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in (
+        "text",
+        "windows",
+        "passes",
+        "nats",
+        "bits per byte",
+        "± masking",
+        "perplexity",
+        "± between windows",
+    ):
+        table.add_column(column, justify="left" if column == "text" else "right")
+    for name, row in rows.items():
+        half = (row["bits_per_byte_interval"][1] - row["bits_per_byte_interval"][0]) / 2
+        spread = row["bits_per_byte_sd_between_windows"]
+        table.add_row(
+            name,
+            f"{row['windows']}",
+            f"{row['network_passes']}",
+            f"{row['nll']:.1f}",
+            f"{row['bits_per_byte']:.4f}",
+            f"{half:.4f}",
+            f"{row['perplexity']:.3f}",
+            "one window" if spread is None else f"{1.96 * spread / math.sqrt(row['windows']):.4f}",
+        )
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 @app.command()

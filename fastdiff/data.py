@@ -131,15 +131,20 @@ def load_documents(data: str | os.PathLike) -> list[bytes]:
         FileNotFoundError: no such file or folder.
         ValueError: a folder without text.
     """
+    return [content for _, content in load_named_documents(data)]
+
+
+def load_named_documents(data: str | os.PathLike) -> list[tuple[str, bytes]]:
+    """The same, each with its path, or with "stdlib"."""
     if data == "stdlib":
-        return _standard_library()
+        return [(data, content) for content in _standard_library()]
     path = Path(data)
     if path.is_file():
-        return [path.read_bytes()]
+        return [(str(path), path.read_bytes())]
     if not path.is_dir():
         raise FileNotFoundError(f"data: expected 'stdlib', a text file or a folder, but there is no {path}")
-    files = _files(path, lambda name: not name.startswith("."))
-    documents = [content for content in (f.read_bytes() for f in files) if _is_text(content)]
+    contents = ((str(f), f.read_bytes()) for f in _files(path, lambda name: not name.startswith(".")))
+    documents = [(name, content) for name, content in contents if _is_text(content)]
     if not documents:
         raise ValueError(f"data: expected a folder with UTF-8 text in it, found none in {path}")
     return documents

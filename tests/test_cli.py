@@ -52,16 +52,45 @@ def test_end_to_end(folder):
     assert "held-out bits per byte" in shown
     assert [r["step"] for r in records(folder / "run")] == [1, 2, 2, 3, 4, 4]
 
-    for proposal in ("stratified", "uniform", "harmonic"):
-        shown = invoke(f"eval run --num-samples 15 --num-sequences 4 --proposal {proposal}")
-        assert "4 x 16 bytes, held-out part of" in shown
-        assert f"60 ({proposal})" in shown
-        bits = float(shown.split("bits per byte")[1].split()[1])
-        assert 7 < bits < 8.5  # hardly trained
-        assert "± from masking" in shown
-    (folder / "other.txt").write_text("x" * 40)
-    assert "2 x 16 bytes, all of other.txt" in invoke("eval run --data other.txt --whole --num-samples 15")
+    for proposal in ("stratified", "systematic", "uniform", "harmonic"):
+        shown = invoke(f"eval run --num-samples 16 --num-sequences 4 --proposal {proposal} --json out.json")
+        assert f"windows of 16 bytes, {proposal}" in shown
+        (row,) = json.loads((folder / "out.json").read_text()).values()
+        assert (row["windows"], row["bytes"], row["network_passes"]) == (4, 64, 64)
+        assert 7 < row["bits_per_byte"] < 8.5  # hardly trained
+        for name, digits in {"nll": 1, "bits_per_byte": 4, "perplexity": 3}.items():
+            low, high = row[name + "_interval"]
+            assert low < row[name] < high
+            assert f"{row[name]:.{digits}f}" in shown
+        assert row["perplexity"] == pytest.approx(2 ** row["bits_per_byte"])
 
+
+def test_eval_of_several_texts(folder):
+    invoke(f"train --data text.txt --out run {SMALL} --eval-every 0")
+    (folder / "texts").mkdir()
+    for name, text in {"a.txt": "x" * 40, "b.txt": "yz" * 30, "short.txt": "y"}.items():
+        (folder / "texts" / name).write_text(text)
+    (folder / "c.txt").write_text("z" * 16)
+    invoke("eval run --data texts --data c.txt --whole --num-samples 16 --json out.json")
+    rows = json.loads((folder / "out.json").read_text())
+    assert {name: row["windows"] for name, row in rows.items()} == {"texts/a.txt": 2, "texts/b.txt": 3, "c.txt": 1}
+    assert rows["c.txt"]["bits_per_byte_sd_between_windows"] is None
+
+
+def test_eval_at_a_tolerance(folder, capsys, monkeypatch):
+    invoke(f"train --data text.txt --out run {SMALL} --eval-every 0")
+    halves = []
+    for tolerance in ("--tolerance 0.0001", ""):
+        invoke(f"eval run --num-samples 16 --num-sequences 4 --json out.json {tolerance}")
+        (row,) = json.loads((folder / "out.json").read_text()).values()
+        low, high = row["bits_per_byte_interval"]
+        halves.append((high - low) / 2)
+    assert halves[0] < 0.0001 < halves[1]
+    assert "tolerance: expected a positive number" in fail(capsys, monkeypatch, "eval run --tolerance 0")
+
+
+def test_samples(folder):
+    invoke(f"train --data text.txt --out run {SMALL} --eval-every 0")
     texts = invoke("sample run --num-samples 2 --steps 4 --length 9 --seed 3 --prompt", "näh")
     assert texts.count("näh") == 2
     assert texts == invoke("sample run --num-samples 2 --steps 4 --length 9 --seed 3 --prompt", "näh")
