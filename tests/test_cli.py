@@ -85,7 +85,7 @@ def test_eval_at_a_tolerance(folder, capsys, monkeypatch):
         (row,) = json.loads((folder / "out.json").read_text()).values()
         low, high = row["bits_per_byte_interval"]
         halves.append((high - low) / 2)
-    assert halves[0] < 0.0001 < halves[1]
+    assert halves[0] < 0.00015 < halves[1]  # the pilot says only about how many it takes
     assert "tolerance: expected a positive number" in fail(capsys, monkeypatch, "eval run --tolerance 0")
 
 
