@@ -1,7 +1,18 @@
 """Fused kernels for discrete-diffusion language models: losses, masking and likelihoods, each in one pass."""
 
 from fastdiff.backends import BackendUnavailable
-from fastdiff.estimators import NLLEstimate, exact_nll, time_free_nll
+from fastdiff.estimators import (
+    InformationCurve,
+    LogRatioEstimate,
+    NLLEstimate,
+    conditional_nll,
+    dse_nll,
+    exact_nll,
+    log_likelihood_ratio,
+    mutual_information,
+    time_free_nll,
+    time_integral_nll,
+)
 from fastdiff.graphs import Absorbing, Uniform
 from fastdiff.linear_losses import linear_dce_loss, linear_dse_loss
 from fastdiff.losses import RowStats, dce_loss, dse_loss
@@ -27,25 +38,32 @@ __all__ = [
     "Cosine",
     "Geometric",
     "HarmonicMask",
+    "InformationCurve",
     "Linear",
     "LogLinear",
+    "LogRatioEstimate",
     "Masked",
     "NLLEstimate",
     "Polynomial",
     "RowStats",
     "Uniform",
+    "conditional_nll",
     "corrupt",
     "dce_loss",
     "dse_loss",
+    "dse_nll",
     "exact_nll",
     "harmonic_mask",
     "linear_dce_loss",
     "linear_dse_loss",
+    "log_likelihood_ratio",
     "mask_exactly",
     "mask_tokens",
+    "mutual_information",
     "sample",
     "sample_mask_counts",
     "sample_times",
     "scored_rows",
     "time_free_nll",
+    "time_integral_nll",
 ]

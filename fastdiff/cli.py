@@ -14,10 +14,11 @@ import torch
 
 from fastdiff import backends
 from fastdiff.data import NUM_BYTES, Text, as_bytes, decode, encode, even_windows, load_documents, load_named_documents
-from fastdiff.estimators import NLLEstimate, time_free_nll
+from fastdiff.estimators import NLLEstimate, dse_nll, time_free_nll
+from fastdiff.graphs import Uniform
 from fastdiff.model import DiffusionTransformer, ModelConfig, read_config, write_atomically
 from fastdiff.sampling import sample as draw_samples
-from fastdiff.training import LOSSES, Record, TrainConfig, time_free
+from fastdiff.training import LOSSES, SCHEDULE, Record, TrainConfig, time_free
 from fastdiff.training import train as run_training
 
 try:
@@ -127,27 +128,41 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="file for the numbers")] = None,
     device: Device = None,
 ) -> None:
-    """Likelihood of texts: nats, bits per byte and perplexity, with 95% intervals of what masking leaves open."""
+    """Likelihood of texts: nats, bits per byte and perplexity, with 95% intervals of what masking leaves open.
+
+    For a model of the uniform graph it is the bound that the integral over its noise gives.
+    """
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance: expected a positive number of bits per byte, got {tolerance}")
     model, loss, trained_on = _load(run, device)
-    if loss == "dse-uniform":
-        raise ValueError("loss: eval does not offer the likelihood of uniform-graph models, 'dse-uniform', yet")
-    length, mask_index = model.config.max_length, model.config.num_states - 1
-    rows = {}
+    if loss == "dse-uniform" and (tolerance is not None or proposal != "stratified"):
+        raise ValueError("tolerance, proposal: not for a model of the uniform graph, integrated over its noise")
+    length, rows = model.config.max_length, {}
     for name, text in _texts(data or [trained_on], length, whole):
         x0 = even_windows(text, length, num_sequences).to(model.lm_head.weight.device)
-        # errors of the windows add up in squares
-        nats = None if tolerance is None else tolerance * math.log(2) * x0.numel() / math.sqrt(len(x0))
-        estimate = time_free_nll(
-            time_free(model, mask_index),
-            x0,
-            mask_index=mask_index,
-            num_samples=num_samples,
-            tolerance=nats,
-            proposal=proposal,
-            seed=seed,
-        )
+        if loss == "dse-uniform":
+            estimate = dse_nll(
+                model,
+                x0,
+                graph=Uniform(model.config.num_states),
+                schedule=SCHEDULE,
+                parametrization="scale_by_sigma",
+                num_samples=num_samples,
+                seed=seed,
+            )
+        else:
+            mask_index = model.config.num_states - 1
+            # errors of the windows add up in squares
+            nats = None if tolerance is None else tolerance * math.log(2) * x0.numel() / math.sqrt(len(x0))
+            estimate = time_free_nll(
+                time_free(model, mask_index),
+                x0,
+                mask_index=mask_index,
+                num_samples=num_samples,
+                tolerance=nats,
+                proposal=proposal,
+                seed=seed,
+            )
         rows[name] = _row(estimate)
     _show_rows(rows, f"{run}, windows of {length} bytes, {proposal}")
     if json_file is not None:

@@ -1,7 +1,21 @@
-"""Likelihood estimators: a model's conditionals in, negative log-likelihoods with standard errors out."""
+"""Likelihood estimators: a model's conditionals or scores in, negative log-likelihoods with standard errors out."""
 
 from fastdiff.estimators.estimate import LogRatioEstimate, NLLEstimate
+from fastdiff.estimators.information import InformationCurve, mutual_information
 from fastdiff.estimators.ratio import log_likelihood_ratio
+from fastdiff.estimators.score_entropy import dse_nll
 from fastdiff.estimators.time_free import conditional_nll, exact_nll, time_free_nll
+from fastdiff.estimators.time_integral import time_integral_nll
 
-__all__ = ["LogRatioEstimate", "NLLEstimate", "conditional_nll", "exact_nll", "log_likelihood_ratio", "time_free_nll"]
+__all__ = [
+    "InformationCurve",
+    "LogRatioEstimate",
+    "NLLEstimate",
+    "conditional_nll",
+    "dse_nll",
+    "exact_nll",
+    "log_likelihood_ratio",
+    "mutual_information",
+    "time_free_nll",
+    "time_integral_nll",
+]

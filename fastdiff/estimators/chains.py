@@ -109,19 +109,18 @@ def _replicates(loss: Tensor, mask: Tensor, weight: Tensor, target: Tensor) -> R
     scored = weight.unsqueeze(3) * revealed / revealed.sum(3, keepdim=True).clamp(min=1)
     values = torch.where(scored > 0, scored * loss, 0.0).sum((2, 3))
 
-    known = loss.detach().nan_to_num(0.0, 0.0, 0.0)  # an infinite loss makes the estimate infinite, not NaN
+    # An infinite loss makes the estimate infinite, not NaN. Any fit leaves it unbiased, so float32 will do.
+    known = loss.detach().nan_to_num(0.0, 0.0, 0.0).float()
     seen = _neighbours_seen(mask)
-    observed = weight.unsqueeze(3) * mask / mask.sum(3, keepdim=True)
-    folds = min(_FOLDS, loss.shape[1])
-    fit = [_moments(known[:, g::folds], seen[:, g::folds], observed[:, g::folds]) for g in range(folds)]
-    mean_loss, mean_seen, slope = _fit(*(torch.stack(part, 1) for part in zip(*fit, strict=True)))
-    fold = torch.arange(loss.shape[1], device=loss.device) % folds
+    observed = (weight / mask.sum(3)).float().unsqueeze(3) * mask
+    fold = torch.arange(loss.shape[1], device=loss.device) % _FOLDS
+    mean_loss, mean_seen, slope = _fit(*(_by_fold(sums, fold) for sums in _moments(known, seen, observed)))
 
     times_scored = scored.sum(2)  # [K, R, L], on average 1 for a target token
     values = values - ((times_scored - target.unsqueeze(1).double()) * mean_loss[:, fold]).sum(2)
-    was_seen = torch.einsum("krql,krqlp->krlp", scored, seen) - times_scored.unsqueeze(3) * mean_seen[:, fold]
+    was_seen = (scored.float().unsqueeze(4) * seen).sum(2) - times_scored.float().unsqueeze(3) * mean_seen[:, fold]
     on_average = target[:, None, :, None] * (_mean_neighbours_seen(target).unsqueeze(1) - mean_seen)[:, fold]
-    return Replicates(values, (slope[:, fold] * (was_seen - on_average)).sum((2, 3)))
+    return Replicates(values, (slope[:, fold] * (was_seen - on_average)).sum((2, 3)).double())
 
 
 def _at(x: Tensor, offset: int) -> Tensor:
@@ -131,30 +130,35 @@ def _at(x: Tensor, offset: int) -> Tensor:
 
 def _neighbours_seen(mask: Tensor) -> Tensor:
     """Which of the two tokens on either side are visible, and whether both next ones are: [..., L, 5]."""
-    visible = (~mask).double()
+    visible = (~mask).float()
     left, right, left2, right2 = (_at(visible, offset) for offset in (-1, 1, -2, 2))
     return torch.stack([left, right, left2, right2, left * right], -1)
 
 
 def _mean_neighbours_seen(target: Tensor) -> Tensor:
     """The mean of `_neighbours_seen` at the time a token is revealed, over random orders of the target tokens."""
-    visible = 1 - target.double() / 2
+    visible = 1 - target.float() / 2
     left, right, left2, right2 = (_at(visible, offset) for offset in (-1, 1, -2, 2))
     both = _at(target, -1) & _at(target, 1)
     return torch.stack([left, right, left2, right2, torch.where(both, 1 / 3, left * right)], -1)
 
 
 def _moments(loss: Tensor, seen: Tensor, observed: Tensor) -> tuple[Tensor, ...]:
-    """Sums over the chains and looks of a fold, per token: observations, weight, loss, features and their products."""
+    """Sums over the looks of a chain, per token: observations, weight, loss, features and their products."""
     weighted = observed.unsqueeze(-1) * seen
     return (
-        (observed > 0).sum((1, 2)).double(),
-        observed.sum((1, 2)),
-        (observed * loss).sum((1, 2)),
-        weighted.sum((1, 2)),
-        torch.einsum("krqlp,krqls->klps", weighted, seen),
-        torch.einsum("krqlp,krql->klp", weighted, loss),
+        (observed > 0).sum(2).float(),
+        observed.sum(2),
+        (observed * loss).sum(2),
+        weighted.sum(2),
+        (weighted.unsqueeze(-1) * seen.unsqueeze(-2)).sum(2),
+        (weighted * loss.unsqueeze(-1)).sum(2),
     )
+
+
+def _by_fold(sums: Tensor, fold: Tensor) -> Tensor:
+    """[K, R, ...] -> [K, G, ...], the chains of each fold together."""
+    return sums.new_zeros(len(sums), int(fold.max()) + 1, *sums.shape[2:]).index_add(1, fold, sums)
 
 
 def _fit(*moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,7 +167,7 @@ def _fit(*moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Slopes are those common to all tokens, and what a token adds to them after shrinkage by `_RIDGE` observations.
     """
     number, weight, loss, seen, products, with_loss = (m.sum(1, keepdim=True) - m for m in moments)
-    per_weight = 1 / weight.clamp(min=1e-300)
+    per_weight = 1 / weight.clamp(min=1e-30)
     mean_loss, mean_seen = loss * per_weight, seen * per_weight.unsqueeze(-1)
     products = products - seen.unsqueeze(-1) * mean_seen.unsqueeze(-2)
     with_loss = with_loss - seen * mean_loss.unsqueeze(-1)

@@ -26,7 +26,7 @@ from fastdiff.reference import subset_weight
 
 PROPOSALS = ("stratified", "systematic", "uniform", "harmonic")
 _MOST_ENUMERATED = 20  # target positions: a million subsets
-_STORED_LOSSES = 2**20  # 8 MB in float64, and ten times that for the control variate
+_STORED_LOSSES = 2**19  # 4 MB in float64, and thirty times that for the control variate
 _PILOT = 2**23  # its steps are after any that an estimate takes
 
 

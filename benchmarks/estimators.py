@@ -1,0 +1,81 @@
+"""Variance and coverage of the likelihood estimators on distributions whose likelihood is known, at equal passes.
+
+`python benchmarks/estimators.py FILE.json --passes 64 --repeats 200`; some ten minutes on two cores.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+sys.path[:0] = [str(Path(__file__).parent.parent / folder) for folder in ("tests", "examples")]
+from oracles import dna_toy, markov_chain, mixture  # noqa: E402
+
+from fastdiff import time_free_nll  # noqa: E402
+
+PROPOSALS = ("harmonic", "uniform", "systematic", "stratified")
+EXACT = 1e-20  # variance of what differs by rounding alone
+
+
+def cases():
+    """Names, oracles and strings [n, L]."""
+    chain = markov_chain(8)
+    for length in (16, 32, 64, 128):
+        yield f"Markov chain, L = {length}", chain, chain.sample(2, length, seed=length)
+    for length in (24, 48, 96):
+        oracle = mixture(length, 6, components=4)
+        yield f"mixture of 4, L = {length}", oracle, oracle.sample(2, length, seed=length)
+    oracle, strings = dna_toy()
+    yield "DNA toy, L = 8", oracle, strings[:2]
+
+
+def measure(oracle, x, passes, repeats):
+    """Variance, and the share of 95% intervals that hold the truth, by proposal."""
+    found = {}
+    for proposal in PROPOSALS:
+        estimate = time_free_nll(
+            oracle, x.expand(repeats, -1), mask_index=oracle.mask_index, num_samples=passes, proposal=proposal
+        )
+        truth, (low, high) = oracle.nll(x), estimate.interval()
+        held = (low - 1e-9 <= truth) & (truth <= high + 1e-9)
+        found[proposal] = {"variance": estimate.nll.var().item(), "coverage": held.double().mean().item()}
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--passes", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=200)
+    options = parser.parse_args()
+    table = Table(title=f"Variance (nats^2) at {options.passes} passes, and coverage of the 95% interval")
+    for column in ("", *PROPOSALS, "harmonic / stratified", "systematic / stratified", "coverage"):
+        table.add_column(column, justify="right")
+    rows, logs = [], {"harmonic": [], "systematic": []}
+    for name, oracle, strings in cases():
+        for x in strings.unsqueeze(1):
+            found = measure(oracle, x, options.passes, options.repeats)
+            rows.append({"case": name, **found})
+            variance = {proposal: result["variance"] for proposal, result in found.items()}
+            exact = variance["stratified"] < EXACT
+            ratios = {who: variance[who] / variance["stratified"] for who in logs}
+            for who, ratio in ratios.items():
+                if not exact:
+                    logs[who].append(math.log(ratio))
+            shown = ["exact" if v < EXACT else f"{v:.3g}" for v in variance.values()]
+            shown += ["" if exact else f"{ratio:.1f}" for ratio in ratios.values()]
+            table.add_row(name, *shown, f"{found['stratified']['coverage']:.1%}")
+    means = {who: math.exp(sum(values) / len(values)) for who, values in logs.items()}
+    Console(width=140).print(table)
+    print("geometric means where it is not exact:", ", ".join(f"{who} {mean:.1f}" for who, mean in means.items()))
+    record = {"passes": options.passes, "repeats": options.repeats, "torch": torch.__version__, "rows": rows}
+    options.file.write_text(json.dumps(record | {"geometric_means": means}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
