@@ -14,7 +14,7 @@ class NLLEstimate:
 
     Attributes:
         nll: [B] float64, nats per sequence.
-        stderr: [B] float64, standard error of nll; 0 where every subset was enumerated.
+        stderr: [B] float64, standard error of nll; 0 where every subset was enumerated, NaN where nll is infinite.
         num_tokens: [B] int64, tokens whose likelihood this is (the prompt is not counted).
         num_forwards: [B] int64, network passes spent.
         degrees_of_freedom: [B] float64, those of stderr; infinite where stderr is 0.
