@@ -119,12 +119,20 @@ def test_uniform_scores_give_the_information_of_the_uniform_graph() -> None:
 
 
 def test_the_batch_size_changes_nothing_and_seeds_and_names_do() -> None:
+    sizes = []
+
+    def model(xt: Tensor) -> Tensor:
+        sizes.append(len(xt))
+        return ORACLE(xt)
+
     def curve(**options) -> list[float]:
         options = {"num_samples": 3, "times": torch.tensor([0.5, 1.0]), "seed": 5, **options}
-        return mutual_information(ORACLE, STRINGS[:4], graph=Absorbing(4), **options).integrand.tolist()
+        return mutual_information(model, STRINGS[:4], graph=Absorbing(4), **options).integrand.tolist()
 
     expected = curve()
+    sizes.clear()
     assert curve(batch_size=5) == pytest.approx(expected, rel=1e-12)
+    assert max(sizes) == 5
     assert curve(seed=6) != expected
     assert curve(sample_ids=torch.arange(1, 5)) != expected
 

@@ -21,7 +21,7 @@ SCHEDULES = [
     LogLinear(0.2),
     Geometric(0.05, 3),
     Cosine(),
-    Linear(0.1, 2),
+    Linear(0.1, 0.8),
     Polynomial(2, 0.1),
 ]
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
