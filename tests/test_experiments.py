@@ -9,7 +9,7 @@ import pytest
 EXPERIMENTS = Path(__file__).parents[1] / "examples" / "experiments.py"
 
 
-@pytest.mark.parametrize("command", ["dna", "markov", "variance", "ratio"])
+@pytest.mark.parametrize("command", ["dna", "markov", "variance", "ratio", "information"])
 def test_a_command_writes_its_numbers_and_its_picture(command: str, tmp_path: Path) -> None:
     environment = os.environ | {"FASTDIFF_DEMO_QUICK": "1", "OMP_NUM_THREADS": "1"}
     process = [sys.executable, str(EXPERIMENTS), command]
