@@ -29,7 +29,7 @@ plt.switch_backend("Agg")  # files, no windows
 
 OUT = Path("runs/demo")
 QUICK = os.environ.get("FASTDIFF_DEMO_QUICK") == "1"  # a few steps of everything, to see that it runs
-PROPOSALS = ("harmonic", "uniform", "stratified")
+PROPOSALS = ("harmonic", "systematic", "stratified")
 PASSES = 8 if QUICK else 64
 console = Console(width=100)
 
@@ -119,7 +119,7 @@ def main() -> None:
         table.add_column(column)
     for proposal, (bits, stderr) in text.items():
         table.add_row(f"held-out bits per byte, {proposal}, {PASSES} passes", f"{bits:.4f} ± {stderr:.4f}")
-    for other in ("uniform", "harmonic"):
+    for other in ("systematic", "harmonic"):
         ratio = (text[other][1] / text["stratified"][1]) ** 2
         table.add_row(f"passes that {other} needs for the error of stratified", f"{ratio:.1f}x")
     table.add_row("DNA: largest error of 128 NLLs", f"{error.max():.3f} nats of {true.min():.2f} to {true.max():.2f}")

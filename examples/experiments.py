@@ -163,9 +163,7 @@ def ratio() -> None:
 
     results = {"ours": measured, "paper": PAPER_RATIO, "texts": texts, "repeats": repeats}
     title = f"Variance of log p(x) - log p(y) in nats², {texts} pairs of 128 bytes, {repeats} repeats of each"
-    setting = (
-        "Our pairs differ in one word, where shared masks gain most; the paper's are LLaDA's, whole answers apart."
-    )
+    setting = "Our pairs differ in one word, where shared masks gain most."
     figure = draw_spreads(measured, title, "samples, each a pass for x and one for y")
     finish("ratio", results, figure, start, spread_table(title, measured, PAPER_RATIO, setting))
 
