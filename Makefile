@@ -16,8 +16,9 @@ help:
 demo: $(VENV)/built
 	$(BIN)/python examples/demo.py
 
+# Two workers of two threads each on two cores: a thread that waits must not spin.
 test: $(VENV)/built
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks --benchmark-only

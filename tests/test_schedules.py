@@ -65,7 +65,7 @@ def test_noise_grows_with_time(schedule: Schedule) -> None:
         (Linear(0.5, 2.0), lambda t: math.exp(-0.5 - 1.5 * t)),
         (Polynomial(3.0, eps=0.01), lambda t: 1 - 0.99 * t**3),
     ],
-    ids=repr,
+    ids=lambda value: repr(value) if isinstance(value, Schedule) else "formula",
 )
 def test_alpha_is_the_published_formula(schedule: Schedule, alpha) -> None:
     t = [0.0, 0.25, 0.5, 0.9, 1.0]

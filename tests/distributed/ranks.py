@@ -1,4 +1,4 @@
-"""Run by torchrun on a few ranks: each function below holds the losses of all ranks against those of one process."""
+"""Run by torchrun on a few ranks with names of functions: each holds the losses of all ranks against one process's."""
 
 import sys
 from functools import partial
@@ -158,5 +158,6 @@ def fsdp_with_a_last_layer_of_its_own():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    globals()[sys.argv[1]]()
+    for function in sys.argv[1:]:
+        globals()[function]()
     dist.destroy_process_group()

@@ -7,6 +7,8 @@ from cases import LOSSES, assert_near, loss_and_grad, loss_of, problem
 from fastdiff import dce_loss, dse_loss
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
+# "none" runs the kernel without and with gradient; the other two are one kernel, the second with a factor.
+SIZES = {"none": (2, 27, 507, 4107), "sum": (2, 507), "mean": (27, 4107)}
 
 
 def both(name, p, slack=1, **options):
@@ -18,12 +20,12 @@ def both(name, p, slack=1, **options):
     return got
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("reduction", SIZES)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_agrees_with_the_reference(name, dtype, reduction, device):
-    for num_states in (2, 27, 507, 4999):
-        both(name, problem((3, 5), num_states, dtype, spread=1.0, device=device), reduction=reduction)
+    for num_states in SIZES[reduction]:
+        both(name, problem((2, 4), num_states, dtype, spread=1.0, device=device), reduction=reduction)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -55,7 +57,7 @@ def test_rows_that_start_beyond_two_to_the_31(shape, name, device):
     "layout", ["next position", "rows apart", "columns apart", "expanded", "four dimensions", "one dimension"]
 )
 def test_layouts(layout, device):
-    p = problem((3, 5), 61, device=device)
+    p = problem((2, 4), 61, device=device)
     if layout == "next position":
         p |= dict(z=p["z"][:, :-1], x0=p["x0"][:, 1:], xt=p["xt"][:, 1:], moved=p["moved"][:, 1:])
         p["weight"] = p["weight"][:, 1:]
@@ -64,7 +66,7 @@ def test_layouts(layout, device):
     if layout == "columns apart":
         p["z"] = torch.stack([p["z"], p["z"]], -1)[..., 0]
     if layout == "expanded":
-        p["z"] = p["z"][:, :1].expand(3, 5, 61)
+        p["z"] = p["z"][:, :1].expand(2, 4, 61)
     if layout == "four dimensions":
         p = {k: v[None].expand(2, *v.shape) if torch.is_tensor(v) else v for k, v in p.items()}
         p["sigma"] = p["sigma"][..., None]
