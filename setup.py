@@ -23,7 +23,7 @@ else:
         ext_modules=[
             CppExtension(
                 "fastdiff._C_cpu",
-                [f"csrc/cpu/{name}.cpp" for name in ("library", "row_loss", "corrupt")],
+                [f"csrc/cpu/{name}.cpp" for name in ("library", "row_loss", "row_sample", "corrupt")],
                 depends=["setup.py"],
                 extra_compile_args={"cxx": [*TARGET, *OPTIMISE, "-fvisibility=hidden", "-Wall"]},
                 py_limited_api=True,

@@ -18,6 +18,8 @@ enum Purpose : uint32_t {
   kSubset = 0x81,
   kCount = 0x82,
   kReplace = 0x83,
+  kRace = 0x85,
+  kStep = 0x86,
   kDerive = 0xFF,
 };
 

@@ -27,8 +27,10 @@ from fastdiff.noising import (
     sample_times,
 )
 from fastdiff.ops.linear_loss import scored_rows
-from fastdiff.sampling import sample
+from fastdiff.reverse import reverse_probs, reverse_step
+from fastdiff.sampling import Generated, sample
 from fastdiff.schedules import Cosine, Geometric, Linear, LogLinear, Polynomial
+from fastdiff.tokens import TokenStats, linear_sample_tokens, sample_tokens
 
 __version__ = "0.1.0"
 
@@ -36,6 +38,7 @@ __all__ = [
     "Absorbing",
     "BackendUnavailable",
     "Cosine",
+    "Generated",
     "Geometric",
     "HarmonicMask",
     "InformationCurve",
@@ -46,6 +49,7 @@ __all__ = [
     "NLLEstimate",
     "Polynomial",
     "RowStats",
+    "TokenStats",
     "Uniform",
     "conditional_nll",
     "corrupt",
@@ -56,13 +60,17 @@ __all__ = [
     "harmonic_mask",
     "linear_dce_loss",
     "linear_dse_loss",
+    "linear_sample_tokens",
     "log_likelihood_ratio",
     "mask_exactly",
     "mask_tokens",
     "mutual_information",
+    "reverse_probs",
+    "reverse_step",
     "sample",
     "sample_mask_counts",
     "sample_times",
+    "sample_tokens",
     "scored_rows",
     "time_free_nll",
     "time_integral_nll",

@@ -2,9 +2,11 @@
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import math
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +17,12 @@ import torch
 from fastdiff import backends
 from fastdiff.data import NUM_BYTES, Text, as_bytes, decode, encode, even_windows, load_documents, load_named_documents
 from fastdiff.estimators import NLLEstimate, dse_nll, time_free_nll
-from fastdiff.graphs import Uniform
+from fastdiff.graphs import Absorbing, Uniform
 from fastdiff.model import DiffusionTransformer, ModelConfig, read_config, write_atomically
 from fastdiff.sampling import sample as draw_samples
 from fastdiff.training import LOSSES, SCHEDULE, Record, TrainConfig, time_free
 from fastdiff.training import train as run_training
+from fastdiff.unmasking import SAMPLERS, TIMED
 
 try:
     import typer
@@ -43,6 +46,7 @@ _RESULTS = {
     "validation_loss": "held-out loss, nats per byte",
 }
 _LENGTH = 128
+_FRAMES = 8  # lines in which a text comes about
 _DEFAULTS = {f.name: f.default for c in (ModelConfig, TrainConfig) for f in dataclasses.fields(c)}
 
 Run = Annotated[Path, typer.Argument(help="run folder of `fastdiff train`")]
@@ -235,30 +239,64 @@ def _show_rows(rows: dict[str, dict[str, Any]], title: str) -> None:
 def sample(
     run: Run,
     prompt: Annotated[str, typer.Option(help="text to go on from")] = "",
+    infill: Annotated[str | None, typer.Option(help="text with {n} where n bytes are to be filled in")] = None,
     length: Annotated[
         int | None, typer.Option(help="bytes, with the prompt", show_default="all the model takes")
     ] = None,
-    steps: Annotated[int, typer.Option(help="reverse steps")] = 128,
+    sampler: Annotated[str, typer.Option(help=", ".join(SAMPLERS))] = "tweedie",
+    steps: Annotated[int | None, typer.Option(help="steps", show_default="as many as bytes to draw")] = None,
+    block_length: Annotated[int | None, typer.Option(help="for the last four samplers; else one block")] = None,
+    guidance: Annotated[float, typer.Option(help="classifier-free; 0 is none")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="below 1: more likely bytes; 0: the likeliest")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="draw from so many likeliest bytes")] = None,
+    top_p: Annotated[float | None, typer.Option(help="draw from the likeliest bytes of so much probability")] = None,
     num_samples: Annotated[int, typer.Option(help="texts to draw")] = 1,
-    temperature: Annotated[float, typer.Option(help="below 1: more likely bytes")] = 1.0,
     seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+    show: Annotated[bool, typer.Option("--show", help="also how each text came about")] = False,
     device: Device = None,
 ) -> None:
-    """Draw texts that begin with a prompt."""
+    """Draw texts: whole ones, after a prompt, or where an infill leaves room."""
     model, loss, _ = _load(run, device)
-    tokens = draw_samples(
-        model,
+    config = model.config
+    graph = (Uniform if loss == "dse-uniform" else Absorbing)(config.num_states)
+    # scores of the absorbing graph hold its conditionals, for the samplers that ask for these
+    by_score = loss == "dse-uniform" or (loss == "dse-absorb" and sampler in TIMED)
+    drawn = draw_samples(
+        model if by_score else time_free(model, config.num_states - 1),
         num_samples=num_samples,
-        length=length or model.config.max_length,
+        length=config.max_length if length is None and infill is None else length,
         steps=steps,
-        graph="uniform" if loss == "dse-uniform" else "absorb",
-        parametrization="scale_by_sigma" if loss.startswith("dse") else "logits",
-        prompt=encode(prompt),
+        graph=graph,
+        parametrization="scale_by_sigma" if by_score else "logits",
+        sampler=sampler,
+        prompt=encode(prompt) if prompt else None,
+        infill=None if infill is None else _blanks(infill),
+        block_length=block_length,
+        guidance=guidance,
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
         seed=seed,
+        return_trajectory=True,
     )
-    for text in map(decode, tokens):
-        typer.echo(text)
+    for text, trajectory in zip(drawn.tokens, drawn.trajectory.unbind(1), strict=True):
+        if show:
+            for step in torch.linspace(0, len(trajectory) - 1, min(_FRAMES, len(trajectory))).round().int().tolist():
+                typer.echo(f"{step:4}  {_dotted(trajectory[step], graph.mask_index)}")
+        typer.echo(decode(text))
+
+
+def _blanks(text: str) -> torch.Tensor:
+    """The bytes of a text, and -1 for each of the n bytes that a "{n}" in it stands for."""
+    parts = re.split(r"\{(\d+)\}", text)  # texts and numbers by turns
+    return torch.cat([torch.full((int(p),), -1) if i % 2 else encode(p) for i, p in enumerate(parts)])
+
+
+def _dotted(tokens: torch.Tensor, mask_index: int | None) -> str:
+    """Tokens on one line, a dot for each mask."""
+    runs = itertools.groupby(tokens.tolist(), key=lambda token: token == mask_index)
+    text = "".join("·" * len(list(run)) if masked else decode(torch.tensor(list(run))) for masked, run in runs)
+    return "".join(c if c.isprintable() else "↵" if c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 @app.command()

@@ -136,8 +136,12 @@ def log_score_from_logits(logits: Tensor, sigma: Tensor, mask_index: int) -> Ten
 
 def scale_by_sigma(out: Tensor, sigma: Tensor, xt: Tensor) -> Tensor:
     """SEDD's tail: log score = out - log e1 - log(V - 1), and 0 at x_t."""
-    shift = _noise(sigma.double())[2] + torch.log(torch.tensor(out.shape[-1] - 1.0, dtype=torch.float64))
-    return (out.double() - shift.unsqueeze(-1)).scatter(-1, xt.unsqueeze(-1), 0)
+    return (out.double() - sigma_shift(sigma, out.shape[-1]).unsqueeze(-1)).scatter(-1, xt.unsqueeze(-1), 0)
+
+
+def sigma_shift(sigma: Tensor, num_states: int) -> Tensor:
+    """log e1 + log(V - 1)."""
+    return _noise(sigma.double())[2] + math.log(num_states - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -193,11 +197,74 @@ def absorb_reverse_step(logits: Tensor, xt: Tensor, sigma_t: Tensor, sigma_s: Te
     return torch.where((xt == mask_index).unsqueeze(-1), probs, F.one_hot(xt, z.shape[-1]).double())
 
 
-def race(log_p: Tensor, draws: Tensor) -> Tensor:
-    """Sample argmin_v E_v / p_v from unsigned 32-bit draws [..., V]; ties go to the lowest index."""
+def uniform_reverse_step(logits: Tensor, xt: Tensor, sigma_t: Tensor, sigma_s: Tensor) -> Tensor:
+    """The uniform graph's p(x_s | x_t) from conditionals c: exp(dS Q)(x_t, y) p_s(y), normalised; p_s is c noised."""
+    z, n = logits.double(), logits.shape[-1]
+    alpha = torch.exp(-sigma_s.double()).unsqueeze(-1)
+    p_s = alpha * torch.softmax(z, -1) + (1 - alpha) / n
+    probs = p_s * transp_transition("uniform", xt, sigma_t.double() - sigma_s.double(), n, None)
+    return probs / probs.sum(-1, keepdim=True)
+
+
+def euler_step(graph: str, log_score: Tensor, xt: Tensor, step_size: Tensor, mask_index: int | None) -> Tensor:
+    """delta + step_size Qbar, with step_size = dt dsigma: [..., V], clamped at 0 and normalised."""
+    rate = reverse_rate(graph, xt, torch.exp(log_score.double()), mask_index)
+    probs = (F.one_hot(xt, rate.shape[-1]) + step_size.double().unsqueeze(-1) * rate).clamp_min(0)
+    return probs / probs.sum(-1, keepdim=True)
+
+
+def reverse_weights(z: Tensor, xt: Tensor, law: Tensor) -> Tensor:
+    """What every reverse step above is, before it is normalised, with law = (theta, kappa, lam, log_here) [..., 4]:
+
+    (e_y - theta T)+ for y != x_t and (kappa e_xt - lam T)+ for x_t, where e = exp(z), T = sum_y e_y, and log_here
+    stands for z at x_t unless it is NaN. Rows are scaled by a number of their own.
+    """
+    theta, kappa, lam, log_here = law.double().unsqueeze(-2).unbind(-1)
+    here = xt.unsqueeze(-1)
+    z = z.double().scatter(-1, here, torch.where(log_here.isnan(), z.double().gather(-1, here), log_here))
+    e = torch.exp(z - z.amax(-1, keepdim=True))
+    total = e.sum(-1, keepdim=True)
+    stay = kappa * e.gather(-1, here) - lam * total
+    return (e - theta * total).scatter(-1, here, stay).clamp_min(0)
+
+
+def kept_logits(z: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """z / temperature where it is at least the top_k-th largest (0: all) and, of those, in the smallest set of largest
+    ones with probability >= top_p; -inf elsewhere. Ties stay together. Temperature 0 keeps the first of the largest."""
+    z = z.double()
+    if temperature == 0:
+        return torch.full_like(z, -torch.inf).scatter(-1, z.argmax(-1, keepdim=True), 0)
+    z = z / temperature
+    if 0 < top_k < z.shape[-1]:
+        z = z.masked_fill(z < z.topk(top_k, -1).values[..., -1:], -torch.inf)
+    if top_p < 1:
+        ranked = z.sort(-1, descending=True).values
+        before = torch.softmax(ranked, -1).cumsum(-1) - torch.softmax(ranked, -1)
+        least = ranked.masked_fill(before >= top_p, torch.inf).amin(-1, keepdim=True)
+        z = z.masked_fill(z < least, -torch.inf)
+    return z
+
+
+def race(log_w: Tensor, draws: Tensor) -> Tensor:
+    """An id v with probability w_v / sum w, by two exponential races from unsigned 32-bit draws [..., 1 + J, C].
+
+    Ids with the same v mod C are a class. Classes race first, argmin E / (sum of their w), with draws[..., 0, :]; then
+    the J ids of the winner, id v with draws[..., 1 + v // C, v % C]. Where V <= C that is one race of all ids. Ties go
+    to the lowest.
+    """
+    classes = draws.shape[-1]
+    log_w = F.pad(log_w.double(), (0, -log_w.shape[-1] % classes), value=-torch.inf).unflatten(-1, (-1, classes))
+    log_e = _exponential(draws).log()
+    first = torch.argmin(log_e[..., 0, :] - torch.logsumexp(log_w, -2), -1)
+    at = first[..., None, None].expand(*log_w.shape[:-1], 1)
+    member = torch.argmin((log_e[..., 1:, :].gather(-1, at) - log_w.gather(-1, at)).squeeze(-1), -1)
+    return member * classes + first
+
+
+def _exponential(draws: Tensor) -> Tensor:
+    """-log of a uniform, from whichever end of (0, 1) keeps its digits."""
     u = (torch.where(draws < 2**31, draws, 2**32 - 1 - draws).double() + 0.5) * 2.0**-32
-    exponential = torch.where(draws < 2**31, -torch.log1p(-u), -torch.log(u))
-    return torch.argmin(torch.log(exponential) - log_p.double(), -1)
+    return torch.where(draws < 2**31, -torch.log1p(-u), -torch.log(u))
 
 
 # ---------------------------------------------------------------------------------------------------------

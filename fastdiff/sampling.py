@@ -1,171 +1,239 @@
-"""Generation: the noise process run backwards, with draws that are a pure function of their names."""
+"""Generation: the noise process run backwards, or masks revealed by confidence, with draws that are named."""
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
-from fastdiff import reference
 from fastdiff.checks import check_choice, check_tokens
-from fastdiff.graphs import Uniform
-from fastdiff.philox import Purpose, draw32
+from fastdiff.evaluating import Model, evaluating
+from fastdiff.graphs import Absorbing, Uniform
+from fastdiff.losses import PARAMETRIZATIONS
 from fastdiff.schedules import LogLinear, Schedule
+from fastdiff.tokens import check_temperature
+from fastdiff.unmasking import SAMPLERS, TIMED, Canvas, Network, Plan, moves_back, reverse, unmask
+
+AnyModel = Model | Callable[..., Any]  # of xt, or of xt and sigma
 
 
-@torch.no_grad()
-def sample(
-    model: Callable[..., Any],
+class Generated(NamedTuple):
+    """Tokens [B, L], the trajectory [steps done + 1, B, L] from noise to them, and how many passes that took, each
+    sequence that the network was asked about counting as one."""
+
+    tokens: Tensor
+    trajectory: Tensor
+    num_forwards: int
+
+
+@overload
+def sample(model: AnyModel, *, return_trajectory: Literal[False] = ..., **options: Any) -> Tensor: ...
+@overload
+def sample(model: AnyModel, *, return_trajectory: Literal[True], **options: Any) -> Generated: ...
+def sample(  # type: ignore[misc]  # the overloads only tell apart what comes back
+    model: AnyModel,
     *,
     num_samples: int = 1,
-    length: int,
-    steps: int,
+    length: int | None = None,
+    steps: int | None = None,
     mask_index: int | None = None,
-    graph: str = "absorb",
+    graph: str | Absorbing | Uniform = "absorb",
     parametrization: str = "logits",
     sampler: str = "tweedie",
     schedule: Schedule | None = None,
     prompt: Tensor | None = None,
+    infill: Tensor | None = None,
+    block_length: int | None = None,
+    guidance: float = 0.0,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    exclude_mask: bool = True,
     seed: int = 0,
-) -> Tensor:
-    """Draw sequences, from pure noise, in at most `steps` network passes.
+    return_trajectory: bool = False,
+    backend: str | None = None,
+) -> Tensor | Generated:
+    """Draws sequences from a model: whole ones, after a prompt, or around the tokens of an infill.
 
-    A step goes from noise sigma_t to sigma_s, the times evenly spaced from 1 to 0; the last one goes to no
-    noise at all, so that no mask is left. Each position follows its own law p(x_s | x_t) (Tweedie):
+    By noise, at times evenly spaced from 1 to 0; the last step goes to no noise at all, so that no mask is left:
 
-    - from logits of the conditionals c: a mask stays with probability (1 - alpha_s) / (1 - alpha_t), else it
-      is drawn from c;
-    - from scores: proportional to (exp(-dS Q) score)_y exp(dS Q)(x_t, y), clamped at 0,
-      dS = sigma_t - sigma_s.
+    - "tweedie", "ancestral": p(x_s | x_t) of each token by itself. From conditionals, a mask is revealed with
+      probability 1 - (1 - alpha_s) / (1 - alpha_t) and then drawn from them; else see `reverse_step`.
+    - "euler": by rates; from conditionals, with probability (t - s) dsigma(t) / expm1(sigma(t)).
 
-    Draws are named by seed, step, sequence, position and token: no sequence depends on those beside it.
+    By conditionals of the absorbing graph alone:
+
+    - "first_hitting": in each pass one position, drawn uniformly. Exact.
+    - "confidence", "margin", "entropy", "random" (LLaDA, Dream): in blocks from left to right, each with its share of
+      the steps. A step draws a token for every mask of the block and reveals those with the largest probability of
+      their token, gap between the largest two, or negative entropy, or at random: n // k of n masks in k steps, and
+      one more in the first n % k.
+
+    A sequence that reveals nothing in a step is not passed through the network; nothing is once no mask is left.
+    Draws are named by seed, step, sequence and position: no sequence depends on those beside it.
 
     Args:
-        model: called as `model(xt)` for "logits", as `model(xt, sigma)` for "scale_by_sigma", with xt int64
-            [num_samples, length] and sigma float32 [num_samples]. It gives [num_samples, length, V], or an
-            object that has it as `.logits`. An nn.Module should be in evaluation mode.
-        num_samples, length, steps: sequences, tokens in each (those of the prompt too), reverse steps.
+        model: xt int64 [b, L] -> logits [b, L, V] of the conditionals p(x_0 | x_t), or an object with `.logits`; or a
+            pair (body, lm_head) of xt -> hidden states [b, L, D] and the last layer, whose logits are made only where
+            tokens are drawn. For scores or the uniform graph a callable of xt and sigma, float32 [b]. A module is put
+            into evaluation mode meanwhile.
+        num_samples, length: sequences, tokens in each (those of the prompt too). An infill has a length.
+        steps: None means as many as there are positions after the prompt.
         mask_index: id of the mask (absorbing graph); None means the last of `model.config.num_states`.
-        graph: "absorb", or "uniform" for a model that has `config.num_states`, from which its noise is drawn.
-        parametrization: "logits" of p(x_0 | x_t) (absorbing graph only), or "scale_by_sigma", see `dse_loss`.
-        sampler: "tweedie".
-        schedule: the noise; None means `LogLinear()`.
+        graph: "absorb", or "uniform" for a model that has `config.num_states`; or an `Absorbing` or `Uniform`.
+        parametrization: what the model gives: "logits" ("log_probs"), or "log_score", "scale_by_sigma", see `dse_loss`.
+        sampler: one of the above.
+        schedule: the noise of "tweedie", "ancestral" and "euler"; None means `LogLinear()`.
         prompt: [P] or [num_samples, P] int64 first tokens, kept as they are.
-        temperature: > 0; the law of the token that replaces x_t is raised to 1 / temperature.
+        infill: [L] or [num_samples, L] int64 tokens to keep, with -1 (or the mask) where tokens are drawn.
+        block_length: of LLaDA's blocks, which start after the prompt; None means one block.
+        guidance: classifier-free, w: from logits un + (w + 1) (cond - un), un with the given tokens masked too.
+        temperature: >= 0; the law of the token that replaces x_t is raised to 1 / temperature; 0 takes the likeliest.
+        top_k, top_p, exclude_mask: see `sample_tokens`, for conditionals of the absorbing graph. A mask that is drawn
+            stays one.
         seed: names the draws.
+        return_trajectory: give a `Generated`.
+        backend: None for the best that can run, else "cpu", "triton" or "reference".
 
     Returns:
-        int64 [num_samples, length].
+        int64 [num_samples, length], or a `Generated`, on the device of the module, else on that of the tokens given.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, or a model that returns another shape.
+        BackendUnavailable: the backend named cannot run here.
     """
-    check_choice("graph", graph, ("absorb", "uniform"))
-    check_choice("parametrization", parametrization, ("logits", "scale_by_sigma"))
-    check_choice("sampler", sampler, ("tweedie",))
-    if graph == "uniform" and parametrization == "logits":
-        raise ValueError("parametrization: the uniform graph needs scores, 'scale_by_sigma', got 'logits'")
-    for name, value in (("num_samples", num_samples), ("length", length), ("steps", steps)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
-    mask_index = _mask_index(model, mask_index) if graph == "absorb" else None
-    if prompt is not None:
-        _check_prompt(prompt, num_samples, length, mask_index)
-    xt, moving = _start(model, num_samples, length, mask_index, prompt, seed)
-    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=xt.device)
-    sigmas = (schedule or LogLinear()).total_noise(times)
-    sigmas[-1] = 0
+    check_choice("parametrization", parametrization, PARAMETRIZATIONS)
+    check_choice("sampler", sampler, tuple(SAMPLERS))
+    graph = _graph(model, graph, mask_index)
+    given = _given(num_samples, length, prompt, infill, graph.mask_index)
+    start = 0 if prompt is None else prompt.shape[-1]
+    _check_plan(sampler, given.shape[1] - start, steps=steps, block_length=block_length, schedule=schedule)
+    options: dict[str, Any] = dict(mask_index=graph.mask_index, temperature=check_temperature(temperature))
+    options |= dict(seed=seed, backend=backend)
+    by_sigma = graph.name == "uniform" or parametrization not in ("logits", "log_probs")
+    if by_sigma:
+        only = dict(guidance=guidance or None, top_k=top_k, top_p=top_p, exclude_mask=None if exclude_mask else False)
+        _check_by_sigma(model, sampler, **only)
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance: expected a finite number, got {guidance}")
 
-    for step in range(steps):
-        if mask_index is not None:
-            moving = xt == mask_index
-        sequence, position = moving.nonzero(as_tuple=True)
-        if not len(sequence):
-            break
-        inputs = (xt,) if parametrization == "logits" else (xt, sigmas[step].float().expand(num_samples))
-        rows, old = _logits(model(*inputs), xt)[moving], xt[moving]  # [M, V], [M]
-        probs = _tweedie(rows, old, sigmas[step], sigmas[step + 1], mask_index, parametrization)
-        probs = _temper(probs, old, temperature)
-        tokens = torch.arange(probs.shape[1], device=xt.device)
-        draws = draw32(seed, Purpose.RACE, step, sequence.unsqueeze(1), position.unsqueeze(1), tokens)
-        xt[moving] = reference.race(probs.log(), draws)
-    return xt
-
-
-def _tweedie(
-    rows: Tensor, xt: Tensor, sigma_t: Tensor, sigma_s: Tensor, mask_index: int | None, parametrization: str
-) -> Tensor:
-    """p(x_s | x_t) from the network's rows [M, V] at tokens xt [M]; uniform without a mask_index."""
-    if parametrization == "logits" and mask_index is not None:
-        return reference.absorb_reverse_step(rows, xt, sigma_t, sigma_s, mask_index)
-    log_score = reference.scale_by_sigma(rows, sigma_t, xt)
-    graph = "uniform" if mask_index is None else "absorb"
-    probs = reference.reverse_step(graph, log_score, xt, sigma_t, sigma_s, mask_index)
-    if mask_index is not None and sigma_s == 0:
-        probs[:, mask_index] = 0  # learned scores do not add up, which would leave masks
-    return probs
-
-
-def _temper(probs: Tensor, xt: Tensor, temperature: float) -> Tensor:
-    """Raise the law [M, V] of what replaces xt [M] to 1 / temperature; the probability of a change stays."""
-    here = xt.unsqueeze(-1)
-    change = probs.scatter(-1, here, 0)
-    law = torch.softmax(change.log() / temperature, -1).nan_to_num(0)  # NaN where nothing can change
-    return (law * change.sum(-1, keepdim=True)).scatter(-1, here, probs.gather(-1, here))
-
-
-def _start(
-    model: Callable[..., Any],
-    num_samples: int,
-    length: int,
-    mask_index: int | None,
-    prompt: Tensor | None,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    """Noise with the prompt in front, int64, and where it may change, bool: [num_samples, length] each."""
-    device = torch.device("cpu") if prompt is None else prompt.device
-    if isinstance(model, nn.Module):
-        device = next((p.device for p in model.parameters()), device)
-    if mask_index is None:
-        xt = Uniform(_num_states(model, "graph")).sample_limit(num_samples, length, seed=seed, device=device)
+    network = Network(model, guidance if (given >= 0).any() else 0.0)  # with nothing given, un is cond
+    canvas = _canvas(network, given, graph, start, seed)
+    steps = given.shape[1] - start if steps is None else steps
+    plan = Plan(steps, block_length, moves_back(schedule or LogLinear(), steps, euler=sampler == "euler"))
+    if plan.moves and plan.moves[0].sigma == math.inf and (by_sigma or sampler == "euler"):
+        raise ValueError(f"schedule: expected finite noise at time 1 (an eps > 0), got {schedule}")
+    if by_sigma:
+        options |= dict(graph=graph.name, parametrization=parametrization)
+        filling = reverse(canvas, network, plan, options)
     else:
-        xt = torch.full((num_samples, length), mask_index, device=device)
-    moving = torch.ones_like(xt, dtype=torch.bool)
-    if prompt is not None:
-        xt[:, : prompt.shape[-1]] = prompt.to(device)
-        moving[:, : prompt.shape[-1]] = False
-    return xt, moving
+        options |= dict(exclude_mask=exclude_mask, top_k=top_k, top_p=top_p)
+        filling = unmask(canvas, network, plan, SAMPLERS[sampler], options)
+
+    frames = [canvas.xt.clone()]
+    with evaluating(network.body, steps, unit="steps") as advance:
+        for _ in filling:
+            advance(1)
+            if return_trajectory:
+                frames.append(canvas.xt.clone())
+    return Generated(canvas.xt, torch.stack(frames), network.num_forwards) if return_trajectory else canvas.xt
 
 
-def _check_prompt(prompt: Tensor, num_samples: int, length: int, mask_index: int | None) -> None:
+def _canvas(network: Network, given: Tensor, graph: Absorbing | Uniform, start: int, seed: int) -> Canvas:
+    """Noise around what is given, on the model's device."""
+    module, device = getattr(network.body, "__self__", network.body), given.device
+    if network.lm_head is not None:
+        device = network.lm_head.device
+    elif isinstance(module, nn.Module):
+        device = next((p.device for p in module.parameters()), device)
+    given = given.to(device)
+    if isinstance(graph, Uniform):
+        noise = graph.sample_limit(*given.shape, seed=seed, device=device)
+    else:
+        noise = graph.sample_limit(*given.shape, device=device)
+    return Canvas(given.where(given >= 0, noise), given < 0, graph.mask_index, start, seed)
+
+
+def _given(
+    num_samples: int, length: int | None, prompt: Tensor | None, infill: Tensor | None, mask_index: int | None
+) -> Tensor:
+    """Tokens that are given, and -1 elsewhere: int64 [num_samples, length]."""
+    if num_samples < 1:
+        raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
+    if infill is not None:
+        if prompt is not None:
+            raise ValueError("prompt, infill: expected one of the two; an infill may begin with a prompt")
+        return _spread_infill(infill, num_samples, length, mask_index)
+    if length is None or length < 1:
+        raise ValueError(f"length: expected at least 1, got {length}")
+    if prompt is None:
+        return torch.full((num_samples, length), -1)
     check_tokens("prompt", prompt, None)
     if prompt.dim() not in (1, 2) or prompt.shape[-1] > length or prompt.shape[:-1] not in ((), (num_samples,)):
         raise ValueError(f"prompt: expected shape [P] or [{num_samples}, P], P <= {length}, got {tuple(prompt.shape)}")
     if (prompt < 0).any() or (mask_index is not None and (prompt == mask_index).any()):
         raise ValueError("prompt: expected ids >= 0 other than the mask's")
+    given = torch.full((num_samples, length), -1, device=prompt.device)
+    given[:, : prompt.shape[-1]] = prompt
+    return given
 
 
-def _mask_index(model: Callable[..., Any], mask_index: int | None) -> int:
-    mask_index = _num_states(model, "mask_index") - 1 if mask_index is None else mask_index
+def _spread_infill(infill: Tensor, num_samples: int, length: int | None, mask_index: int | None) -> Tensor:
+    check_tokens("infill", infill, None)
+    if infill.dim() not in (1, 2) or infill.shape[-1] < 1 or infill.shape[:-1] not in ((), (num_samples,)):
+        raise ValueError(f"infill: expected shape [L] or [{num_samples}, L], L >= 1, got {tuple(infill.shape)}")
+    if length not in (None, infill.shape[-1]):
+        raise ValueError(f"length: expected that of the infill, {infill.shape[-1]}, or None, got {length}")
+    if (infill < -1).any():
+        raise ValueError(f"infill: expected ids >= 0, or -1 where tokens are drawn, got {int(infill.min())}")
+    given = infill.long() if mask_index is None else infill.long().masked_fill(infill == mask_index, -1)
+    return given.expand(num_samples, -1)
+
+
+def _check_plan(sampler: str, positions: int, **options: Any) -> None:
+    for name, value in options.items():
+        if value is not None and name not in SAMPLERS[sampler].takes:
+            raise ValueError(f"{name}: the sampler {sampler!r} takes none, got {value!r}")
+    steps, block_length = options["steps"], options["block_length"]
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps}")
+    if block_length is None:
+        return
+    if block_length < 1 or positions % block_length:
+        raise ValueError(f"block_length: expected a divisor of the {positions} positions to fill, got {block_length}")
+    if steps is not None and positions and steps % (positions // block_length):
+        raise ValueError(f"steps: expected a multiple of the {positions // block_length} blocks, got {steps}")
+
+
+def _check_by_sigma(model: AnyModel, sampler: str, **options: Any) -> None:
+    """What scores and the uniform graph do not go with."""
+    if sampler not in TIMED:
+        raise ValueError(f"sampler: {sampler!r} needs conditionals of the absorbing graph; expected one of {TIMED}")
+    if not callable(model):
+        raise TypeError(f"model: expected a callable of xt and sigma, got {model!r}")
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name}: needs conditionals of the absorbing graph, got {value}")
+
+
+def _graph(model: AnyModel, graph: str | Absorbing | Uniform, mask_index: int | None) -> Absorbing | Uniform:
+    if isinstance(graph, Absorbing | Uniform):
+        if mask_index not in (None, graph.mask_index):
+            raise ValueError(f"mask_index: expected that of {graph} or None, got {mask_index}")
+        return graph
+    check_choice("graph", graph, ("absorb", "uniform"))
+    if graph == "uniform":
+        return Uniform(_num_states(model, "graph"))
+    if mask_index is None:
+        return Absorbing(_num_states(model, "mask_index"))
     if mask_index < 0:
         raise ValueError(f"mask_index: expected an id >= 0, got {mask_index}")
-    return mask_index
+    return Absorbing(mask_index + 2, mask_index)  # how many ids there are, the model will tell; here it does not matter
 
 
-def _num_states(model: Callable[..., Any], name: str) -> int:
+def _num_states(model: AnyModel, name: str) -> int:
     try:
-        return model.config.num_states  # type: ignore[attr-defined]
+        return model.config.num_states  # type: ignore[union-attr]
     except AttributeError:
         raise ValueError(f"{name}: expected a model with config.num_states, which it follows from") from None
-
-
-def _logits(output: Any, xt: Tensor) -> Tensor:
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != xt.shape:
-        came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"model: expected [{xt.shape[0]}, {xt.shape[1]}, V] numbers, got {came}")
-    return logits

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastdiff.kernels import row_loss
+from fastdiff.kernels import row_loss, row_sample
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
 FUNCTORS = ["dce", "dse_absorb", "dse_uniform", "dse_uniform_logits"]
@@ -18,7 +18,7 @@ FUNCTORS = ["dce", "dse_absorb", "dse_uniform", "dse_uniform_logits"]
 
 def compiled(kernel, types, config, capability):
     """The kernel for a compute capability. Pointers are multiples of 16, as torch's are, and so is what is "i32:16"."""
-    options = {name: value for name, value in config.items() if name in ("num_warps", "num_stages")}
+    options = {name: value for name, value in config.items() if name in ("num_warps", "num_stages", "maxnreg")}
     constants = {name: value for name, value in config.items() if name not in options}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
@@ -41,6 +41,18 @@ def compiled_row_loss(functor, dtype, with_grad, with_stats, config, capability)
     constants |= dict(CONTIGUOUS=True, VEC=16 // dtype.itemsize)
     constants |= (dict(SIGMA=None) if functor == "dce" else {}) | ({} if with_stats else dict(STATS=None))
     return compiled(row_loss.row_loss_kernel, types, constants | config, capability)
+
+
+def compiled_row_sample(options, dtype, config, capability):
+    types = dict.fromkeys(["XT", "EXCLUDE", "SEED", "STEP_NUMBER", "SAMPLE_IDS", "POSITIONS", "TOKENS"], "*i64")
+    types |= dict(Z=POINTERS[dtype], LIVE="*i1", LAW="*fp64", ARGMAX="*i64", STATS="*fp32")
+    types |= dict.fromkeys(["V", "num_excluded", "inner", "top_k"], "i32")
+    types |= dict.fromkeys(["stride_outer", "stride_inner"], "i64") | dict.fromkeys(["temperature", "top_p"], "fp32")
+    constants = dict(LAW=None, ARGMAX=None, STATS=None, GREEDY=False, TWO_SUMS=False, KEPT=False)
+    constants |= dict(VEC=16 // dtype.itemsize) | options | config
+    for given in [name for name, value in options.items() if value is True and name in types]:
+        del constants[given]
+    return compiled(row_sample.row_sample_kernel, types, constants, capability)
 
 
 def resources(binary):

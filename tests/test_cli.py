@@ -97,6 +97,27 @@ def test_samples(folder):
     assert texts == invoke("sample run --num-samples 2 --steps 4 --length 9 --seed 3 --prompt", "näh")
 
 
+def test_infill_and_how_it_came_about(folder):
+    invoke(f"train --data text.txt --out run {SMALL} --eval-every 0")
+    shown = invoke("sample run --sampler confidence --block-length 5 --show --infill", "ab{9}\nä{1}")
+    views = [line[6:] for line in shown.split("\n")[:8]]
+    assert [line[:6].strip() for line in shown.split("\n")[:8]] == ["0", "1", "3", "4", "6", "7", "9", "10"]
+    assert views[0] == "ab·········↵ä·"
+    assert [view.count("·") for view in views] == [10, 9, 7, 6, 4, 3, 1, 0]
+    assert all(view.startswith("ab") for view in views)
+    assert "\n".join(shown.split("\n")[8:]) == invoke(
+        "sample run --sampler confidence --block-length 5 --infill", "ab{9}\nä{1}"
+    )
+    assert invoke("sample run --infill", "as it is\n") == "as it is\n\n"
+
+
+@pytest.mark.parametrize("options", ["", "--top-k 1", "--top-p 1e-9", "--temperature 0"])
+def test_samplers(folder, options):
+    invoke(f"train --data text.txt --out run {SMALL} --eval-every 0")
+    texts = {invoke(f"sample run --sampler entropy --seed {seed} {options}") for seed in range(3)}
+    assert len(texts) == (1 if options else 3)
+
+
 def test_resume_equals_an_unbroken_run(folder):
     invoke(f"train --data text.txt --out unbroken {SMALL} {EVALUATION}")
     invoke(f"train --data text.txt --out run {SMALL} {EVALUATION} --steps 2")
@@ -126,7 +147,12 @@ def test_interrupt(folder, monkeypatch):
 def test_score_entropy_runs(folder, capsys, monkeypatch, loss):
     shown = invoke(f"train --data text.txt --out run {SMALL} {EVALUATION} --loss {loss}")
     assert ("held-out loss" if loss == "dse-uniform" else "held-out bits per byte") in shown
-    assert invoke("sample run --steps 4 --length 8 --prompt ab").startswith("ab")
+    for sampler in ("tweedie", "euler") if loss == "dse-uniform" else ("tweedie", "euler", "confidence"):
+        shown = invoke(f"sample run --sampler {sampler} --steps 3 --length 8 --prompt ab --show")
+        assert "\n   3  ab" in shown
+        assert "\n   4  ab" not in shown
+        assert "\nab" in shown
+        assert shown.startswith("   0  ab······" if loss == "dse-absorb" else "   0  ab")
     assert "bits per byte" in invoke("eval run --num-samples 15 --num-sequences 4 --json out.json")
     (row,) = json.loads((folder / "out.json").read_text()).values()
     assert 6 < row["bits_per_byte"] < math.inf
@@ -166,6 +192,10 @@ def test_user_errors_are_one_line(folder, capsys, monkeypatch):
     expect("train --out run --resume --lr 0.5", "lr: the run in run has 0.001, got 0.5")
     expect("eval run --proposal best --num-samples 15", "proposal: expected one of")
     expect("sample run --prompt 0123456789abcdefg", "prompt: expected shape")
+    expect("sample run --prompt a --infill b{3}", "prompt, infill: expected one of the two")
+    expect("sample run --infill b{99}", "xt: expected a length in [1, 16], got 100")
+    expect("sample run --sampler best", "sampler: expected one of")
+    expect("sample run --sampler margin --block-length 3", "block_length: expected a divisor of the 16 positions")
     expect("sample run --length 99", "xt: expected a length in [1, 16], got 99")
     (folder / "run" / "trainer.pt").write_bytes(b"half")
     expect("train --out run --resume", "trainer.pt: damaged or cut short")

@@ -13,9 +13,9 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from ahead_of_time import FUNCTORS, POINTERS, compiled, compiled_row_loss, resources
+from ahead_of_time import FUNCTORS, POINTERS, compiled, compiled_row_loss, compiled_row_sample, resources
 
-from fastdiff.kernels import corrupt, linear_loss, row_loss
+from fastdiff.kernels import corrupt, linear_loss, row_loss, row_sample
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/kernels runs on the GPU itself")
@@ -39,6 +39,28 @@ def test_row_loss_compiles_to_wide_loads_and_no_spills(capability, functor, dtyp
         ptx = binary.asm["ptx"]
         assert re.search(r"ld\.global[\w.:]*\.v4\.b32", ptx)
         assert not with_grad or re.search(r"st\.global[\w.:]*\.v4\.b32", ptx)
+
+
+STATS = dict(ARGMAX=True, STATS=True)
+DRAWS = {
+    "plain": {},
+    "kept": dict(KEPT=True),
+    "statistics": STATS,
+    "statistics, temperature": STATS | dict(TWO_SUMS=True),
+    "law": dict(LAW=True),
+    "law, temperature": dict(LAW=True, TWO_SUMS=True),
+}
+
+
+@pytest.mark.parametrize("dtype", list(POINTERS), ids=str)
+@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_row_sample_compiles_to_wide_loads_and_no_spills(capability, name, dtype):
+    careful = name.startswith(("statistics", "law"))
+    config = row_sample.CAREFUL if careful else row_loss.LARGE[dtype.itemsize]
+    binary = compiled_row_sample(DRAWS[name], dtype, config, capability)
+    assert resources(binary)[1] == 0
+    assert re.search(r"ld\.global[\w.:]*\.v4\.b32", binary.asm["ptx"])
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -15,6 +15,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
   m.impl("mask_exactly.cpu", TORCH_BOX(&mask_exactly));
   m.impl("harmonic_mask.cpu", TORCH_BOX(&harmonic_mask));
   m.impl("uniform_tokens.cpu", TORCH_BOX(&uniform_tokens));
+  m.impl("row_sample.cpu", TORCH_BOX(&row_sample));
+  m.impl("reverse_rows.cpu", TORCH_BOX(&reverse_rows));
 }
 
 namespace {

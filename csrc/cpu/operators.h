@@ -32,4 +32,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> harmonic_mask(Tensor x0, std::optiona
                                                          Tensor sample_ids, int64_t mask_index);
 Tensor uniform_tokens(Tensor x0, Tensor p, Tensor seed, Tensor steps, Tensor sample_ids, int64_t num_states);
 
+std::tuple<Tensor, Tensor, Tensor> row_sample(Tensor z, Tensor xt, Tensor live, std::optional<Tensor> law,
+                                              std::optional<Tensor> exclude, Tensor seed, Tensor step,
+                                              Tensor sample_ids, Tensor positions, double temperature, int64_t top_k,
+                                              double top_p, bool with_stats);
+Tensor reverse_rows(Tensor z, Tensor xt, Tensor live, Tensor law);
+
 }  // namespace fastdiff

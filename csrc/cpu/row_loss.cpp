@@ -28,7 +28,7 @@ FASTDIFF_HD void row_loss_rows(const RowLoss& op, int64_t begin, int64_t end) {
       if constexpr (kGrad) std::memset(static_cast<void*>(grad), 0, op.num_states * sizeof(T));
       continue;
     }
-    const T* z = static_cast<const T*>(op.z) + op.row_offset(r);
+    const T* z = static_cast<const T*>(op.z) + row_offset(op.tensor, r);
     const Row<T> row{z, grad, op.num_states, op.x0[r], op.excluded(r)};
     if (op.functor == Functor::dce)
       op.loss[r] = dce_row<kGrad>(row, op.row_weight(r), op.z_loss, scratch, op.stats ? op.stats + r : nullptr);

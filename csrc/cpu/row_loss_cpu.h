@@ -59,15 +59,6 @@ struct RowLoss {
         z_loss(z_loss_),
         scored(rows) {}
 
-  int64_t row_offset(int64_t row) const {
-    int64_t offset = 0;
-    for (int64_t d = tensor.dim() - 2; d >= 0; --d) {
-      offset += row % tensor.size(d) * tensor.stride(d);
-      row /= tensor.size(d);
-    }
-    return offset;
-  }
-
   bool in_part() const { return all_states != num_states; }
 
   bool uniform() const { return functor == Functor::dse_uniform || functor == Functor::dse_uniform_logits; }

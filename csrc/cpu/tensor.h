@@ -40,4 +40,14 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
+// Where row `row` of z [..., V] begins.
+inline int64_t row_offset(const Tensor& z, int64_t row) {
+  int64_t offset = 0;
+  for (int64_t d = z.dim() - 2; d >= 0; --d) {
+    offset += row % z.size(d) * z.stride(d);
+    row /= z.size(d);
+  }
+  return offset;
+}
+
 }  // namespace fastdiff

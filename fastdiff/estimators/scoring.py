@@ -5,16 +5,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdiff.checks import check_bool, check_tensor, check_tokens, check_values
+from fastdiff.evaluating import Model, evaluating, model_parts
 from fastdiff.linear_losses import linear_dce_loss
 from fastdiff.losses import dce_loss
 from fastdiff.noising import Masked, mask_exactly
-
-# xt [b, L] -> logits [b, L, V] or an object with `.logits`; or a pair of xt -> hidden states [b, L, D] (or an
-# object with `.last_hidden_state`) and the last layer, an nn.Linear or its weight [V, D].
-Model = Callable[[Tensor], Any] | tuple[Callable[[Tensor], Tensor], nn.Linear | Tensor]
 
 _LOGITS_PER_BATCH = 2**26  # 256 MB in float32
 _LEAST_VOCABULARY = 1024  # what a network holds for a token, logits aside, counts as this many
@@ -58,7 +55,7 @@ class Scorer:
             raise ValueError("target: expected positions inside the lengths, got one after them")
         if (target & (x0 == mask_index)).any():
             raise ValueError(f"x0: expected no mask (mask_index={mask_index}) at the target positions, got one")
-        self.body, self.lm_head, self.bias = _parts(model)
+        self.body, self.lm_head, self.bias = model_parts(model)
         self.x0, self.target, self.mask_index = x0, target, mask_index
         self.exclude_mask, self.batch_size, self.backend = exclude_mask, batch_size, backend
         self.differentiable = differentiable
@@ -122,19 +119,9 @@ class Scorer:
 
     @contextmanager
     def evaluating(self, num_rows: int) -> Iterator[None]:
-        """Around `num_rows` passes: a progress bar on a terminal; unless differentiable, no gradients, and an
-        nn.Module, or that of a method, in evaluation mode, with each submodule back in its own afterwards."""
-        module = getattr(self.body, "__self__", self.body)
-        modules = list(module.modules()) if isinstance(module, nn.Module) and not self.differentiable else []
-        modes = [module.training for module in modules]
-        try:
-            for module in modules:
-                module.training = False
-            with torch.set_grad_enabled(self.differentiable), _progress(num_rows) as self._advance:
-                yield
-        finally:
-            for module, mode in zip(modules, modes, strict=True):
-                module.training = mode
+        """Around `num_rows` passes, see `fastdiff.evaluating`."""
+        with evaluating(self.body, num_rows, differentiable=self.differentiable) as self._advance:
+            yield
 
     def _check(self, what: str, output: Any, shape: torch.Size, width: str) -> None:
         check_tensor(f"model's {what}", output)
@@ -155,33 +142,6 @@ def equal_rows(keys: Tensor) -> list[Tensor]:
     _, group = keys.unique(dim=0, return_inverse=True)
     order = group.argsort(stable=True)
     return list(order.split(group.bincount().tolist())) if len(keys) else []
-
-
-def _parts(model: Model) -> tuple[Callable[[Tensor], Any], Tensor | None, Tensor | None]:
-    """What to call, and the last layer's weight and bias if that is apart."""
-    if not isinstance(model, tuple):
-        return model, None, None
-    if len(model) != 2 or not isinstance(model[1], nn.Linear | Tensor):
-        raise TypeError(
-            f"model: expected a callable, or a pair (body, lm_head) with an nn.Linear or its weight, got {model!r}"
-        )
-    body, lm_head = model
-    return (body, lm_head, None) if isinstance(lm_head, Tensor) else (body, lm_head.weight, lm_head.bias)
-
-
-@contextmanager
-def _progress(num_rows: int) -> Iterator[Callable[[int], None]]:
-    """What to call with the passes just made; it shows nothing unless stderr is a terminal and rich is installed."""
-    try:
-        from rich.console import Console
-        from rich.progress import Progress
-    except ImportError:
-        yield lambda num_rows: None
-        return
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("network passes", total=num_rows)
-        yield lambda num_rows: bar.advance(task, num_rows)
 
 
 def _check_x0(x0: Tensor, lengths: Tensor | None) -> Tensor:

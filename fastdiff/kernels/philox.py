@@ -35,13 +35,22 @@ def stream(seed, purpose: tl.constexpr, step, sample_id):
 
 
 @triton.jit
-def draw(k0, k1, sample, purpose_step, first, n: tl.constexpr):
-    """Draws first .. first + n - 1 of a stream, uint32 [n]; first is a multiple of 4."""
+def draw(k0, k1, sample, purpose_step, first, n: tl.constexpr, row=0):
+    """Draws first .. first + n - 1 of a row (uint32) of a stream, uint32 [n]; first is a multiple of 4."""
     group = (first // 4 + tl.arange(0, n // 4)).to(tl.uint32)
     zero = tl.zeros_like(group)
-    w0, w1, w2, w3 = philox4x32(k0 + zero, k1 + zero, group, zero, sample + zero, purpose_step + zero)
+    w0, w1, w2, w3 = philox4x32(k0 + zero, k1 + zero, group, row + zero, sample + zero, purpose_step + zero)
     pairs = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [n / 4, 2, 2]: w0 w1, w2 w3
     return tl.reshape(pairs, (n,))
+
+
+@triton.jit
+def draw_at(k0, k1, sample, purpose_step, row, index):
+    """The draw with an index, or one for each of some, of a row (uint32) of a stream."""
+    group, word = (index >> 2).to(tl.uint32), index & 3
+    zero = tl.zeros_like(group)
+    w0, w1, w2, w3 = philox4x32(k0 + zero, k1 + zero, group, row + zero, sample + zero, purpose_step + zero)
+    return tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
 
 
 @triton.jit

@@ -1,0 +1,252 @@
+// Tokens drawn from rows on the CPU: a row is read from memory once; a race of its classes, then of one class.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "isa.h"
+#include "operators.h"
+#include "row_sample_bodies.h"
+
+namespace fastdiff {
+namespace {
+
+// One call, and the ids that no row draws.
+struct RowSample {
+  const Tensor& tensor;
+  int64_t rows, num_states;
+  const int64_t* xt;
+  const bool* is_live;
+  const ReverseLaw* law;
+  const int64_t *sample_ids = nullptr, *positions = nullptr;
+  int64_t seed = 0, step = 0, top_k = 0;
+  double temperature = 1, top_p = 1;
+  std::vector<int64_t> excluded, live;
+  int64_t *tokens = nullptr, *argmax = nullptr;
+  float *stats = nullptr, *probs = nullptr;  // [3, rows]; [rows, V], then no tokens
+
+  RowSample(const Tensor& z, const Tensor& xt_, const Tensor& live_, const std::optional<Tensor>& law_)
+      : tensor(z),
+        rows(xt_.numel()),
+        num_states(z.size(-1)),
+        xt(data<int64_t>(xt_)),
+        is_live(data<bool>(live_)),
+        law(law_ ? static_cast<const ReverseLaw*>(law_->const_data_ptr()) : nullptr) {
+    for (int64_t r = 0; r < rows; ++r) {
+      if (law && (xt[r] < 0 || xt[r] >= num_states))
+        bad_value("xt: expected ids in [0, ", num_states, "), got ", xt[r], " at token ", r);
+      if (is_live[r]) live.push_back(r);
+    }
+  }
+
+  template <typename T>
+  const T* row(int64_t r) const {
+    return static_cast<const T*>(tensor.const_data_ptr()) + row_offset(tensor, r);
+  }
+  Stream race_stream(int64_t r) const {
+    return {seed, kRace, step, sample_ids[r], static_cast<uint32_t>(positions[r])};
+  }
+  bool filters() const { return (top_k > 0 && top_k < num_states) || top_p < 1; }
+};
+
+template <typename T>
+FASTDIFF_HD void write_stats(const RowSample& op, const Numbers<T>& numbers, const Sums<Acc<T>>& sums, int64_t r,
+                             Acc<T> top, Acc<T> second) {
+  const auto p = [&](double x) { return std::exp(x - sums.shift) / sums.unit; };
+  float* to = op.stats + r;
+  to[0] = static_cast<float>(p(load(numbers.z[op.tokens[r]])));
+  to[op.rows] = static_cast<float>(p(top) - p(second));
+  to[2 * op.rows] = static_cast<float>(sums.dot / sums.unit - std::log(sums.unit));
+}
+
+// What a row's law comes to: how much x_t weighs (NaN if the row has no law), the others together, and each of them.
+template <typename C>
+struct Jumps {
+  double stay, jumps;
+  JumpWeight<C> weight;
+};
+
+// From the sums of a row that was read; they are then those of the jumps at temperature 1.
+template <typename T>
+FASTDIFF_HD Jumps<Acc<T>> jumps_of(const RowSample& op, Numbers<T>& numbers, Sums<Acc<T>>& sums, int64_t r) {
+  using C = Acc<T>;
+  const ReverseLaw& law = op.law[r];
+  const double log_here = std::isnan(law.log_here) ? load(numbers.z[op.xt[r]]) : law.log_here;
+  const double here = std::exp(std::min(log_here - sums.shift, 300.0));  // beyond, it stays, and nothing overflows
+  const double all = sums.unit + here;
+  const JumpWeight<C> weight(sums.shift, law.theta * all, op.temperature > 0 ? op.temperature : 1);
+  double jumps = sums.unit;
+  if (law.theta != 0) {
+    numbers.absent = NAN;
+    read_again(numbers, [&](C x) __attribute__((always_inline)) { return weight.jump(x); }, -kInfinity<C>, sums);
+    jumps = sums.total();
+  }
+  return {std::isfinite(all) ? std::max(law.kappa * here - law.lam * all, 0.0) : NAN, jumps, weight};
+}
+
+// x_t, or what replaces it; -1 if the row has no law.
+template <typename T>
+FASTDIFF_HD int64_t jump(const RowSample& op, Numbers<T>& numbers, Sums<Acc<T>>& sums, int64_t r) {
+  using C = Acc<T>;
+  const auto [stay, jumps, weight] = jumps_of(op, numbers, sums, r);
+  const double all = stay + jumps;
+  if (!std::isfinite(all)) return -1;
+  const uint32_t draw = Stream(op.seed, kStep, op.step, op.sample_ids[r], 0)(static_cast<uint32_t>(op.positions[r]));
+  if (sums.shift == -kInfinity<C> || jumps <= 0 || draw < threshold(stay / all)) return op.xt[r];
+  if (op.temperature == 0) return largest(numbers).first;
+  const Stream stream = op.race_stream(r);
+  if (op.law[r].theta == 0) return race(numbers, Weight<C>(op.temperature, sums.shift), sums, stream);
+  if (op.temperature != 1) read_again(numbers, weight, -kInfinity<C>, sums);
+  return race(numbers, weight, sums, stream);
+}
+
+template <typename T>
+FASTDIFF_HD int64_t sample_row(const RowSample& op, Numbers<T>& numbers, Sums<Acc<T>>& sums, int64_t r) {
+  using C = Acc<T>;
+  const bool unit = op.stats || op.law;
+  const double temperature = op.temperature > 0 ? op.temperature : 1;
+  if (!unit)
+    read_row<false, false>(numbers, temperature, sums);
+  else if (temperature == 1)
+    read_row<true, false>(numbers, temperature, sums);
+  else
+    read_row<true, true>(numbers, temperature, sums);
+  if (op.law) return jump(op, numbers, sums, r);
+  const double all = sums.total();
+  if (!std::isfinite(all) || sums.shift == -kInfinity<C>) return -1;
+  const auto [top, second] = largest(numbers);
+  int64_t token = top;
+  if (op.temperature > 0) {
+    Weight<C> weight(op.temperature, sums.shift);
+    if (op.filters()) {
+      weight.least = least_kept(numbers, sums, op.temperature, op.top_k, op.top_p);
+      read_again(numbers, weight, weight.least, sums);
+    }
+    token = race(numbers, weight, sums, op.race_stream(r));
+  }
+  op.tokens[r] = token;
+  if (op.stats) {
+    op.argmax[r] = top;
+    write_stats(op, numbers, sums, r, load(numbers.z[top]), second);
+  }
+  return token;
+}
+
+template <typename T>
+FASTDIFF_HD void sample_rows(const RowSample& op, int64_t begin, int64_t end, std::atomic<int64_t>& bad) {
+  Numbers<T> numbers(op.num_states, op.excluded);
+  Sums<Acc<T>> sums;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t r = op.live[i];
+    numbers.start(op.row<T>(r), op.law ? op.xt[r] : -1);
+    const int64_t token = sample_row(op, numbers, sums, r);
+    if (token < 0)
+      bad = r;
+    else
+      op.tokens[r] = token;
+  }
+}
+
+// The law of each token as a row of probabilities; a token that is not live stays.
+template <typename T>
+FASTDIFF_HD void write_rows(const RowSample& op, int64_t begin, int64_t end, std::atomic<int64_t>& bad) {
+  Numbers<T> numbers(op.num_states, op.excluded);
+  Sums<Acc<T>> sums;
+  for (int64_t r = begin; r < end; ++r) {
+    float* to = op.probs + r * op.num_states;
+    if (!op.is_live[r]) {
+      std::fill_n(to, op.num_states, 0.0f);
+      to[op.xt[r]] = 1;
+      continue;
+    }
+    numbers.start(op.row<T>(r), op.xt[r]);
+    read_row<true, false>(numbers, 1, sums);
+    auto [stay, jumps, weight] = jumps_of(op, numbers, sums, r);
+    const double all = stay + jumps;
+    if (!std::isfinite(all)) bad = r;
+    const auto scale = static_cast<Acc<T>>(all > 0 ? 1 / all : 0);
+    for (size_t b = 0; b < numbers.block_max.size(); ++b) {
+      const Acc<T>* x = numbers.block(b);
+      const int64_t n = numbers.size(b);
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) to[b * kClasses + j] = static_cast<float>(weight.jump(x[j]) * scale);
+    }
+    to[op.xt[r]] = static_cast<float>(all > 0 ? stay / all : 1);
+  }
+}
+
+#define FASTDIFF_SAMPLE(SUFFIX, TARGET)                                                               \
+  template <typename T>                                                                               \
+  TARGET void sample_##SUFFIX(const RowSample& op, int64_t b, int64_t e, std::atomic<int64_t>& bad) { \
+    op.probs ? write_rows<T>(op, b, e, bad) : sample_rows<T>(op, b, e, bad);                          \
+  }
+FASTDIFF_FOR_EACH_ISA(FASTDIFF_SAMPLE)
+
+using Sample = void (*)(const RowSample&, int64_t, int64_t, std::atomic<int64_t>&);
+
+Sample sample_for(ScalarType dtype, Isa isa) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return FASTDIFF_FOR_ISA(sample, isa, <float>);
+    case ScalarType::Double:
+      return FASTDIFF_FOR_ISA(sample, isa, <double>);
+    case ScalarType::BFloat16:
+      return FASTDIFF_FOR_ISA(sample, isa, <BFloat16>);
+    case ScalarType::Half:
+      return FASTDIFF_FOR_ISA(sample, isa, <Float16>);
+    default:
+      bad_value("logits: expected float32, float64, bfloat16 or float16");
+  }
+}
+
+void run(const RowSample& op, int64_t count) {
+  std::atomic<int64_t> bad{-1};
+  const auto sample = sample_for(op.tensor.scalar_type(), current_isa());
+  const int64_t grain = std::max<int64_t>(1, 32768 / op.num_states);
+  torch::stable::parallel_for(0, count, grain, [&](int64_t b, int64_t e) { sample(op, b, e, bad); });
+  if (bad >= 0)
+    bad_value(op.law ? "log_score" : "logits", ": expected finite numbers, or -inf beside some, got others at token ",
+              bad.load());
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> row_sample(Tensor z, Tensor xt, Tensor live, std::optional<Tensor> law,
+                                              std::optional<Tensor> exclude, Tensor seed, Tensor step,
+                                              Tensor sample_ids, Tensor positions, double temperature, int64_t top_k,
+                                              double top_p, bool with_stats) {
+  const int64_t rows = xt.numel();
+  Tensor tokens = torch::stable::new_empty(xt, sizes(xt));
+  std::copy_n(data<int64_t>(xt), rows, mutable_data<int64_t>(tokens));
+  Tensor argmax = torch::stable::new_empty(xt, with_stats ? sizes(xt) : std::vector<int64_t>{0});
+  std::vector<int64_t> shape{0};
+  if (with_stats) {
+    shape = sizes(xt);
+    shape.insert(shape.begin(), 3);
+    std::copy_n(data<int64_t>(xt), rows, mutable_data<int64_t>(argmax));
+  }
+  Tensor stats = torch::stable::new_empty(z, shape, ScalarType::Float);
+  std::fill_n(mutable_data<float>(stats), stats.numel(), 0.0f);
+
+  RowSample op(z, xt, live, law);
+  op.sample_ids = data<int64_t>(sample_ids), op.positions = data<int64_t>(positions);
+  op.seed = *data<int64_t>(seed), op.step = *data<int64_t>(step);
+  op.temperature = temperature, op.top_k = top_k, op.top_p = top_p;
+  op.tokens = mutable_data<int64_t>(tokens);
+  if (with_stats) op.argmax = mutable_data<int64_t>(argmax), op.stats = mutable_data<float>(stats);
+  if (exclude) op.excluded.assign(data<int64_t>(*exclude), data<int64_t>(*exclude) + exclude->numel());
+  run(op, static_cast<int64_t>(op.live.size()));
+  return {tokens, argmax, stats};
+}
+
+Tensor reverse_rows(Tensor z, Tensor xt, Tensor live, Tensor law) {
+  RowSample op(z, xt, live, law);
+  Tensor probs = torch::stable::new_empty(z, sizes(z), ScalarType::Float);
+  advise_huge_pages(probs);
+  op.probs = mutable_data<float>(probs);
+  run(op, op.rows);
+  return probs;
+}
+
+}  // namespace fastdiff

@@ -1,0 +1,61 @@
+"""Models that are asked and not trained: how they are given, evaluation mode, and a progress bar."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# xt [b, L] -> logits [b, L, V] or an object with `.logits`; or a pair of xt -> hidden states [b, L, D] (or an
+# object with `.last_hidden_state`) and the last layer, an nn.Linear or its weight [V, D].
+Model = Callable[[Tensor], Any] | tuple[Callable[[Tensor], Tensor], nn.Linear | Tensor]
+
+
+def model_parts(model: Model) -> tuple[Callable[..., Any], Tensor | None, Tensor | None]:
+    """What to call, and the last layer's weight and bias if that is apart."""
+    if not isinstance(model, tuple):
+        return model, None, None
+    if len(model) != 2 or not isinstance(model[1], nn.Linear | Tensor):
+        raise TypeError(
+            f"model: expected a callable, or a pair (body, lm_head) with an nn.Linear or its weight, got {model!r}"
+        )
+    body, lm_head = model
+    return (body, lm_head, None) if isinstance(lm_head, Tensor) else (body, lm_head.weight, lm_head.bias)
+
+
+@contextmanager
+def evaluating(
+    body: Callable[..., Any], total: int, *, unit: str = "network passes", differentiable: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """What to call with the number of `total` just done, for a progress bar on a terminal.
+
+    Unless differentiable, no gradients inside, and an nn.Module, or that of a method, in evaluation mode, with each
+    submodule back in its own afterwards.
+    """
+    module = getattr(body, "__self__", body)
+    modules = list(module.modules()) if isinstance(module, nn.Module) and not differentiable else []
+    modes = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        with torch.set_grad_enabled(differentiable), _progress(total, unit) as advance:
+            yield advance
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+@contextmanager
+def _progress(total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """It shows nothing unless stderr is a terminal and rich is installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError:
+        yield lambda done: None
+        return
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(unit, total=total)
+        yield lambda done: bar.advance(task, done)

@@ -1,0 +1,146 @@
+"""Tokens drawn from rows in Triton: those of the reference for the same names, unless two race times nearly tie."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from fastdiff.ops.row_sample import SampleRows, row_sample
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def problem(shape, num_states, dtype, device, exclude=None, **options):
+    """Rows of which some are not live, and those are NaN, as are the ids that are not drawn."""
+    g = torch.Generator().manual_seed(num_states)
+    z, live = 2 * torch.randn(*shape, num_states, generator=g), torch.rand(shape, generator=g) < 0.8
+    z[~live] = torch.nan
+    if exclude is not None:
+        exclude = torch.tensor(exclude)
+        z[..., exclude] = torch.nan
+    tensors = dict(
+        z=z.to(dtype),
+        xt=torch.randint(0, num_states, shape, generator=g),
+        live=live,
+        exclude=exclude,
+        seed=torch.tensor(-(2**40) - 7),
+        step=torch.randint(0, 2**25, (), generator=g),
+        sample_ids=torch.randint(0, 2**33, shape, generator=g),
+        positions=torch.randint(0, 9000, shape, generator=g),
+        law=None,
+    ) | {name: options.pop(name) for name in list(options) if torch.is_tensor(options[name])}
+    tensors = {name: t if t is None else t.to(device) for name, t in tensors.items()}
+    return SampleRows(**tensors, **dict(temperature=1.0, top_k=0, top_p=1.0, with_stats=False) | options)
+
+
+def both(rows):
+    """Asserts that Triton gives what the reference does, and gives that."""
+    got, expected = (row_sample(dataclasses.replace(rows), backend) for backend in ("triton", "reference"))
+    assert torch.equal(got.tokens, expected.tokens)
+    assert torch.equal(got.argmax, expected.argmax)
+    torch.testing.assert_close(got.stats, expected.stats, rtol=1e-5, atol=2e-6)
+    return got
+
+
+# About the lengths of a group, of the classes and of a tile.
+@pytest.mark.parametrize(("temperature", "with_stats"), [(1.0, False), (0.5, True), (0.0, True)])
+@pytest.mark.parametrize(
+    ("num_states", "dtype", "exclude"),
+    [
+        (1, F32, None),
+        (2, BF16, [1]),
+        (27, F16, [3, 20, 26]),
+        (1023, F32, None),
+        (1024, BF16, [1023]),
+        (1025, F32, [0]),
+        (2600, BF16, [5, 2598]),
+        (4999, F32, [4998, 0]),
+    ],
+)
+def test_agrees_with_the_reference(num_states, dtype, exclude, temperature, with_stats, device):
+    both(problem((1, 3), num_states, dtype, device, exclude, temperature=temperature, with_stats=with_stats))
+
+
+@pytest.mark.parametrize(("temperature", "with_stats"), [(1.0, True), (1.7, False), (0.0, False)])
+def test_other_modes(temperature, with_stats, device):
+    both(problem((2, 2), 1030, F16, device, [1], temperature=temperature, with_stats=with_stats))
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.5), (40, 0.7), (5000, 1.0)])
+def test_truncated(top_k, top_p, device):
+    options = dict(exclude=[7], temperature=0.8, top_k=top_k, top_p=top_p, with_stats=top_k == 3)
+    for num_states, dtype in ((27, F16), (2100, BF16), (27, F32)):
+        both(problem((1, 2), num_states, dtype, device, **options))
+
+
+def test_truncated_ties_stay_together(device):
+    z = torch.tensor([2.0, -0.0, 0.0, -1.0, -torch.inf, -2.0], device=device).expand(2, 6, 6)
+    rows = problem((2, 6), 6, BF16, device, z=z, live=torch.ones(2, 6).bool(), top_k=2, temperature=9.0)
+    assert set(both(rows).tokens.flatten().tolist()) == {0, 1, 2}
+
+
+# theta V, kappa / V, lam and log_here: of scores and of conditionals, on the absorbing graph and on the uniform one.
+LAWS = {
+    "absorb": (0.0, 14.0, 1.0, 0.0),
+    "absorb, conditionals": (0.0, 0.0, -1.5, -math.inf),
+    "x_t by what stands there": (0.0, 1.0, 0.0, math.nan),
+    "uniform": (0.6, 5.0, 0.0, 0.3),
+    "uniform, conditionals": (-0.4, 2.0, -0.1, math.nan),
+    "uniform, all else gone": (1e9, 1.0, 0.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 0.0])
+@pytest.mark.parametrize("name", LAWS)
+def test_laws(name, temperature, device):
+    theta, kappa, lam, log_here = LAWS[name]
+    for num_states, dtype in ((27, F32), (2101, BF16)) if temperature == 0.3 else ((1027, F16),):
+        law = torch.tensor([theta / num_states, kappa * num_states, lam, log_here], dtype=torch.float64)
+        options = dict(temperature=temperature, law=law.expand(1, 4, 4).contiguous())
+        both(problem((1, 4), num_states, dtype, device, None if theta < 0 else [num_states - 2], **options))
+
+
+@pytest.mark.parametrize("layout", ["next position", "rows apart", "columns apart", "expanded", "four dimensions"])
+def test_layouts(layout, device):
+    z = torch.randn(2, 2, 1065, generator=torch.Generator().manual_seed(0))
+    if layout == "next position":
+        z = z[:, 1:]
+    if layout == "rows apart":
+        z = z[..., 3:1064]
+    if layout == "columns apart":
+        z = torch.stack([z, z], -1)[..., 0]
+    if layout == "expanded":
+        z = z[:, :1].expand(z.shape)
+    if layout == "four dimensions":
+        z = z[None].expand(2, *z.shape)
+    both(problem(z.shape[:-1], z.shape[-1], F32, device, z=z, live=torch.ones(z.shape[:-1]).bool(), with_stats=True))
+
+
+def test_rows_without_a_distribution_keep_their_token(device):
+    z = torch.zeros(4, 9)
+    z[0, 3], z[1, 3], z[2] = torch.nan, torch.inf, -torch.inf
+    law = torch.tensor([0.0, 0.0, 0.0, 0.0], dtype=torch.float64).expand(4, 4).contiguous()
+    xt = torch.tensor([1, 5, 7, 9])  # the last does not exist, which matters to a law only
+    live = torch.ones(4).bool()
+    for options in (dict(with_stats=True), dict(temperature=0.0), dict(top_k=2, top_p=0.5)):
+        tokens = row_sample(problem((4,), 9, F32, device, z=z, xt=xt, live=live, **options), "triton").tokens
+        assert tokens[:3].tolist() == [1, 5, 7]
+        assert 0 <= tokens[3] < 9
+    for theta in (0.0, 0.1, -0.1):
+        law[:, 0], law[:, 3] = theta, torch.nan
+        rows = problem((4,), 9, F32, device, z=z, xt=xt, live=live, law=law)
+        assert row_sample(rows, "triton").tokens.tolist() == [1, 5, 7, 9]
+
+
+def test_empty_batches_and_float64(device):
+    for shape in ((0, 3), (2, 0)):
+        drawn = row_sample(problem(shape, 11, F32, device, with_stats=True), "triton")
+        assert drawn.tokens.shape == shape
+        assert drawn.stats.shape == (3, *shape)
+    both(problem((2, 3), 11, torch.float64, device, with_stats=True))
+
+
+def test_opcheck(device):
+    rows = problem((1, 2), 11, F32, device, exclude=[3], with_stats=True)
+    torch.library.opcheck(torch.ops.fastdiff.row_sample.triton, rows.arguments())
