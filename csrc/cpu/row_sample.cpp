@@ -120,8 +120,13 @@ FASTDIFF_HD int64_t sample_row(const RowSample& op, Numbers<T>& numbers, Sums<Ac
   if (op.temperature > 0) {
     Weight<C> weight(op.temperature, sums.shift);
     if (op.filters()) {
-      weight.least = least_kept(numbers, sums, op.temperature, op.top_k, op.top_p);
-      read_again(numbers, weight, weight.least, sums);
+      const Histogram<T> histogram(numbers, weight, op.temperature);
+      C least = std::numeric_limits<C>::lowest();
+      double mass = all;
+      if (op.top_k > 0) std::tie(least, mass) = histogram.reach(op.top_k, kInfinity<double>);
+      if (op.top_p < 1) least = std::max(least, histogram.reach(op.num_states, op.top_p * mass).first);
+      weight.kept = least;
+      read_again(numbers, weight, least, sums);
     }
     token = race(numbers, weight, sums, op.race_stream(r));
   }

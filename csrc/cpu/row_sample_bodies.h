@@ -13,7 +13,38 @@
 
 namespace fastdiff {
 
-constexpr double kLog2E = 1.4426950408889634;
+template <typename C>
+struct Range {
+  C min, max;
+};
+
+template <typename C>
+FASTDIFF_HD Range<C> range_of(const C* x, int64_t n) {
+  C min = kInfinity<C>, max = -kInfinity<C>;
+#pragma omp simd reduction(min : min) reduction(max : max)
+  for (int64_t i = 0; i < n; ++i) {
+    min = x[i] < min ? x[i] : min;
+    max = x[i] > max ? x[i] : max;
+  }
+  return {min, max};
+}
+
+// 16-bit numbers are compared as integers: their bits, those after the sign turned over where it is set.
+template <typename T>
+FASTDIFF_HD Range<float> range_of_bits(const T* x, int64_t n) {
+  int16_t min = 0x7FFF, max = -0x8000;
+#pragma omp simd reduction(min : min) reduction(max : max)
+  for (int64_t i = 0; i < n; ++i) {
+    const auto bits = static_cast<int16_t>(x[i].bits);
+    const auto key = static_cast<int16_t>(bits ^ (bits >> 15 & 0x7FFF));
+    min = key < min ? key : min;
+    max = key > max ? key : max;
+  }
+  const auto number = [](int16_t key) { return load(T{static_cast<uint16_t>(key ^ (key >> 15 & 0x7FFF))}); };
+  return {number(min), number(max)};
+}
+FASTDIFF_HD Range<float> range_of(const BFloat16* x, int64_t n) { return range_of_bits(x, n); }
+FASTDIFF_HD Range<float> range_of(const Float16* x, int64_t n) { return range_of_bits(x, n); }
 
 // A row, a block of kClasses ids at a time, with `absent` in the place of those that are not drawn.
 template <typename T>
@@ -39,15 +70,24 @@ struct Numbers {
 
   FASTDIFF_HD int64_t size(int64_t b) const { return std::min(kClasses, num_states - b * kClasses); }
 
+  FASTDIFF_HD const T* raw(int64_t b) const { return z + b * kClasses; }
+
   FASTDIFF_HD const C* block(int64_t b) {
-    const int64_t first = b * kClasses, n = size(b);
-    const C* x = widened(z + first, n, buffer.data());
-    for (const int64_t id : hidden) {
-      if (id < first || id >= first + n) continue;
-      if (x != buffer.data()) x = std::copy_n(x, n, buffer.data()) - n;
-      buffer[id - first] = absent;
-    }
-    return x;
+    const C* x = widened(raw(b), size(b), buffer.data());
+    return hides(b) ? without_hidden(b, x) : x;
+  }
+
+  FASTDIFF_HD bool hides(int64_t b) const {
+    bool any = false;
+    for (const int64_t id : hidden) any |= id >= 0 && id / kClasses == b;
+    return any;
+  }
+
+  FASTDIFF_HD const C* without_hidden(int64_t b, const C* x) {
+    if (x != buffer.data()) std::copy_n(x, size(b), buffer.data());
+    for (const int64_t id : hidden)
+      if (id >= 0 && id / kClasses == b) buffer[id % kClasses] = absent;
+    return buffer.data();
   }
 
   // The numbers of a class: ids c, c + kClasses, ...
@@ -60,24 +100,16 @@ struct Numbers {
   }
 };
 
-template <typename C>
-FASTDIFF_HD C max_of(const C* x, int64_t n) {
-  C max = -kInfinity<C>;
-#pragma omp simd reduction(max : max)
-  for (int64_t i = 0; i < n; ++i) max = x[i] > max ? x[i] : max;
-  return max;
-}
-
-// The weights that race: exp((z - shift) / temperature), those of numbers below `least` aside.
+// The weights that race: exp((z - shift) / temperature), those of numbers below `kept` aside.
 template <typename C>
 struct Weight {
-  C scale, shift, least;
+  Exp<C> exp;
+  C shift, kept = -kInfinity<C>;
 
-  FASTDIFF_HD Weight(double temperature, C shift_, C least_ = -kInfinity<C>)
-      : scale(static_cast<C>(kLog2E / temperature)), shift(shift_), least(least_) {}
+  FASTDIFF_HD Weight(double temperature, C shift_) : exp(temperature), shift(shift_) {}
   FASTDIFF_HD C operator()(C x) const {
-    const C e = exp2_((x - shift) * scale);
-    return x < least ? C(0) : e;
+    const C e = exp(x - shift);
+    return x < kept ? C(0) : e;
   }
 };
 
@@ -114,20 +146,25 @@ struct Sums {
     shift = to;
   }
 
-  template <bool kUnit, bool kTempered>
-  FASTDIFF_HD void add(const C* x, int64_t n, const Weight<C>& weight) {
-    const Weight<C> at_one(1, shift);
+  template <bool kRaise, typename T>
+  FASTDIFF_HD void add(const T* x, int64_t n, const Weight<C>& weight) {
+    C* sum = classes.data();
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) sum[j] += weight.exp.template of<kRaise>(load(x[j]) - weight.shift);
+  }
+
+  // The same, and to what is summed at temperature 1.
+  template <bool kTempered>
+  FASTDIFF_HD void add_unit(const C* x, int64_t n, const Weight<C>& weight) {
+    const Exp<C> at_one(1);
     C unit_part = 0, dot_part = 0;
     C* sum = classes.data();
 #pragma omp simd reduction(+ : unit_part, dot_part)
     for (int64_t j = 0; j < n; ++j) {
-      const C d = x[j] - weight.shift, w = exp2_(d * weight.scale);
+      const C d = x[j] - weight.shift, w = weight.exp(d), e = kTempered ? at_one(d) : w;
       sum[j] += w;
-      if constexpr (kUnit) {
-        const C e = kTempered ? exp2_(d * at_one.scale) : w;
-        unit_part += e;
-        dot_part += e * (d < C(-87) ? C(-87) : d);
-      }
+      unit_part += e;
+      dot_part += e * (d < at_one.least ? at_one.least : d);
     }
     unit += unit_part;
     dot += dot_part;
@@ -150,10 +187,20 @@ FASTDIFF_HD void read_row(Numbers<T>& numbers, double temperature, Sums<Acc<T>>&
   sums.unit = sums.dot = 0;
   for (size_t b = 0; b < numbers.block_max.size(); ++b) {
     const int64_t n = numbers.size(b);
-    const C *x = numbers.block(b), max = numbers.block_max[b] = max_of(x, n);
-    if (max > sums.shift + room) sums.move_shift(max, temperature);
-    // A block of NaN has no maximum.
-    sums.template add<kUnit, kTempered>(x, n, Weight<C>(temperature, sums.shift == -kInfinity<C> ? C(0) : sums.shift));
+    const C* visible = numbers.hides(b) ? numbers.block(b) : nullptr;
+    const Range<C> range = visible ? range_of(visible, n) : range_of(numbers.raw(b), n);
+    numbers.block_max[b] = range.max;
+    if (range.max > sums.shift + room) sums.move_shift(range.max, temperature);
+    // A block of NaN, or of nothing, has no maximum.
+    const Weight<C> weight(temperature, sums.shift == -kInfinity<C> ? C(0) : sums.shift);
+    if constexpr (kUnit)
+      sums.template add_unit<kTempered>(visible ? visible : numbers.block(b), n, weight);
+    else if (visible)
+      sums.template add<true>(visible, n, weight);
+    else if (range.min - weight.shift < weight.exp.least)
+      sums.template add<true>(numbers.raw(b), n, weight);
+    else
+      sums.template add<false>(numbers.raw(b), n, weight);
   }
 }
 
@@ -206,41 +253,67 @@ FASTDIFF_HD int64_t race(const Numbers<T>& numbers, const F& weight, Sums<Acc<T>
   return c + kClasses * winner(theirs.data(), x.data(), n);
 }
 
-// The smallest number that top_k and top_p keep. Those above ever lower limits are gathered until they must hold it.
+// How many numbers a row has, and what they weigh, by how far below its largest they are.
 template <typename T>
-FASTDIFF_HD Acc<T> least_kept(Numbers<T>& numbers, const Sums<Acc<T>>& sums, double temperature, int64_t top_k,
-                              double top_p) {
+struct Histogram {
   using C = Acc<T>;
-  const Weight<C> weight(temperature, sums.shift);
-  const int64_t most = top_k > 0 ? std::min(top_k, numbers.num_states) : numbers.num_states;
-  const C top = max_of(numbers.block_max.data(), static_cast<int64_t>(numbers.block_max.size()));
-  const double all = sums.total();
-  std::vector<C> kept;
-  for (double depth = 4 * std::max(temperature, 1.0);; depth *= 2) {
-    const C limit = depth > 1e30 ? std::numeric_limits<C>::lowest() : static_cast<C>(top - depth);
-    kept.clear();
-    double mass = 0;
+  static constexpr int64_t kBins = 2048;  // the last holds all that is further below
+  Numbers<T>& numbers;
+  const Weight<C> weight;
+  C top, per_number;
+  std::array<int64_t, kBins> count{};
+  std::array<double, kBins> mass{};
+
+  FASTDIFF_HD Histogram(Numbers<T>& numbers_, const Weight<C>& weight_, double temperature)
+      : numbers(numbers_),
+        weight(weight_),
+        top(*std::max_element(numbers.block_max.begin(), numbers.block_max.end())),
+        per_number(static_cast<C>(16 / temperature)) {
+    std::array<C, kClasses> w;
+    std::array<int32_t, kClasses> bin;
     for (size_t b = 0; b < numbers.block_max.size(); ++b) {
-      if (numbers.block_max[b] < limit) continue;
+      const C* x = numbers.block(b);
+      const int64_t n = numbers.size(b);
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) {
+        w[j] = weight(x[j]);
+        bin[j] = bin_of(x[j]);
+      }
+      for (int64_t j = 0; j < n; ++j) {
+        ++count[bin[j]];
+        mass[bin[j]] += w[j];
+      }
+    }
+  }
+
+  FASTDIFF_HD int32_t bin_of(C x) const {
+    const C depth = (top - x) * per_number;
+    return static_cast<int32_t>(depth < kBins - 1 ? depth : C(kBins - 1));
+  }
+
+  // The number at which so many, or so much mass, have been counted from the largest down, and the mass of all that are
+  // not smaller.
+  FASTDIFF_HD std::pair<C, double> reach(int64_t many, double much) const {
+    int32_t bin = 0;
+    int64_t n = 0;
+    double sum = 0;
+    while (bin < kBins - 1 && n + count[bin] < many && sum + mass[bin] < much) n += count[bin], sum += mass[bin++];
+    std::vector<C> in_bin;
+    for (size_t b = 0; b < numbers.block_max.size(); ++b) {
+      if (bin_of(numbers.block_max[b]) > bin) continue;
       const C* x = numbers.block(b);
       for (int64_t j = 0; j < numbers.size(b); ++j)
-        if (x[j] >= limit) kept.push_back(x[j]), mass += weight(x[j]);
+        if (bin_of(x[j]) == bin) in_bin.push_back(x[j]);
     }
-    const bool enough = top_k > 0 ? static_cast<int64_t>(kept.size()) >= most : mass >= top_p * all;
-    if (enough || limit == std::numeric_limits<C>::lowest()) break;
+    std::sort(in_bin.begin(), in_bin.end(), std::greater<C>());
+    C least = std::numeric_limits<C>::lowest();
+    for (const C x : in_bin) {
+      if (x != least && (n >= many || sum >= much)) break;
+      least = x, sum += weight(x), ++n;
+    }
+    return {least, sum};
   }
-  std::sort(kept.begin(), kept.end(), std::greater<C>());
-  // With ties of the most-th
-  const C least = kept[std::min<int64_t>(most, kept.size()) - 1];
-  while (kept.back() < least) kept.pop_back();
-  if (top_p == 1) return least;
-  double mass = 0, part = 0;
-  for (const C x : kept) mass += weight(x);
-  if (top_k == 0) mass = all;
-  size_t n = 0;
-  while (n < kept.size() && part < top_p * mass) part += weight(kept[n++]);
-  return kept[n - 1];
-}
+};
 
 // The first of the largest numbers, and the second largest.
 template <typename T>
@@ -248,7 +321,7 @@ FASTDIFF_HD std::pair<int64_t, Acc<T>> largest(Numbers<T>& numbers) {
   using C = Acc<T>;
   const auto b = std::max_element(numbers.block_max.begin(), numbers.block_max.end()) - numbers.block_max.begin();
   const C *x = numbers.block(b), *first = std::find(x, x + numbers.size(b), numbers.block_max[b]);
-  C second = std::max(max_of(x, first - x), max_of(first + 1, x + numbers.size(b) - first - 1));
+  C second = std::max(range_of(x, first - x).max, range_of(first + 1, x + numbers.size(b) - first - 1).max);
   for (size_t other = 0; other < numbers.block_max.size(); ++other)
     if (static_cast<int64_t>(other) != b) second = std::max(second, numbers.block_max[other]);
   return {b * kClasses + (first - x), second};
