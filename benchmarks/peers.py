@@ -3,6 +3,8 @@
 z [B, L, V] is what the network gives; x0, xt [B, L]; sigma, dsigma, rate [B]; the mask is V - 1. Each loss is a sum.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -89,3 +91,29 @@ def harmonic(x0: Tensor, mask_index: int) -> tuple[Tensor, Tensor, float]:
     rank = torch.rand(x0.shape, device=x0.device).argsort(1).argsort(1)
     mask = rank < counts[:, None]
     return torch.where(mask, mask_index, x0), mask, float(law.sum())
+
+
+def llada_step(z: Tensor, xt: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """LLaDA's tokens at the masks and their confidence: Gumbel noise and a softmax in float64 over [B, L, V]."""
+    wide = z.double()
+    gumbel = (-torch.rand_like(wide).log()) ** temperature
+    tokens = (wide.exp() / gumbel).argmax(-1)
+    confidence = torch.softmax(wide, -1).gather(-1, tokens[..., None]).squeeze(-1)
+    masked = xt == z.shape[-1] - 1
+    return torch.where(masked, tokens, xt), torch.where(masked, confidence, -torch.inf)
+
+
+def sedd_probs(z: Tensor, xt: Tensor, d_sigma: float) -> Tensor:
+    """SEDD's analytic step, absorbing: the staggered score times the transposed transition, not normalised."""
+    last = z.shape[-1] - 1
+    score, decay = z.exp(), math.exp(-d_sigma)
+    extra = (1 - 1 / decay) * score.sum(-1)
+    score = score / decay
+    score[..., last] += extra
+    return score * (decay * F.one_hot(xt, last + 1) + torch.where(xt == last, 1 - decay, 0)[..., None])
+
+
+def sedd_analytic(z: Tensor, xt: Tensor, d_sigma: float) -> Tensor:
+    """Its tokens, by noise over [B, L, V]."""
+    probs = sedd_probs(z, xt, d_sigma)
+    return (probs / (1e-10 - (torch.rand_like(probs) + 1e-10).log())).argmax(-1)

@@ -41,7 +41,7 @@ def train_text() -> tuple[DiffusionTransformer, Text]:
     model = DiffusionTransformer(ModelConfig(NUM_BYTES + 1, max_length=128, dim=128, depth=2, heads=4))
     steps = 3 if QUICK else 3000
     config = TrainConfig("dce-k", steps=steps, batch_size=8, lr=3e-3, warmup=50, eval_every=0, save_every=1000)
-    return train(config, model, source, out=OUT / "text"), source
+    return train(config, model, source, out=OUT / "text", sections={"data": {"path": "stdlib"}}), source
 
 
 def score_text(model: DiffusionTransformer, source: Text) -> dict[str, tuple[float, float]]:

@@ -74,7 +74,8 @@ def sample_tokens(  # type: ignore[misc]  # the overloads only tell apart what c
         int64 [B, L], xt where nothing is drawn; with return_stats also a `TokenStats`.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; on the CPU, a row has NaN, inf, or no finite number.
+        ValueError, TypeError: an argument does not fit; a row has NaN, inf, or no finite number (on a GPU its token
+            stays x_t instead).
         BackendUnavailable: the backend named cannot run here.
     """
     check_rows("logits", logits)

@@ -4,7 +4,7 @@ import peers
 import pytest
 import torch
 
-from fastdiff import dce_loss, dse_loss
+from fastdiff import dce_loss, dse_loss, reverse_probs, sample_tokens
 
 V = 40
 
@@ -78,3 +78,24 @@ def test_shifted_logits_need_no_copy(batch):
     ours = dce_loss(z[:, :-1], x0[:, 1:], mask=batch["masked"][:, 1:], reduction="mean")
     copied = dce_loss(z[:, :-1].contiguous(), x0[:, 1:].contiguous(), mask=batch["masked"][:, 1:], reduction="mean")
     assert torch.equal(ours, copied)
+
+
+def test_analytic_step_is_the_published_one(batch):
+    """SEDD's predictor, from its log score, which is 0 at x_t; what it clamps it leaves out of the sum too."""
+    xt = batch["xt"]
+    log_score = (batch["z"] - 6).scatter(-1, xt.unsqueeze(-1), 0)
+    theirs = peers.sedd_probs(log_score, xt, 0.25)
+    assert (theirs >= 0).all()
+    ours = reverse_probs(log_score, xt, 0.75, sigma_next=0.5)
+    torch.testing.assert_close(ours.double(), theirs / theirs.sum(-1, keepdim=True), rtol=1e-5, atol=1e-7)
+
+
+def test_llada_step_is_the_published_one(batch):
+    """Confidence and greedy tokens; its softmax runs over the mask too."""
+    z, xt = batch["z"], batch["xt"]
+    tokens, confidence = peers.llada_step(z, xt, 0.0)
+    ours, stats = sample_tokens(z, xt, exclude_mask=False, temperature=0, return_stats=True)
+    assert torch.equal(ours, tokens)
+    torch.testing.assert_close(
+        stats.probability[batch["masked"]].double(), confidence[batch["masked"]], rtol=1e-6, atol=0
+    )

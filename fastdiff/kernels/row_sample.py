@@ -11,7 +11,22 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels.philox import draw, draw_at, stream, threshold
-from fastdiff.kernels.row_loss import LARGE, LOG2_E, LOWEST, log1p_, two_strides
+from fastdiff.kernels.row_loss import (
+    LARGE,
+    LOG2_E,
+    LOWEST,
+    SMALL,
+    block_of,
+    load_at,
+    load_others,
+    log1p_,
+    num_blocks,
+    store_apart,
+    sum_exp,
+    two_strides,
+    zero_grad,
+)
+from fastdiff.kernels.row_loss import edge_of as ends_of
 from fastdiff.ops.row_sample import RACE_CLASSES
 from fastdiff.philox import Purpose
 
@@ -273,26 +288,35 @@ def load_here(row, log_here):
 
 
 @triton.jit
+def law_terms(law, here, top, others):
+    """What a law makes of a row, in units of exp(shift), float64, from the z it has at x_t and the sum of exp(z - top)
+    over the others: shift, exp(top), what x_t weighs, that sum, the total T, and theta T."""
+    theta, kappa, lam, _ = law
+    shift = tl.where(here > top, here, top).to(tl.float32).to(tl.float64)  # what the loops subtract, in float32
+    e_top, e_here = tl.exp(top - shift), tl.exp(here - shift)
+    others = others * e_top
+    total = others + e_here
+    stay = kappa * e_here - lam * total
+    return shift, e_top, tl.where(stay < 0, 0.0, stay), others, total, theta * total
+
+
+@triton.jit
 def reverse(
     row, m, s, top, total, law, scale, step_draw,
     TWO_SUMS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Under a law whether x_t is replaced, then the sums of classes and `how` of the race of what replaces it."""
-    theta, kappa, lam, log_here = law
-    here, top64 = load_here(row, log_here), top.to(tl.float64)
-    shift = tl.where(here > top64, here, top64).to(tl.float32).to(tl.float64)
-    e_top, e_here = tl.exp(top64 - shift), tl.exp(here - shift)
-    jump = total.to(tl.float64) * e_top
-    total = jump + e_here
-    stay, cut = kappa * e_here - lam * total, theta * total
+    theta, _, _, log_here = law
+    shift, e_top, stay, jump, total, cut = law_terms(
+        law, load_here(row, log_here), top.to(tl.float64), total.to(tl.float64)
+    )
     sums, origin, log_largest = s * tl.exp2((m - top) * scale), top, tl.full((), 0.0, tl.float32)
     if theta != 0:
         origin, log_largest = shift.to(tl.float32), tl.log2(e_top - cut).to(tl.float32)
         how = (origin, scale, float("-inf"), cut.to(tl.float32), log_largest)
         sums, sums1 = class_sums(row, how, False, True, TWO_SUMS, BLOCK, VEC)
         jump = tl.sum(sums1, 0).to(tl.float64)
-    stay = tl.where(stay > 0, stay, 0.0)
-    possible = (total > 0) & (total < float("inf")) & (jump > 0) & ((theta == 0) | (e_top > cut))
+    possible = (total > 0) & (stay + jump < float("inf")) & (jump > 0) & ((theta == 0) | (e_top > cut))
     moves = possible & (step_draw.to(tl.int64) >= threshold(stay / (stay + jump)))
     return moves, sums, (origin, scale, float("-inf"), cut.to(tl.float32), log_largest)
 
@@ -385,6 +409,94 @@ def row_sample_kernel(
         tl.store(STATS + 2 * rows + r, negentropy)
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Laws as rows of probabilities. Here rows are walked, and `row` is what it is, as in row_loss.py: the probabilities
+# stand for the gradient, x_t for both ids that are treated apart.
+
+
+@triton.jit
+def jump_probs(part, row, how):
+    """exp(z - origin) unit - cut where that is positive, from the cache; NaN if that is NaN."""
+    origin, unit, cut = how
+    p = tl.exp2((load_others(part, row) - origin) * LOG2_E) * unit - cut
+    return tl.where(p < 0, 0.0, p)
+
+
+@triton.jit
+def sum_jumps(row, how, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    """Their sum over the ids other than x_t, for a cut above 0: x_t and what is not there are -inf, which gives 0."""
+    s = tl.zeros((BLOCK,), tl.float32)
+    for i in range(num_blocks(row, BLOCK, VEC)):
+        s += jump_probs(block_of(row, i, BLOCK, VEC), row, how)
+    return (tl.sum(s, 0) + tl.sum(jump_probs(ends_of(row, VEC), row, how), 0)).to(tl.float64)
+
+
+@triton.jit
+def write_law(row, law, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    """Reads a row and writes the probabilities. With theta above 0 the sum of the jumps is a reading of its own."""
+    theta, _, _, log_here = law
+    xt, f32 = row[8], tl.float32
+    top, others = sum_exp(row, BLOCK, VEC)
+    here = tl.where((log_here == log_here) & (xt >= 0), log_here, load_at(row, xt))
+    shift, e_top, stay, jump, total, cut = law_terms(law, here, top, others)
+    origin, unit = shift, tl.full((), 1.0, tl.float64)
+    if theta == 0:  # the jumps may all be far below x_t, and x_t not stay
+        origin, unit = top, e_top
+    jump -= cut * (row[6] - 1)
+    if theta > 0:
+        jump = sum_jumps(row, (origin.to(f32), unit.to(f32), cut.to(f32)), BLOCK, VEC)
+    mass = tl.where(total > 0, stay + jump, float("nan"))
+    stuck = mass == 0
+    unit, cut = tl.where(stuck, 0.0, unit / mass), tl.where(stuck, 0.0, cut / mass)
+    how = (origin.to(f32), unit.to(f32), cut.to(f32))
+    for i in range(num_blocks(row, BLOCK, VEC)):
+        part = block_of(row, i, BLOCK, VEC)
+        tl.store(part[1], jump_probs(part, row, how), mask=part[3])
+    part = ends_of(row, VEC)
+    tl.store(part[1], jump_probs(part, row, how), mask=part[3])
+    at_xt = tl.where(stuck, 1.0, stay / mass).to(f32)
+    store_apart(row, at_xt, at_xt)
+
+
+@triton.jit
+def reverse_rows_kernel(
+    Z,  # [rows, V], row r at (r // inner) * stride_outer + (r % inner) * stride_inner
+    XT,  # int64 [rows]
+    LIVE,  # bool [rows]
+    LAW,  # float64 [rows, 4]
+    PROBS,  # float32 [rows, V] contiguous
+    V,
+    inner,
+    stride_outer,
+    stride_inner,
+    CONTIGUOUS: tl.constexpr,  # whether rows of Z lie as those of PROBS do
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    r = tl.program_id(0).to(tl.int64)
+    xt = tl.load(XT + r)
+    xt = tl.where((xt >= 0) & (xt < V), xt, -1).to(tl.int32)  # no such id: the row will be NaN
+    start, to = (r // inner) * stride_outer + (r % inner) * stride_inner, r * V
+    head = tl.minimum((VEC - start % VEC) % VEC, V)
+    groups = ((V - head) // VEC).to(tl.int32)
+    # Groups follow the alignment of Z, whose first read is the one from memory. If rows of PROBS lie alike, VEC numbers
+    # there start at 16 or 32 bytes, and stores are 16 bytes wide; else they are 4, side by side.
+    to_aligned = PROBS + (to + head)
+    if CONTIGUOUS:
+        to_aligned = PROBS + tl.multiple_of(to + head, VEC)
+    z_aligned = Z + tl.multiple_of(start + head, VEC)
+    row = (Z + start, PROBS + to, z_aligned, to_aligned, head.to(tl.int32), groups, V, xt, xt)
+    if tl.load(LIVE + r) != 0:
+        law = (tl.load(LAW + 4 * r), tl.load(LAW + 4 * r + 1), tl.load(LAW + 4 * r + 2), tl.load(LAW + 4 * r + 3))
+        write_law(row, law, BLOCK, VEC)
+    else:
+        zero_grad(row, BLOCK, VEC)
+        store_apart(row, 1.0, 1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Launches.
+
 # Lanes and warps of a program with more in its registers than a maximum and a sum for each lane. Left to itself the
 # assembler takes fewer registers, to run more programs at a time, and then spills.
 CAREFUL = dict(BLOCK=2048, num_warps=8, maxnreg=128)
@@ -425,3 +537,20 @@ def row_sample(
                 **(CAREFUL if with_stats or law is not None else LARGE[z.element_size()]),
             )  # fmt: skip
     return tokens, argmax, stats
+
+
+def reverse_rows(z: Tensor, xt: Tensor, live: Tensor, law: Tensor) -> Tensor:
+    """The operator reverse_rows.triton: see fastdiff/ops/row_sample.py. Nothing here waits for the device.
+
+    A row without a law, which has NaN, inf, nothing but -inf, or an x_t that does not exist, is NaN.
+    """
+    probs, num_states = z.new_empty(z.shape, dtype=torch.float32), z.shape[-1]
+    z, inner, outer_stride, inner_stride = two_strides(z)
+    if xt.numel():
+        with torch.cuda.device_of(z):
+            reverse_rows_kernel[(xt.numel(),)](
+                z, xt, live, law, probs, num_states, inner, outer_stride, inner_stride,
+                CONTIGUOUS=z.is_contiguous(), VEC=16 // z.element_size(),
+                **(SMALL if num_states <= SMALL["BLOCK"] else LARGE[z.element_size()]),
+            )  # fmt: skip
+    return probs
