@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastdiff import losses, noising, philox, reference
-from fastdiff.checks import check_rows, check_tokens, check_values, per_token, vocabulary_index
+from fastdiff import losses, noising, philox
+from fastdiff.checks import check_rows, check_tensor, check_tokens, check_values, per_token, vocabulary_index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,24 +27,50 @@ class Graph:
         return noising.corrupt(x0, sigma, self, **names)
 
     def transition(self, i: Tensor, sigma: float | Tensor) -> Tensor:
-        """Probabilities p(x_t = . | x_0 = i), float64 [..., num_states]; they sum to 1."""
-        return reference.transition(self.name, i, self._sigma(i, sigma), self.num_states, self.mask_index)
+        """Probabilities p(x_t = . | x_0 = i), [..., num_states]; they sum to 1. float64 if sigma is a float64 tensor,
+        else float32; so too below."""
+        at, alpha, noise = self._noise(i, sigma)
+        if self.mask_index is None:
+            return self._filled(noise / self.num_states, at, alpha + noise / self.num_states)
+        probs = self._filled(torch.zeros_like(noise), at, alpha)
+        probs[..., self.mask_index] += noise.squeeze(-1)  # also where i is the mask, whose entry has alpha then
+        return probs
 
     def transp_transition(self, i: Tensor, sigma: float | Tensor) -> Tensor:
-        """Probabilities p(x_t = i | x_0 = .), float64 [..., num_states]; they need not sum to 1."""
-        return reference.transp_transition(self.name, i, self._sigma(i, sigma), self.num_states, self.mask_index)
+        """Probabilities p(x_t = i | x_0 = .), [..., num_states]; they need not sum to 1."""
+        if self.mask_index is None:
+            return self.transition(i, sigma)
+        at, alpha, noise = self._noise(i, sigma)
+        came = noise * (at == self.mask_index)
+        return self._filled(came, at, alpha + came)
 
     def reverse_rate(self, i: Tensor, score: Tensor) -> Tensor:
-        """Reverse-time rates out of i at dsigma = 1, float64 [..., num_states]; each row sums to 0."""
+        """Reverse-time rates out of i at dsigma = 1, [..., num_states]; each row sums to 0. float64 if score is, else
+        float32; so too below."""
         self._check_rows("score", score)
         self._check_tokens(i, score.shape[:-1])
-        return reference.reverse_rate(self.name, i, score, self.mask_index)
+        at, dtype = i.long().unsqueeze(-1), _precision(score)
+        if self.mask_index is None:  # a tensor, so that it and not a 16-bit score sets the type of the product
+            leaving = torch.full_like(at, 1, dtype=dtype) / self.num_states
+        else:
+            leaving = (at == self.mask_index).to(dtype)
+        rate = (score * leaving).scatter_(-1, at, 0)
+        return rate.scatter_(-1, at, -rate.sum(-1, keepdim=True))
 
     def staggered_score(self, score: Tensor, dsigma: float | Tensor) -> Tensor:
-        """The score seen from dsigma less noise, exp(-dsigma Q) score, float64 [..., num_states]."""
+        """The score seen from dsigma less noise, exp(-dsigma Q) score, [..., num_states]."""
         self._check_rows("score", score)
-        dsigma = per_token("dsigma", dsigma, score.shape[:-1], score.device)
-        return reference.staggered_score(self.name, score, dsigma, self.mask_index)
+        dtype = _precision(score)
+        grow = per_token("dsigma", dsigma, score.shape[:-1], score.device).exp().unsqueeze(-1)
+        spread = (1 - grow) * score.sum(-1, keepdim=True, dtype=dtype)
+        # In two factors: exp(89) alone overflows float32, where the result need not.
+        factor = (grow / 256).to(dtype)
+        if self.mask_index is None:
+            return torch.addcmul((spread / self.num_states).to(dtype), score, factor, value=256)
+        result = torch.addcmul(torch.zeros_like(factor), score, factor, value=256)
+        at_mask = slice(self.mask_index, self.mask_index + 1)
+        result[..., at_mask] = (grow * score[..., at_mask] + spread).to(dtype)
+        return result
 
     def score_entropy(self, log_score: Tensor, sigma: float | Tensor, xt: Tensor, x0: Tensor) -> Tensor:
         """Score entropy per token in nats, as `fastdiff.dse_loss`."""
@@ -52,20 +78,32 @@ class Graph:
         mask_index = -1 if self.mask_index is None else self.mask_index
         return losses.dse_loss(log_score, sigma, xt, x0, graph=self.name, mask_index=mask_index)
 
-    def _sigma(self, i: Tensor, sigma: float | Tensor) -> Tensor:
+    def _noise(self, i: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """i, alpha and 1 - alpha, each [..., 1]."""
         self._check_tokens(i, None)
+        dtype = _precision(sigma)
         sigma = per_token("sigma", sigma, i.shape, i.device)
         check_values("sigma", sigma, ~((sigma >= 0) & sigma.isfinite()), "finite numbers >= 0")
-        return sigma
+        at, sigma = i.long().unsqueeze(-1), sigma.unsqueeze(-1)
+        return at, torch.exp(-sigma).to(dtype), -torch.expm1(-sigma).to(dtype)
+
+    def _filled(self, fill: Tensor, at: Tensor, here: Tensor) -> Tensor:
+        """Rows of `fill`, with `here` in the place `at`."""
+        return fill.expand(*at.shape[:-1], self.num_states).clone().scatter_(-1, at, here)
 
     def _check_tokens(self, i: Tensor, shape: torch.Size | None) -> None:
         check_tokens("i", i, shape)
         check_values("i", i, (i < 0) | (i >= self.num_states), f"ids in [0, {self.num_states})")
 
     def _check_rows(self, name: str, rows: Tensor) -> None:
-        check_rows(name, rows)
+        check_tensor(name, rows)
+        check_rows(name, rows.unsqueeze(0) if rows.dim() == 1 else rows)  # one row too
         if rows.shape[-1] != self.num_states:
             raise ValueError(f"{name}: expected {self.num_states} states in the last dimension, got {rows.shape[-1]}")
+
+
+def _precision(given: float | Tensor) -> torch.dtype:
+    return torch.float64 if isinstance(given, Tensor) and given.dtype == torch.float64 else torch.float32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,6 +55,13 @@ def compiled_row_sample(options, dtype, config, capability):
     return compiled(row_sample.row_sample_kernel, types, constants, capability)
 
 
+def compiled_reverse_rows(dtype, contiguous, config, capability):
+    types = dict(Z=POINTERS[dtype], XT="*i64", LIVE="*i1", LAW="*fp64", PROBS="*fp32", V="i32", inner="i32")
+    types |= dict.fromkeys(["stride_outer", "stride_inner"], "i64")
+    constants = dict(CONTIGUOUS=contiguous, VEC=16 // dtype.itemsize)
+    return compiled(row_sample.reverse_rows_kernel, types, constants | config, capability)
+
+
 def resources(binary):
     """Registers of a thread, and bytes of them that the assembler had to keep in memory."""
     report, target = "", re.search(r"\.target (\w+)", binary.asm["ptx"])[1]

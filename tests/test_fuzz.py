@@ -1,8 +1,11 @@
 """Random cases of the compiled kernels against the reference; FASTDIFF_FUZZ_CASES sets how many."""
 
+from collections import Counter
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from random_cases import CASES, check_dce, check_dse, check_masks, fuzz
+from random_cases import CASES, check_dce, check_dse, check_masks, check_reverse, check_sample, fuzz
 
 
 @fuzz(CASES)
@@ -21,3 +24,16 @@ def test_dse(data):
 @given(st.data())
 def test_masks(data):
     check_masks(data.draw, "cpu", expected="reference")
+
+
+@pytest.mark.parametrize("check", [check_sample, check_reverse])
+def test_draws(check):
+    tally = Counter()
+
+    @fuzz(max(CASES // 10, 1))  # the reference takes its time
+    @given(st.data())
+    def run(data):
+        check(data.draw, "cpu", tally)
+
+    run()
+    assert 1000 * tally["rows that differ"] < max(tally["live rows"], 1), tally

@@ -13,7 +13,15 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from ahead_of_time import FUNCTORS, POINTERS, compiled, compiled_row_loss, compiled_row_sample, resources
+from ahead_of_time import (
+    FUNCTORS,
+    POINTERS,
+    compiled,
+    compiled_reverse_rows,
+    compiled_row_loss,
+    compiled_row_sample,
+    resources,
+)
 
 from fastdiff.kernels import corrupt, linear_loss, row_loss, row_sample
 
@@ -61,6 +69,20 @@ def test_row_sample_compiles_to_wide_loads_and_no_spills(capability, name, dtype
     binary = compiled_row_sample(DRAWS[name], dtype, config, capability)
     assert resources(binary)[1] == 0
     assert re.search(r"ld\.global[\w.:]*\.v4\.b32", binary.asm["ptx"])
+
+
+@pytest.mark.parametrize("dtype", list(POINTERS), ids=str)
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_reverse_rows_compiles_to_wide_accesses_and_no_spills(capability, dtype):
+    config = row_loss.LARGE[dtype.itemsize]
+    for contiguous in (True, False):
+        binary = compiled_reverse_rows(dtype, contiguous, config, capability)
+        assert resources(binary)[1] == 0
+        ptx = binary.asm["ptx"]
+        assert re.search(r"ld\.global[\w.:]*\.v4\.b32", ptx)
+        if contiguous:  # 4 numbers a thread and store, in the loop for zeros and in that for probabilities
+            stores = len(re.findall(r"st\.global[\w.:]*\.v4\.b32", ptx))
+            assert stores >= 2 * config["BLOCK"] // (4 * 32 * config["num_warps"])
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

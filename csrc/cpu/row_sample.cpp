@@ -73,10 +73,13 @@ FASTDIFF_HD Jumps<Acc<T>> jumps_of(const RowSample& op, Numbers<T>& numbers, Sum
   using C = Acc<T>;
   const ReverseLaw& law = op.law[r];
   const double log_here = std::isnan(law.log_here) ? load(numbers.z[op.xt[r]]) : law.log_here;
+  // What theta takes from each weight is of the size of all together.
+  if (law.theta != 0 && log_here > sums.shift) sums.move_shift(static_cast<C>(log_here), 1);
   const double here = std::exp(std::min(log_here - sums.shift, 300.0));  // beyond, it stays, and nothing overflows
   const double all = sums.unit + here;
   const JumpWeight<C> weight(sums.shift, law.theta * all, op.temperature > 0 ? op.temperature : 1);
-  double jumps = sums.unit;
+  double jumps =
+      sums.shift == -kInfinity<C> ? 0 * sums.unit : sums.unit;  // without a number nothing weighs, nor is NaN lost
   if (law.theta != 0) {
     numbers.absent = NAN;
     read_again(numbers, [&](C x) __attribute__((always_inline)) { return weight.jump(x); }, -kInfinity<C>, sums);
@@ -93,7 +96,7 @@ FASTDIFF_HD int64_t jump(const RowSample& op, Numbers<T>& numbers, Sums<Acc<T>>&
   const double all = stay + jumps;
   if (!std::isfinite(all)) return -1;
   const uint32_t draw = Stream(op.seed, kStep, op.step, op.sample_ids[r], 0)(static_cast<uint32_t>(op.positions[r]));
-  if (sums.shift == -kInfinity<C> || jumps <= 0 || draw < threshold(stay / all)) return op.xt[r];
+  if (jumps <= 0 || draw < threshold(stay / all)) return op.xt[r];
   if (op.temperature == 0) return largest(numbers).first;
   const Stream stream = op.race_stream(r);
   if (op.law[r].theta == 0) return race(numbers, Weight<C>(op.temperature, sums.shift), sums, stream);

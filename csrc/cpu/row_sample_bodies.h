@@ -141,7 +141,7 @@ struct Sums {
     const auto factor = static_cast<C>(std::exp((static_cast<double>(shift) - to) / temperature));
     for (C& sum : classes) sum *= factor;
     const double d = static_cast<double>(shift) - to, unit_factor = std::exp(d);
-    dot = unit == 0 ? 0 : (dot + d * unit) * unit_factor;
+    dot = (dot + (std::isinf(d) ? 0 : d * unit)) * unit_factor;
     unit *= unit_factor;
     shift = to;
   }

@@ -435,7 +435,8 @@ def sum_jumps(row, how, BLOCK: tl.constexpr, VEC: tl.constexpr):
 def write_law(row, law, BLOCK: tl.constexpr, VEC: tl.constexpr):
     """Reads a row and writes the probabilities. With theta above 0 the sum of the jumps is a reading of its own."""
     theta, _, _, log_here = law
-    xt, f32 = row[8], tl.float32
+    xt = row[8]
+    f32 = tl.float32
     top, others = sum_exp(row, BLOCK, VEC)
     here = tl.where((log_here == log_here) & (xt >= 0), log_here, load_at(row, xt))
     shift, e_top, stay, jump, total, cut = law_terms(law, here, top, others)
@@ -479,8 +480,9 @@ def reverse_rows_kernel(
     start, to = (r // inner) * stride_outer + (r % inner) * stride_inner, r * V
     head = tl.minimum((VEC - start % VEC) % VEC, V)
     groups = ((V - head) // VEC).to(tl.int32)
-    # Groups follow the alignment of Z, whose first read is the one from memory. If rows of PROBS lie alike, VEC numbers
-    # there start at 16 or 32 bytes, and stores are 16 bytes wide; else they are 4, side by side.
+    # Groups are aligned in Z, which comes from memory. Where rows of PROBS lie alike they are aligned there too, and
+    # stores are 16 bytes wide (2-byte numbers go through shared memory first, so that a warp's stores have no gaps);
+    # elsewhere stores are 4 bytes wide, a warp's side by side.
     to_aligned = PROBS + (to + head)
     if CONTIGUOUS:
         to_aligned = PROBS + tl.multiple_of(to + head, VEC)

@@ -150,10 +150,11 @@ def _jump(rows: SampleRows, weights: Tensor, xt: Tensor) -> Tensor:
 
 
 def _race(rows: SampleRows, log_w: Tensor) -> Tensor:
-    index = torch.arange(RACE_CLASSES * (1 + -(-log_w.shape[-1] // RACE_CLASSES)), device=log_w.device)
+    classes = min(RACE_CLASSES, log_w.shape[-1])  # of fewer ids, each is a class, and no more draws are looked at
+    index = torch.arange(classes * (1 + -(-log_w.shape[-1] // classes)), device=log_w.device)
     names = rows.sample_ids[rows.live].unsqueeze(1), rows.positions[rows.live].unsqueeze(1)
     draws = draw32(rows.seed, Purpose.RACE, rows.step, *names, index)
-    return reference.race(log_w, draws.unflatten(-1, (-1, RACE_CLASSES)))
+    return reference.race(log_w, draws.unflatten(-1, (-1, classes)))
 
 
 def _stats(z: Tensor, tokens: Tensor) -> Tensor:

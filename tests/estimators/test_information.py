@@ -100,7 +100,7 @@ def test_uniform_scores_give_the_information_of_the_uniform_graph() -> None:
     def truth(t: Tensor) -> Tensor:
         found = []
         for sigma in schedule.total_noise(t).tolist():
-            column = Uniform(3).transition(strings, sigma)
+            column = Uniform(3).transition(strings, torch.tensor(sigma, dtype=torch.float64))
             noised = torch.stack([column[:, i, strings[:, i]] for i in range(4)]).prod(0)  # p(xt | x0)
             marginal = p @ noised
             found.append((p @ (torch.special.xlogy(noised, noised) - noised * marginal.log()).sum(1)).item())

@@ -74,7 +74,7 @@ X0 = SMALL.sample(1, 4, seed=1)
 
 def law(x0: Tensor, sigma: float) -> Tensor:
     """p_sigma|0(. | x0) over STRINGS, a row per row of x0."""
-    column = Uniform(3).transition(x0, sigma)  # [k, 4, 3]
+    column = Uniform(3).transition(x0, torch.tensor(sigma, dtype=torch.float64))  # [k, 4, 3]
     return torch.stack([column[:, i, STRINGS[:, i]] for i in range(4)]).prod(0)
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from fastdiff.ops.row_sample import SampleRows, row_sample
+from fastdiff.ops.row_sample import SampleRows, reverse_rows, row_sample
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -101,6 +101,62 @@ def test_laws(name, temperature, device):
         both(problem((1, 4), num_states, dtype, device, None if theta < 0 else [num_states - 2], **options))
 
 
+def both_rows(rows, law):
+    """Asserts that Triton's rows of probabilities are the reference's, and gives them."""
+    law = torch.tensor(law, dtype=torch.float64, device=rows.xt.device).expand(*rows.xt.shape, 4).contiguous()
+    got, expected = (reverse_rows(dataclasses.replace(rows), law, backend) for backend in ("triton", "reference"))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(got.sum(-1), torch.ones_like(rows.xt, dtype=torch.float32), rtol=0, atol=1e-5)
+    return got
+
+
+@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize(("num_states", "dtype"), [(2, BF16), (27, F32), (1025, F16), (2600, BF16)])
+def test_laws_as_rows(num_states, dtype, name, device):
+    theta, kappa, lam, log_here = LAWS[name]
+    rows = problem((1, 4), num_states, dtype, device)
+    probs = both_rows(rows, (theta / num_states, kappa * num_states, lam, log_here))
+    stays = torch.nn.functional.one_hot(rows.xt, num_states).float()
+    assert torch.equal(probs[~rows.live], stays[~rows.live])
+
+
+@pytest.mark.parametrize("num_states", [5, 1060, 2603])
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_rows_that_start_anywhere(num_states, dtype, device):
+    wide = torch.randn(2, 3, num_states + 3, generator=torch.Generator().manual_seed(0))
+    wide[0, 1, 3] = -torch.inf
+    for z in (wide[..., 3:], wide[:, 1:]):
+        rows = problem(z.shape[:-1], z.shape[-1], dtype, device, z=z.to(dtype), live=torch.ones(z.shape[:-1]).bool())
+        for law in ((0.3 / num_states, num_states, 0.0, 0.0), (-0.4 / num_states, 1.0, -0.1, math.nan)):
+            both_rows(rows, law)
+
+
+def test_rows_at_their_limits(device):
+    z = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
+    rows = problem((5,), 9, F32, device, z=z, live=torch.ones(5).bool())
+    stays = torch.nn.functional.one_hot(rows.xt, 9).float()
+    assert torch.equal(both_rows(rows, (1e9, 0.0, 0.0, 0.0)), stays)  # nothing can replace x_t, nor can it stay
+    likely = both_rows(rows, (0.0, 0.0, 0.0, -10.0))
+    rows.z -= 300
+    torch.testing.assert_close(both_rows(rows, (0.0, 0.0, 0.0, 0.0)), likely, rtol=1e-4, atol=0)
+    torch.testing.assert_close(both_rows(rows, (0.1, 1.0, 0.0, 0.0)), stays)
+
+
+def test_rows_without_a_law_are_nan(device):
+    z = torch.zeros(6, 9)
+    z[0, 3], z[1, 3], z[2] = torch.nan, torch.inf, -torch.inf
+    xt = torch.tensor([1, 5, 7, 9, -1, 0])
+    for theta in (0.0, 0.1, -0.1):
+        for log_here in (-math.inf, math.nan):
+            law = torch.tensor([theta, 0.0, 0.0, log_here], dtype=torch.float64, device=device).repeat(6, 1)
+            rows = problem((6,), 9, F32, device, z=z, xt=xt, live=torch.ones(6).bool())
+            assert reverse_rows(rows, law, "triton").isnan().all(-1).tolist() == [True] * 5 + [False]
+            rows.live[:] = False
+            law[:] = torch.nan
+            probs = reverse_rows(rows, law, "triton")
+            assert probs.sum(-1).tolist() == [1, 1, 1, 0, 0, 1]
+
+
 @pytest.mark.parametrize("layout", ["next position", "rows apart", "columns apart", "expanded", "four dimensions"])
 def test_layouts(layout, device):
     z = torch.randn(2, 2, 1065, generator=torch.Generator().manual_seed(0))
@@ -138,9 +194,16 @@ def test_empty_batches_and_float64(device):
         drawn = row_sample(problem(shape, 11, F32, device, with_stats=True), "triton")
         assert drawn.tokens.shape == shape
         assert drawn.stats.shape == (3, *shape)
+        law = torch.zeros(*shape, 4, dtype=torch.float64, device=device)
+        probs = reverse_rows(problem(shape, 11, F32, device), law, "triton")
+        assert (probs.shape, probs.dtype) == ((*shape, 11), F32)
     both(problem((2, 3), 11, torch.float64, device, with_stats=True))
+    both_rows(problem((2, 3), 11, torch.float64, device), LAWS["absorb"])
 
 
 def test_opcheck(device):
     rows = problem((1, 2), 11, F32, device, exclude=[3], with_stats=True)
     torch.library.opcheck(torch.ops.fastdiff.row_sample.triton, rows.arguments())
+    rows = problem((1, 2), 11, F32, device)
+    law = torch.tensor(LAWS["uniform"], dtype=torch.float64, device=device).repeat(1, 2, 1)
+    torch.library.opcheck(torch.ops.fastdiff.reverse_rows.triton, (rows.z, rows.xt, rows.live, law))

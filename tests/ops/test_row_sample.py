@@ -117,6 +117,21 @@ def test_law_is_that_of_float64(num_states, spread, options):
     assert value < freedom + 4 * math.sqrt(2 * freedom) + 8  # four standard deviations
 
 
+@pytest.mark.parametrize("gap", [95.0, 400.0, math.inf])
+def test_uniform_steps_where_x_t_is_all_but_certain(gap):
+    xt = torch.full((1, 50), 2)
+    z = torch.zeros(1, 50, 5)
+    z[..., 2] = gap if gap < math.inf else 0
+    if gap == math.inf:
+        z[..., torch.arange(5) != 2] = -math.inf
+    options = dict(sigma_next=0.5, graph="uniform", parametrization="logits")
+    expected = reverse_probs(z, xt, 3.0, backend="reference", **options)
+    torch.testing.assert_close(reverse_probs(z, xt, 3.0, **options), expected, rtol=2e-5, atol=1e-7)
+    tokens = reverse_step(z, xt, 3.0, seed=0, **options)
+    assert torch.equal(tokens, reverse_step(z, xt, 3.0, seed=0, backend="reference", **options))
+    assert (tokens != 2).any()
+
+
 def test_reverse_steps_follow_their_rows():
     n = 20_000
     z, xt = rows(7, batch=1, length=1)
