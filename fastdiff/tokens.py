@@ -157,7 +157,7 @@ def token_rows(
         sample_ids = torch.arange(len(xt), device=z.device)
     check_tokens("sample_ids", sample_ids, xt.shape[:1], z.device)
     return SampleRows(
-        z=z,
+        z=z.detach(),
         xt=xt,
         live=live,
         law=None,

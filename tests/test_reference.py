@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastdiff import reference
+from fastdiff.philox import Purpose, draw32
 
 M = 4  # the mask of a five-state absorbing graph
 GRAPHS = [("absorb", M), ("uniform", None)]
@@ -206,12 +207,12 @@ def test_subset_weights_and_count_laws(length):
         assert float(reference.count_law(length, proposal).sum()) == pytest.approx(1)
 
 
-def test_race_follows_softmax_and_keeps_the_tail():
-    from fastdiff.philox import Purpose, draw32
-
+@pytest.mark.parametrize("classes", [5, 2, 1])
+def test_race_follows_softmax_and_keeps_the_tail(classes):
     p = torch.tensor([0.5, 0.3, 0.15, 0.0499, 1e-4], dtype=torch.float64)
-    draws = draw32(1, Purpose.RACE, 0, torch.arange(100_000).unsqueeze(1), 0, torch.arange(5))
-    counts = torch.bincount(reference.race(p.log(), draws), minlength=5)
+    index = torch.arange(classes * (1 + -(-5 // classes))).view(-1, classes)
+    draws = draw32(1, Purpose.RACE, 0, torch.arange(100_000).view(-1, 1, 1), 0, index)
+    counts = torch.bincount(reference.race(p.log().expand(100_000, 5), draws), minlength=5)
     expected = 1e5 * p / p.sum()
     assert ((counts - expected) ** 2 / expected).sum() < 18.5  # chi-square, 4 degrees of freedom, 0.1%
     assert counts[4] > 0

@@ -175,6 +175,12 @@ def test_only_masked_rows_are_read():
     assert torch.equal(sample_tokens(z, xt, mask=some, seed=0), torch.where(some, tokens, xt))
 
 
+def test_nothing_here_has_a_gradient():
+    z, xt = rows(27)
+    _, stats = sample_tokens(z.requires_grad_(), xt, seed=0, return_stats=True)
+    assert not stats.probability.requires_grad
+
+
 def test_large_offsets_cost_no_digits():
     z, xt = rows(2600)
     z = (z * 64).round() / 64
