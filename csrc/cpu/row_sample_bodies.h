@@ -155,17 +155,18 @@ struct Sums {
   }
 
   // The same, and to what is summed at temperature 1.
-  template <bool kTempered>
+  template <bool kRaise, bool kTempered>
   FASTDIFF_HD void add_unit(const C* x, int64_t n, const Weight<C>& weight) {
     const Exp<C> at_one(1);
     C unit_part = 0, dot_part = 0;
     C* sum = classes.data();
 #pragma omp simd reduction(+ : unit_part, dot_part)
     for (int64_t j = 0; j < n; ++j) {
-      const C d = x[j] - weight.shift, w = weight.exp(d), e = kTempered ? at_one(d) : w;
+      const C d = x[j] - weight.shift, w = weight.exp.template of<kRaise>(d);
+      const C e = kTempered ? at_one.template of<kRaise>(d) : w;
       sum[j] += w;
       unit_part += e;
-      dot_part += e * (d < at_one.least ? at_one.least : d);
+      dot_part += e * (kRaise && d < at_one.least ? at_one.least : d);
     }
     unit += unit_part;
     dot += dot_part;
@@ -194,14 +195,17 @@ FASTDIFF_HD void read_row(Numbers<T>& numbers, double temperature, Sums<Acc<T>>&
     if (range.max > sums.shift + room) sums.move_shift(range.max, temperature);
     // A block of NaN, or of nothing, has no maximum.
     const Weight<C> weight(temperature, sums.shift == -kInfinity<C> ? C(0) : sums.shift);
-    if constexpr (kUnit)
-      sums.template add_unit<kTempered>(visible ? visible : numbers.block(b), n, weight);
-    else if (visible)
+    // Where there is nothing to raise it is left out: one operation of the eight that decide.
+    const bool raise = range.min - weight.shift < std::max(weight.exp.least, Exp<C>(1).least);
+    if constexpr (kUnit) {
+      const C* x = visible ? visible : numbers.block(b);
+      raise ? sums.template add_unit<true, kTempered>(x, n, weight)
+            : sums.template add_unit<false, kTempered>(x, n, weight);
+    } else if (visible) {
       sums.template add<true>(visible, n, weight);
-    else if (range.min - weight.shift < weight.exp.least)  // else there is nothing to raise, which saves an operation
-      sums.template add<true>(numbers.raw(b), n, weight);
-    else
-      sums.template add<false>(numbers.raw(b), n, weight);
+    } else {
+      raise ? sums.template add<true>(numbers.raw(b), n, weight) : sums.template add<false>(numbers.raw(b), n, weight);
+    }
   }
 }
 
