@@ -197,15 +197,6 @@ def absorb_reverse_step(logits: Tensor, xt: Tensor, sigma_t: Tensor, sigma_s: Te
     return torch.where((xt == mask_index).unsqueeze(-1), probs, F.one_hot(xt, z.shape[-1]).double())
 
 
-def uniform_reverse_step(logits: Tensor, xt: Tensor, sigma_t: Tensor, sigma_s: Tensor) -> Tensor:
-    """The uniform graph's p(x_s | x_t) from conditionals c: exp(dS Q)(x_t, y) p_s(y), normalised; p_s is c noised."""
-    z, n = logits.double(), logits.shape[-1]
-    alpha = torch.exp(-sigma_s.double()).unsqueeze(-1)
-    p_s = alpha * torch.softmax(z, -1) + (1 - alpha) / n
-    probs = p_s * transp_transition("uniform", xt, sigma_t.double() - sigma_s.double(), n, None)
-    return probs / probs.sum(-1, keepdim=True)
-
-
 def euler_step(graph: str, log_score: Tensor, xt: Tensor, step_size: Tensor, mask_index: int | None) -> Tensor:
     """delta + step_size Qbar, with step_size = dt dsigma: [..., V], clamped at 0 and normalised."""
     rate = reverse_rate(graph, xt, torch.exp(log_score.double()), mask_index)

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastdiff.kernels import row_loss, row_sample
+from fastdiff.kernels import reverse_rows, row_loss, row_sample
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
 FUNCTORS = ["dce", "dse_absorb", "dse_uniform", "dse_uniform_logits"]
@@ -59,7 +59,7 @@ def compiled_reverse_rows(dtype, contiguous, config, capability):
     types = dict(Z=POINTERS[dtype], XT="*i64", LIVE="*i1", LAW="*fp64", PROBS="*fp32", V="i32", inner="i32")
     types |= dict.fromkeys(["stride_outer", "stride_inner"], "i64")
     constants = dict(CONTIGUOUS=contiguous, VEC=16 // dtype.itemsize)
-    return compiled(row_sample.reverse_rows_kernel, types, constants | config, capability)
+    return compiled(reverse_rows.reverse_rows_kernel, types, constants | config, capability)
 
 
 def resources(binary):

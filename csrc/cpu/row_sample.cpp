@@ -50,12 +50,12 @@ struct RowSample {
   bool filters() const { return (top_k > 0 && top_k < num_states) || top_p < 1; }
 };
 
-template <typename T>
-FASTDIFF_HD void write_stats(const RowSample& op, const Numbers<T>& numbers, const Sums<Acc<T>>& sums, int64_t r,
-                             Acc<T> top, Acc<T> second) {
+// From the numbers of the token, of the largest and of the second largest.
+template <typename C>
+FASTDIFF_HD void write_stats(const RowSample& op, const Sums<C>& sums, int64_t r, C drawn, C top, C second) {
   const auto p = [&](double x) { return std::exp(x - sums.shift) / sums.unit; };
   float* to = op.stats + r;
-  to[0] = static_cast<float>(p(load(numbers.z[op.tokens[r]])));
+  to[0] = static_cast<float>(p(drawn));
   to[op.rows] = static_cast<float>(p(top) - p(second));
   to[2 * op.rows] = static_cast<float>(sums.dot / sums.unit - std::log(sums.unit));
 }
@@ -78,8 +78,8 @@ FASTDIFF_HD Jumps<Acc<T>> jumps_of(const RowSample& op, Numbers<T>& numbers, Sum
   const double here = std::exp(std::min(log_here - sums.shift, 300.0));  // beyond, it stays, and nothing overflows
   const double all = sums.unit + here;
   const JumpWeight<C> weight(sums.shift, law.theta * all, op.temperature > 0 ? op.temperature : 1);
-  double jumps =
-      sums.shift == -kInfinity<C> ? 0 * sums.unit : sums.unit;  // without a number nothing weighs, nor is NaN lost
+  // Without a number nothing weighs; a product, so that NaN is not lost.
+  double jumps = sums.unit * (sums.shift > -kInfinity<C>);
   if (law.theta != 0) {
     numbers.absent = NAN;
     read_again(numbers, [&](C x) __attribute__((always_inline)) { return weight.jump(x); }, -kInfinity<C>, sums);
@@ -133,10 +133,9 @@ FASTDIFF_HD int64_t sample_row(const RowSample& op, Numbers<T>& numbers, Sums<Ac
     }
     token = race(numbers, weight, sums, op.race_stream(r));
   }
-  op.tokens[r] = token;
   if (op.stats) {
     op.argmax[r] = top;
-    write_stats(op, numbers, sums, r, load(numbers.z[top]), second);
+    write_stats(op, sums, r, load(numbers.z[token]), load(numbers.z[top]), second);
   }
   return token;
 }

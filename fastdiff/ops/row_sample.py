@@ -101,7 +101,7 @@ _reverse_rows = define(
     lambda z, *_: torch.empty(z.shape, dtype=torch.float32, device=z.device),
 )
 for _name in ("row_sample", "reverse_rows"):
-    implement_in_triton(_name, "row_sample")
+    implement_in_triton(_name, _name)
 
 
 # ---------------------------------------------------------------------------------------------------------
