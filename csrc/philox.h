@@ -4,7 +4,9 @@
 #include <cstdint>
 #include <cstring>
 
+// FASTDIFF_GPU is for kernels of a GPU, whether one runs them or the emulator in tests/cuda.
 #ifdef __CUDACC__
+#define FASTDIFF_GPU
 #define FASTDIFF_HD __host__ __device__ __forceinline__
 #else
 #define FASTDIFF_HD inline __attribute__((always_inline))
@@ -27,7 +29,7 @@ struct Words {
   uint32_t w[4];
 };
 
-#ifdef __CUDACC__
+#ifdef FASTDIFF_GPU
 using Lane = uint32_t;
 #else
 using Lane = uint64_t;  // of which 32 bits are used: lanes as wide as the products vectorise without shuffles

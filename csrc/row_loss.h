@@ -29,8 +29,22 @@ struct Reduced {
   }
 };
 
-// exp for x < 88.3, within 2 ulp about 0; it is 0 below -86.9.
+// 2^x, from where a GPU has an instruction for it.
+FASTDIFF_HD float exp2_(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::exp2(x);
+#endif
+}
+
+// exp for x < 88.3, within 2 ulp about 0; it is 0 below -86.9. On a GPU for all x, within |x| ulp.
 FASTDIFF_HD float exp_(float x) {
+#ifdef FASTDIFF_GPU
+  return exp2_(x * 1.44269504f);
+#else
   const Reduced reduced(x);
   const float r = reduced.r;
   float p = 8.3125012967e-3f;
@@ -39,6 +53,7 @@ FASTDIFF_HD float exp_(float x) {
   p = p * r + 4.9999230308e-1f;
   p = (p * r + 1.0f) * r + 1.0f;
   return x < -86.9f ? 0.0f : p * reduced.scale;
+#endif
 }
 FASTDIFF_HD double exp_(double x) { return std::exp(x); }
 

@@ -5,7 +5,7 @@
 #include <string>
 #include <tuple>
 
-#include "tensor.h"
+#include "../tensor.h"
 
 namespace fastdiff {
 

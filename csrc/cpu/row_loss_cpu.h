@@ -4,20 +4,11 @@
 #include <string>
 #include <vector>
 
+#include "../functor.h"
 #include "row_bodies.h"
-#include "tensor.h"
+#include "../tensor.h"
 
 namespace fastdiff {
-
-enum class Functor { dce, dse_absorb, dse_uniform, dse_uniform_logits };
-
-inline Functor functor_named(const std::string& name) {
-  if (name == "dce") return Functor::dce;
-  if (name == "dse_absorb") return Functor::dse_absorb;
-  if (name == "dse_uniform") return Functor::dse_uniform;
-  if (name == "dse_uniform_logits") return Functor::dse_uniform_logits;
-  bad_value("functor: expected dce, dse_absorb, dse_uniform or dse_uniform_logits, got ", name);
-}
 
 // z is [..., V] with any strides before the last; all other tensors are contiguous over [...]. Where z holds a part of
 // a row of `all_states` numbers, ids count from its first, x0 is -1 if it lies elsewhere, and x_t -1 or, if it is not

@@ -1,0 +1,438 @@
+// Row losses on the GPU. A row is read from memory once, by a cluster of blocks that holds it in shared memory where the
+// loss takes more than one pass, and its gradient is written once. Twin of csrc/cpu/row_bodies.h, which says more.
+#include "row_loss_cuda.h"
+
+namespace fastdiff {
+namespace {
+
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLowest = -3.0e38f;  // a maximum to start from, which subtracts from -inf without NaN
+
+// What thread 0 finds out for all: constants of a row, in double.
+struct Constants {
+  double weight, shift, k;  // k = N / expm1(sigma)
+  DseRow dse;
+};
+
+// What is kept of a row that is summed up: 2^m s is the sum of the exponentials of its numbers.
+struct Online {
+  float m = kLowest, s = 0;
+};
+
+struct MergeOnline {
+  __device__ Online operator()(const Online& a, const Online& b) const {
+    const bool swap = a.m < b.m;
+    const Online &high = swap ? b : a, &low = swap ? a : b;
+    return {high.m, high.s + low.s * exp2_(low.m - high.m)};
+  }
+};
+
+struct Pair {
+  double a, b;
+  __device__ Pair operator+(const Pair& other) const { return {a + other.a, b + other.b}; }
+};
+
+// From the row's sums, for its second and third pass.
+struct NelboPass {
+  float top, inv_total, slope, offset, offset_w;
+  double c_x0, c_xt, rest_x0, rest_xt, scale, pull_x0, loss_x0, a, dc_xt;
+};
+
+struct Shared {
+  uint64_t barriers[Copies::kParts];
+  Constants constants;
+  NelboPass nelbo;
+  Room<Online> online;
+  Room<Pair> pair;
+  Room<double> sum;
+};
+constexpr size_t kShared = (sizeof(Shared) + 15) / 16 * 16;
+
+// One row: its numbers, where its gradient goes, and the ids that are treated apart; negative if not in the row.
+template <typename T>
+struct Work {
+  const Row<T>& row;
+  const Target<T>& grad;
+  Shared& shared;
+  int x0, excluded;
+  bool writes;  // whether this thread writes the results
+
+  __device__ bool special(int first, int many) const {
+    return static_cast<unsigned>(x0 - first) < static_cast<unsigned>(many) ||
+           static_cast<unsigned>(excluded - first) < static_cast<unsigned>(many);
+  }
+};
+
+struct Results {
+  double loss, logsumexp = 0, entropy = 0, correct = 0;
+};
+
+// ---------------------------------------------------------------------------------------------------------
+// Score entropy: a plain sum, so loss and gradient come from one pass.
+
+__device__ Term<float> term_of(const ExpTerm<float>& term, float z) { return term(z); }
+
+// phi is for d < 88.3; from there on its exponential leaves float.
+__device__ Term<float> term_of(const PhiTerm<float>& term, float z) {
+  const float d = z - term.shift;
+  const float beyond = d * INFINITY;
+  const Term<float> t = term(z);
+  return d < 88 ? t : Term<float>{beyond, beyond};
+}
+
+template <bool kGrad, typename T, typename F>
+__device__ Results dse_row(const Work<T>& work, const F& term, float neutral) {
+  const Constants& constants = work.shared.constants;
+  const DseRow& dse = constants.dse;
+  const double weight = constants.weight * dse.scale;
+  const float slope_scale = static_cast<float>(weight * term.factor);
+  float sum = 0;
+  double apart = work.x0 < -1 ? NAN : 0;  // an id that does not exist
+  work.row.each([&](auto& few) {
+    float grad_x0 = 0;
+    const bool special = few.has(work.x0) || few.has(work.excluded);
+    if (special) {
+      if (few.has(work.x0) && work.x0 != work.excluded) {
+        const double s = few.at(work.x0) - constants.shift;
+        const Term<double> t = scaled_phi(s, s - dse.log_a_x0, dse.a_x0);
+        apart += t.value;
+        grad_x0 = static_cast<float>(weight * t.slope);
+      }
+      few.set(work.x0, neutral);
+      few.set(work.excluded, neutral);
+    }
+    for (float& x : few.x) {
+      const Term<float> t = term_of(term, x);
+      sum += t.value;
+      x = slope_scale * t.slope;
+    }
+    if constexpr (kGrad) {
+      if (special) {
+        few.set(work.x0, grad_x0);
+        few.set(work.excluded, 0);
+      }
+      work.grad.put(few);
+    }
+  });
+  Cluster::wait();
+  const double total = reduce_cluster(static_cast<double>(term.factor) * sum + apart, work.shared.sum, Add());
+  return {weight * total};
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Cross-entropy: a sum of exponentials, in base 2 and relative to a running maximum, then the gradient.
+
+// Over all ids but x0 and the excluded one.
+template <typename T>
+__device__ Online sum_exp(const Work<T>& work) {
+  Online all;
+  work.row.each([&](auto& few) {
+    if (few.has(work.x0) || few.has(work.excluded)) {
+      few.set(work.x0, -INFINITY);
+      few.set(work.excluded, -INFINITY);
+    }
+    float top = few.x[0];
+    for (const float x : few.x) top = fmaxf(top, x);
+    top = fmaxf(all.m, top * kLog2E);
+    float s = 0;
+    for (const float x : few.x) s += exp2_(fmaf(x, kLog2E, -top));
+    all.s = fmaf(all.s, exp2_(all.m - top), s);
+    all.m = top;
+  });
+  Cluster::wait();
+  return reduce_cluster(all, work.shared.online, MergeOnline());
+}
+
+// The number of x0, for all threads: before any gradient is written. Elsewhere it is as if it weighed nothing.
+template <typename T>
+__device__ float number_at(const Work<T>& work, int id) {
+  return id >= 0 ? load(work.row.z[id]) : id == -1 ? -INFINITY : NAN;
+}
+
+template <bool kGrad, bool kStats, typename T>
+__device__ Results dce_row(const Work<T>& work, double z_loss) {
+  const float at_x0 = number_at(work, work.x0);
+  const bool elsewhere = work.x0 == -1;
+  const Online others = sum_exp(work);
+  const double weight = work.shared.constants.weight;
+
+  // The same in float, which the gradients are made with.
+  const float top = fmaxf(others.m, at_x0 * kLog2E);
+  const float e_x0 = exp2_(fmaf(at_x0, kLog2E, -top)), all = others.s * exp2_(others.m - top) + e_x0;
+  const float drift = z_loss == 0 ? 0.0f : (top + log2f(all)) / kLog2E;
+  const float slope = static_cast<float>(weight * (1 + 2 * z_loss * drift));
+  const float scale = elsewhere && all == 0 ? 0.0f : slope / all;
+
+  // log p(x0); the shift is never added to log(sum), where digits would be lost.
+  const auto log_p = [&](double& logsumexp) {
+    const double x = at_x0, other = static_cast<double>(others.m) / kLog2E, shift = x > other ? x : other;
+    double total = others.s * std::exp(other - shift) + std::exp(x - shift);
+    if (shift == INFINITY) total = NAN;  // inf - inf, as in PyTorch
+    logsumexp = shift + std::log(total);
+    return elsewhere ? -logsumexp : (x - shift) - std::log(total);
+  };
+  float dot = 0;
+  int ahead = 0;
+  if (kGrad || kStats)
+    work.row.each([&](auto& few) {
+      const bool special = few.has(work.x0) || few.has(work.excluded);
+      if (kStats && special) {
+        few.set(work.x0, -INFINITY);
+        few.set(work.excluded, -INFINITY);
+      }
+      for (int i = 0; i < static_cast<int>(sizeof(few.x) / sizeof(float)); ++i) {
+        const float x = fmaf(few.x[i], kLog2E, -top), e = exp2_(x);
+        if constexpr (kStats) {
+          dot += x < -124 ? 0.0f : e * x;
+          ahead += few.x[i] > at_x0 || (few.x[i] == at_x0 && few.first + i < work.x0);
+        }
+        few.x[i] = scale * e;
+      }
+      if constexpr (kGrad) {
+        if (special) {
+          float grad_x0 = 0;
+          if (few.has(work.x0)) {
+            double logsumexp;
+            const double log_p_x0 = log_p(logsumexp), drift_ = z_loss == 0 ? 0 : logsumexp;
+            grad_x0 = static_cast<float>(weight * (std::expm1(log_p_x0) + 2 * z_loss * drift_ * std::exp(log_p_x0)));
+          }
+          few.set(work.x0, grad_x0);
+          few.set(work.excluded, 0);
+        }
+        work.grad.put(few);
+      }
+    });
+  Pair stats{dot, static_cast<double>(ahead)};
+  if constexpr (kStats) stats = reduce_cluster(stats, work.shared.pair, Add());
+  if (!work.writes) return {};
+  Results results{};
+  const double log_p_x0 = log_p(results.logsumexp), z_term = z_loss == 0 ? 0 : results.logsumexp;
+  results.loss = weight * (z_loss * z_term * z_term - log_p_x0);
+  if constexpr (kStats) {
+    const double x = fmaf(at_x0, kLog2E, -top), total = all;
+    const double all_dots = stats.a + (x < -124 ? 0 : std::exp2(x) * x);
+    results.entropy = std::log(total) - all_dots / kLog2E / total;
+    results.correct = stats.b == 0 && total == total;
+  }
+  return results;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Score entropy of the uniform graph from conditionals: two sums in sequence, then the gradient.
+
+__device__ NelboPass nelbo_pass(const Online& others, double at_x0, double at_xt, bool moved, double num_states,
+                                const Constants& constants) {
+  const double other = static_cast<double>(others.m) / kLog2E;
+  double shift = at_x0 > other ? at_x0 : other;
+  shift = at_xt > shift ? at_xt : shift;
+  const double e_others = others.s * std::exp(other - shift), e_xt = std::exp(at_xt - shift);
+  const double e_x0 = moved ? std::exp(at_x0 - shift) : 0, total = e_others + e_x0 + e_xt;
+  NelboPass pass;
+  pass.c_x0 = e_x0 / total, pass.c_xt = e_xt / total;
+  pass.rest_x0 = (e_others + e_xt) / total, pass.rest_xt = (e_others + e_x0) / total;
+  const NelboRow row(constants.k, static_cast<int64_t>(num_states), moved, pass.c_xt, pass.rest_xt, pass.rest_x0);
+  pass.top = static_cast<float>(shift * kLog2E);
+  // What the rounding of the shift takes from every exponential.
+  pass.inv_total = static_cast<float>(std::exp2(pass.top - shift * kLog2E) / total);
+  pass.slope = static_cast<float>(row.slope), pass.offset = static_cast<float>(row.offset);
+  pass.offset_w = static_cast<float>(row.offset_w);
+  pass.scale = constants.weight * constants.k / (num_states * row.b);
+  pass.pull_x0 = row.w_x0 / row.rho_x0, pass.loss_x0 = row.a_x0 * log_gap(row.w_x0, row.rho_x0);
+  pass.a = row.a, pass.dc_xt = row.dc_xt;
+  return pass;
+}
+
+// c, w - log(rho) and 1 - 1/rho of a number.
+struct NelboTerms {
+  float c, gap, pull;
+
+  __device__ NelboTerms(float z, const NelboPass& pass) {
+    c = exp2_(fmaf(z, kLog2E, -pass.top)) * pass.inv_total;
+    const float rho = fmaf(pass.slope, c, pass.offset), w = fmaf(pass.slope, c, pass.offset_w);
+    gap = log_gap(w, rho);
+    pull = w / rho;
+  }
+};
+
+template <bool kGrad, typename T>
+__device__ Results nelbo_row(const Work<T>& work) {
+  Shared& shared = work.shared;
+  const double at_x0 = number_at(work, work.x0), at_xt = number_at(work, work.excluded);
+  const bool moved = work.x0 != work.excluded;
+  const double num_states = work.row.num_states, weight = shared.constants.weight;
+  const Online others = sum_exp(work);
+  if (threadIdx.x == 0) shared.nelbo = nelbo_pass(others, at_x0, at_xt, moved, num_states, shared.constants);
+  __syncthreads();
+  const NelboPass& pass = shared.nelbo;
+  float gaps = 0, pulls = 0;
+  work.row.each([&](auto& few) {
+    const bool special = few.has(work.x0) || few.has(work.excluded);
+    for (int i = 0; i < static_cast<int>(sizeof(few.x) / sizeof(float)); ++i) {
+      const NelboTerms terms(few.x[i], pass);
+      const bool apart = special && (few.first + i == work.x0 || few.first + i == work.excluded);
+      gaps += apart ? 0 : terms.gap;
+      pulls += apart ? 0 : terms.c * terms.pull;
+    }
+  });
+  const Pair sums = reduce_cluster(Pair{gaps, pulls}, shared.pair, Add());
+  if constexpr (kGrad) {
+    const double mean = sums.b + pass.c_xt * pass.dc_xt + pass.c_x0 * pass.pull_x0;
+    const auto scale = static_cast<float>(pass.scale), mean_pull = static_cast<float>(mean);
+    work.row.each([&](auto& few) {
+      const bool special = few.has(work.x0) || few.has(work.excluded);
+      for (float& x : few.x) {
+        const NelboTerms terms(x, pass);
+        x = scale * terms.c * (terms.pull - mean_pull);
+      }
+      if (special) {
+        // pull - mean, where the two nearly cancel if c is near 1
+        const double xt_pull = pass.dc_xt * pass.rest_xt - (sums.b + pass.c_x0 * pass.pull_x0);
+        const double x0_pull = pass.pull_x0 * pass.rest_x0 - (mean - pass.c_x0 * pass.pull_x0);
+        few.set(work.x0, static_cast<float>(pass.scale * pass.c_x0 * x0_pull));
+        few.set(work.excluded, static_cast<float>(pass.scale * pass.c_xt * xt_pull));
+      }
+      work.grad.put(few);
+    });
+  }
+  return {weight / num_states * (pass.a * sums.a + pass.loss_x0)};
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// The kernel.
+
+__device__ Constants constants_of(const RowLoss& op, int64_t r, bool moved) {
+  Constants constants{op.weight ? op.weight[r] * *op.scale : *op.scale, 0, 0, {}};
+  if (!op.sigma) return constants;
+  const Noise noise(op.sigma[r]);
+  const double states = static_cast<double>(op.all_states);
+  if (op.scale_by_sigma) constants.shift = noise.log_e1 + std::log(states - 1);
+  constants.k = states * noise.inv_e1;
+  if (op.functor == Functor::dce) constants.weight *= noise.inv_e1;  // DSE of log c - log e1 is DCE / e1
+  if (op.functor == Functor::dse_absorb) constants.dse = DseRow::absorb(op.sigma[r]);
+  if (op.functor == Functor::dse_uniform) constants.dse = DseRow::uniform(op.sigma[r], op.all_states, moved);
+  return constants;
+}
+
+template <Functor kFunctor, bool kGrad, bool kStats, typename T>
+__device__ Results row_results(const Work<T>& work, const RowLoss& op) {
+  const Constants& constants = work.shared.constants;
+  const double shift = constants.shift;
+  if constexpr (kFunctor == Functor::dce) {
+    return dce_row<kGrad, kStats>(work, op.z_loss);
+  } else if constexpr (kFunctor == Functor::dse_absorb) {
+    return dse_row<kGrad>(work, ExpTerm<float>(shift), -INFINITY);
+  } else if constexpr (kFunctor == Functor::dse_uniform) {
+    const DseRow& dse = constants.dse;
+    if (dse.a == 0) return dse_row<kGrad>(work, ExpTerm<float>(shift), -INFINITY);  // sigma is 0
+    const PhiTerm<float> term(shift, dse.a, dse.log_a);
+    return dse_row<kGrad>(work, term, term.shift);
+  } else {
+    return nelbo_row<kGrad>(work);
+  }
+}
+
+template <typename T, Functor kFunctor, bool kGrad, bool kStats>
+__global__ void __launch_bounds__(512) row_loss_kernel(const __grid_constant__ RowLoss op) {
+  FASTDIFF_SHARED(memory);
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  constexpr bool kUniform = kFunctor == Functor::dse_uniform || kFunctor == Functor::dse_uniform_logits;
+  const int64_t r = blockIdx.x / Cluster::size();
+  const bool writes = threadIdx.x == 0 && Cluster::rank() == 0;
+  const int64_t x0 = op.x0[r], xt = op.xt ? op.xt[r] : -1;
+  const bool scored = x0 != op.ignore_index && (kUniform || (op.mask ? op.mask[r] : !op.xt || xt == op.mask_index));
+  const T* z = static_cast<const T*>(op.z) + r / op.inner * op.outer_stride + r % op.inner * op.inner_stride;
+  T* to = kGrad ? static_cast<T*>(op.grad) + r * op.num_states : nullptr;
+
+  Results results{};
+  if (scored) {
+    const Copies copies(shared.barriers);
+    const Row<T> row(z, op.num_states, copies, reinterpret_cast<uint4*>(memory + kShared), op.units);
+    Cluster::arrive();
+    const int64_t excluded = kUniform ? xt : op.exclude_mask ? op.mask_index : -1;
+    const int64_t least = op.all_states == op.num_states ? 0 : -1;
+    const bool exists = x0 >= least && x0 < op.num_states, other = excluded >= -1 && excluded < op.num_states;
+    if (threadIdx.x == 0) shared.constants = constants_of(op, r, x0 != xt);
+    __syncthreads();
+    const Target<T> grad(to, row.head);
+    const Work<T> work{row, grad, shared, exists ? static_cast<int>(x0) : -2,
+                       other ? static_cast<int>(excluded) : -3, writes};
+    results = row_results<kFunctor, kGrad, kStats>(work, op);
+  } else if (kGrad) {
+    const Copies copies(shared.barriers);
+    const Row<T> row(z, op.num_states, copies, nullptr, -1);
+    const Target<T> grad(to, row.head);
+    row.each_unread([&](const auto& few) { grad.put(few); });
+  }
+  if (!writes) return;
+  if (op.loss_is_double)
+    static_cast<double*>(op.loss)[r] = results.loss;
+  else
+    static_cast<float*>(op.loss)[r] = static_cast<float>(results.loss);
+  if constexpr (kStats) {
+    op.stats[r] = static_cast<float>(results.logsumexp);
+    op.stats[op.rows + r] = static_cast<float>(results.entropy);
+    op.stats[2 * op.rows + r] = static_cast<float>(results.correct);
+  }
+}
+
+template <typename T, Functor kFunctor>
+void launch_as(const RowLoss& op, const Tensor& z, const Grid& grid) {
+  if constexpr (kFunctor == Functor::dce) {
+    if (op.stats) {
+      const auto kernel = op.grad ? row_loss_kernel<T, kFunctor, true, true> : row_loss_kernel<T, kFunctor, false, true>;
+      return launch(kernel, z, grid, op);
+    }
+  }
+  launch(op.grad ? row_loss_kernel<T, kFunctor, true, false> : row_loss_kernel<T, kFunctor, false, false>, z, grid, op);
+}
+
+template <typename T>
+void launch_of(const RowLoss& op, const Tensor& z, const Grid& grid) {
+  switch (op.functor) {
+    case Functor::dce:
+      return launch_as<T, Functor::dce>(op, z, grid);
+    case Functor::dse_absorb:
+      return launch_as<T, Functor::dse_absorb>(op, z, grid);
+    case Functor::dse_uniform:
+      return launch_as<T, Functor::dse_uniform>(op, z, grid);
+    case Functor::dse_uniform_logits:
+      return launch_as<T, Functor::dse_uniform_logits>(op, z, grid);
+  }
+}
+
+}  // namespace
+
+// z is [V], [rows, V] or [batch, rows, V], the last contiguous.
+void launch_row_loss(Tensor z, Tensor x0, std::optional<Tensor> xt, std::optional<Tensor> mask,
+                     std::optional<Tensor> sigma, std::optional<Tensor> weight, Tensor scale, Tensor loss,
+                     std::optional<Tensor> grad, std::optional<Tensor> stats, std::string functor, int64_t mask_index,
+                     bool exclude_mask, int64_t ignore_index, bool scale_by_sigma, double z_loss, int64_t all_states) {
+  const int64_t bytes = z.size(-1) * z.element_size();
+  RowLoss op{z.const_data_ptr(), 1, 0, 0, x0.numel()};
+  op.inner = z.dim() < 2 ? 1 : std::max<int64_t>(z.size(-2), 1);
+  op.outer_stride = z.dim() < 3 ? 0 : z.stride(0), op.inner_stride = z.dim() < 2 ? 0 : z.stride(-2);
+  op.x0 = data<int64_t>(x0), op.xt = data<int64_t>(xt), op.mask = data<bool>(mask);
+  op.sigma = data<double>(sigma), op.weight = data<double>(weight), op.scale = data<double>(scale);
+  op.loss = loss.mutable_data_ptr(), op.loss_is_double = loss.scalar_type() == ScalarType::Double;
+  op.grad = grad ? grad->mutable_data_ptr() : nullptr, op.stats = stats ? mutable_data<float>(*stats) : nullptr;
+  op.num_states = static_cast<int>(z.size(-1));
+  op.all_states = all_states, op.mask_index = mask_index, op.ignore_index = ignore_index;
+  op.functor = functor_named(functor), op.exclude_mask = exclude_mask, op.scale_by_sigma = scale_by_sigma;
+  op.z_loss = z_loss;
+  const bool one_pass = op.functor == Functor::dse_absorb || op.functor == Functor::dse_uniform;
+  const Shape shape = shape_of(bytes, one_pass ? 0 : limits().shared - kShared);
+  op.units = shape.units;
+  const Grid grid{op.rows * shape.cluster, shape.threads, kShared + shape.room(), shape.cluster};
+  switch (z.scalar_type()) {
+    case ScalarType::Float:
+      return launch_of<float>(op, z, grid);
+    case ScalarType::BFloat16:
+      return launch_of<BFloat16>(op, z, grid);
+    case ScalarType::Half:
+      return launch_of<Float16>(op, z, grid);
+    default:
+      bad_value("logits: expected float32, bfloat16 or float16");
+  }
+}
+
+}  // namespace fastdiff
