@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 
 from fastdiff.checks import check_choice
+from fastdiff.fastest import by_speed
 
-KERNELS = ("cpu", "triton")  # backends that are operators of their own
+KERNELS = ("cpu", "triton", "cuda")  # backends that are operators of their own
 BACKENDS = (*KERNELS, "reference")
 OLDEST_TRITON, OLDEST_GPU = (3, 6), (8, 0)
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter takes CPU tensors too, slowly
@@ -29,12 +30,12 @@ class Report(NamedTuple):
     detail: str
 
 
-def _load_cpu() -> str | None:
-    """Registers the compiled CPU kernels; the reason if that fails."""
+def _load(name: str) -> str | None:
+    """Registers the kernels of a compiled extension; the reason if that fails."""
     try:
-        importlib.import_module("fastdiff._C_cpu").isa()
+        importlib.import_module(f"fastdiff.{name}").build()
     except (ImportError, ValueError) as error:
-        return f"the compiled extension fastdiff._C_cpu did not load ({error})"
+        return f"the compiled extension fastdiff.{name} did not load ({error})"
     return None
 
 
@@ -48,56 +49,64 @@ def _triton_missing() -> str | None:
     return None
 
 
-CPU_MISSING, TRITON_MISSING = _load_cpu(), _triton_missing()
+CPU_MISSING, TRITON_MISSING, CUDA_MISSING = _load("_C_cpu"), _triton_missing(), _load("_C_cuda")
+# Compiled for the CPU by tests/cuda/build.py, where CUDA is emulated.
+EMULATING = CUDA_MISSING is None and bool(importlib.import_module("fastdiff._C_cuda").emulated)
 
 
 def _missing(backend: str, device: torch.device) -> str | None:
     """Why a backend with kernels cannot run on a device."""
     if backend == "cpu":
         return CPU_MISSING if device.type == "cpu" else f"no kernels for {device.type} tensors"
-    if device.type == "cpu" and not INTERPRETING:
-        return "no kernels for cpu tensors, unless TRITON_INTERPRET=1 interprets them"
     if device.type not in ("cpu", "cuda"):
         return f"no kernels for {device.type} tensors"
+    if device.type == "cpu" and backend == "triton" and not INTERPRETING:
+        return "no kernels for cpu tensors, unless TRITON_INTERPRET=1 interprets them"
+    if device.type == "cpu" and backend == "cuda" and not EMULATING:
+        return "no kernels for cpu tensors"
     if device.type == "cuda" and not torch.compiler.is_compiling():
         capability = torch.cuda.get_device_capability(device)
         if capability < OLDEST_GPU:
             return f"compute capability {capability[0]}.{capability[1]}, 8.0 is needed"
-    return TRITON_MISSING
+    return TRITON_MISSING if backend == "triton" else CUDA_MISSING
 
 
-def resolve(backend: str | None, device: torch.device) -> str:
-    """The backend for tensors on `device`: the one named, or FASTDIFF_BACKEND, or the best that can run.
+def resolve(backend: str | None, device: torch.device, operation: str, size: int) -> str:
+    """The backend for an operation on tensors of `device`, over rows or sequences of a size.
 
-    Raises ValueError for an unknown name and BackendUnavailable for a known one that cannot run here.
+    That is the one named, or FASTDIFF_BACKEND, or the fastest that can run. Raises ValueError for an unknown name and
+    BackendUnavailable for a known one that cannot run here.
     """
     backend = backend or _DEFAULT
     if backend is not None:
         check_choice("backend", backend, BACKENDS)
-    if backend == "reference":
+        missing = None if backend == "reference" else _missing(backend, device)
+        if missing is not None:
+            raise BackendUnavailable(f"backend {backend!r}: {missing}")
         return backend
-    name = backend or ("triton" if device.type == "cuda" else "cpu")
-    missing = _missing(name, device)
-    if missing is None:
-        return name
-    if backend is not None:
-        raise BackendUnavailable(f"backend {backend!r}: {missing}")
-    _warn_once(missing)
+    reasons = []
+    for name in by_speed(operation, size) if device.type == "cuda" else ("cpu",):
+        missing = _missing(name, device)
+        if missing is None:
+            return name
+        reasons.append(missing)
+    _warn_once("; ".join(dict.fromkeys(reasons)))
     return "reference"
 
 
 def report() -> list[Report]:
     """What can run here, and why not the rest."""
-    cpu = CPU_MISSING
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    cpu, triton, cuda = CPU_MISSING, _missing("triton", device), CUDA_MISSING or _missing("cuda", device)
     if cpu is None:
         extension = importlib.import_module("fastdiff._C_cpu")
         cpu = f"instruction set {extension.isa()}; built by {extension.build()}"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    triton = _missing("triton", device)
-    detail = triton or (torch.cuda.get_device_name() if device.type == "cuda" else "interpreted, very slow")
+    built = "" if CUDA_MISSING else f"; built for {importlib.import_module('fastdiff._C_cuda').build()}"
     return [
         Report("cpu", CPU_MISSING is None, cpu),
-        Report("triton", triton is None, detail),
+        Report("triton", triton is None, triton or gpu or "interpreted, very slow"),
+        Report("cuda", cuda is None, cuda or (gpu or "emulated, very slow") + built),
         Report("reference", True, "float64 PyTorch, any device, slow"),
     ]
 

@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "../functor.h"
-#include "row_bodies.h"
 #include "../tensor.h"
+#include "row_bodies.h"
 
 namespace fastdiff {
 

@@ -53,7 +53,8 @@ struct Copies {
   __device__ explicit Copies(uint64_t* barriers_) : barriers(barriers_) {
 #if __CUDA_ARCH__ >= 900
     if (threadIdx.x == 0) {
-      for (int i = 0; i < kParts; ++i) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(barriers + i)));
+      for (int i = 0; i < kParts; ++i)
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(barriers + i)));
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
@@ -66,10 +67,10 @@ struct Copies {
     const uint32_t bytes = 16 * units, barrier = address(barriers + part);
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
     if (units > 0)
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                       address(to)),
-                   "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
-                   : "memory");
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address(to)),
+          "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+          : "memory");
 #else
     for (int i = threadIdx.x; i < units; i += blockDim.x)
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address(to + i)),

@@ -65,7 +65,9 @@ void launch(void (*kernel)(Parameters...), const Tensor& tensor, const Grid& gri
 
 #else
 
-inline Limits limits() { return {emulator::capability() >= 90, size_t{emulator::capability() >= 90 ? 227u : 163u} << 10}; }
+inline Limits limits() {
+  return {emulator::capability() >= 90, size_t{emulator::capability() >= 90 ? 227u : 163u} << 10};
+}
 
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const Tensor&, const Grid& grid, Arguments&&... arguments) {

@@ -83,7 +83,8 @@ struct Row {
   // Where a part of the block's groups begins: a whole number of groups for each thread after the first.
   __device__ int begin_of(int part) const {
     const int parts = held ? Copies::kParts : 1, threads = blockDim.x;
-    const int rounds = (last - first + parts * threads - 1) / (parts * threads), begin = first + part * rounds * threads;
+    const int rounds = (last - first + parts * threads - 1) / (parts * threads),
+              begin = first + part * rounds * threads;
     return begin < last ? begin : last;
   }
 
@@ -137,8 +138,7 @@ struct Target {
   T* to;
   bool aligned;  // as the row's groups are
 
-  __device__ Target(T* to_, int head)
-      : to(to_), aligned(reinterpret_cast<uintptr_t>(to_ + head) % 16 == 0) {}
+  __device__ Target(T* to_, int head) : to(to_), aligned(reinterpret_cast<uintptr_t>(to_ + head) % 16 == 0) {}
 
   template <int kMany>
   __device__ void put(const Few<kMany>& few) const {

@@ -1,5 +1,6 @@
-// Row losses on the GPU. A row is read from memory once, by a cluster of blocks that holds it in shared memory where the
-// loss takes more than one pass, and its gradient is written once. Twin of csrc/cpu/row_bodies.h, which says more.
+// Row losses on the GPU. A row is read from memory once, by a cluster of blocks that holds it in shared memory where
+// the loss takes more than one pass, and its gradient is written once. Twin of csrc/cpu/row_bodies.h, which says more.
+#include "operators.h"
 #include "row_loss_cuda.h"
 
 namespace fastdiff {
@@ -354,8 +355,8 @@ __global__ void __launch_bounds__(512) row_loss_kernel(const __grid_constant__ R
     if (threadIdx.x == 0) shared.constants = constants_of(op, r, x0 != xt);
     __syncthreads();
     const Target<T> grad(to, row.head);
-    const Work<T> work{row, grad, shared, exists ? static_cast<int>(x0) : -2,
-                       other ? static_cast<int>(excluded) : -3, writes};
+    const Work<T> work{row,   grad, shared, exists ? static_cast<int>(x0) : -2, other ? static_cast<int>(excluded) : -3,
+                       writes};
     results = row_results<kFunctor, kGrad, kStats>(work, op);
   } else if (kGrad) {
     const Copies copies(shared.barriers);
@@ -379,7 +380,8 @@ template <typename T, Functor kFunctor>
 void launch_as(const RowLoss& op, const Tensor& z, const Grid& grid) {
   if constexpr (kFunctor == Functor::dce) {
     if (op.stats) {
-      const auto kernel = op.grad ? row_loss_kernel<T, kFunctor, true, true> : row_loss_kernel<T, kFunctor, false, true>;
+      const auto kernel =
+          op.grad ? row_loss_kernel<T, kFunctor, true, true> : row_loss_kernel<T, kFunctor, false, true>;
       return launch(kernel, z, grid, op);
     }
   }

@@ -1,8 +1,5 @@
 """The forward process in Triton. Twin of csrc/cpu/corrupt.cpp, bit for bit: the draws are named, not sampled."""
 
-import functools
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -160,83 +157,42 @@ def subset_kernel(
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Launches: the operators of fastdiff/ops/corrupt.py. Nothing here waits for the device.
+# Launches.
 
 
-def _token_noise(
-    x0: Tensor, p: Tensor, maskable: Tensor | None, names: tuple[Tensor, ...], masked: bool, number: int
-) -> tuple[Tensor, Tensor | None]:
-    xt, mask = torch.empty_like(x0), torch.empty_like(x0, dtype=torch.bool) if masked else None
-    grid = (x0.shape[0], triton.cdiv(x0.shape[1], TOKENS["BLOCK"]))
-    if x0.numel():
-        with torch.cuda.device_of(x0):
-            token_noise_kernel[grid](x0, p, maskable, *names, xt, mask, x0.shape[1], *p.stride(), number, **TOKENS)
-    return xt, mask
+def launch_token_noise(
+    x0: Tensor,
+    p: Tensor,
+    maskable: Tensor | None,
+    seed: Tensor,
+    steps: Tensor,
+    sample_ids: Tensor,
+    xt: Tensor,
+    mask: Tensor | None,
+    number: int,
+) -> None:
+    token_noise_kernel[x0.shape[0], triton.cdiv(x0.shape[1], TOKENS["BLOCK"])](
+        x0, p, maskable, seed, steps, sample_ids, xt, mask, x0.shape[1], *p.stride(), number, **TOKENS
+    )
 
 
-def mask_tokens(
-    x0: Tensor, p: Tensor, maskable: Tensor | None, seed: Tensor, steps: Tensor, sample_ids: Tensor, mask_index: int
-) -> tuple[Tensor, Tensor | None]:
-    return _token_noise(x0, p, maskable, (seed, steps, sample_ids), True, mask_index)
-
-
-def uniform_tokens(x0: Tensor, p: Tensor, seed: Tensor, steps: Tensor, sample_ids: Tensor, num_states: int) -> Tensor:
-    return _token_noise(x0, p, None, (seed, steps, sample_ids), False, num_states)[0]
-
-
-def _subset(
+def launch_subset(
     x0: Tensor,
     counts: Tensor,
     maskable: Tensor | None,
     cu_seqlens: Tensor | None,
-    names: tuple[Tensor, ...],
+    seed: Tensor,
+    steps: Tensor,
+    sample_ids: Tensor,
     table: Tensor | None,
+    xt: Tensor,
+    mask: Tensor,
     weight: Tensor | None,
     mask_index: int,
-) -> tuple[Tensor, Tensor]:
-    xt, mask = torch.empty_like(x0), torch.empty_like(x0, dtype=torch.bool)
+) -> None:
     longest = x0.shape[-1]  # of packed documents too
     config = SHORT if longest <= SHORT["BLOCK"] else MEDIUM if longest <= MEDIUM["BLOCK"] else LONG
-    if counts.numel():
-        with torch.cuda.device_of(x0):
-            subset_kernel[(counts.numel(),)](
-                x0, counts, maskable, cu_seqlens, *names, table, xt, mask, weight, longest, mask_index,
-                **config,
-            )  # fmt: skip
-    return xt, mask
-
-
-def mask_exactly(
-    x0: Tensor,
-    counts: Tensor,
-    maskable: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor,
-    steps: Tensor,
-    sample_ids: Tensor,
-    mask_index: int,
-) -> tuple[Tensor, Tensor]:
-    return _subset(x0, counts, maskable, cu_seqlens, (seed, steps, sample_ids), None, None, mask_index)
-
-
-def harmonic_mask(
-    x0: Tensor,
-    maskable: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor,
-    steps: Tensor,
-    sample_ids: Tensor,
-    mask_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    counts, weight = torch.empty_like(steps), torch.empty_like(steps, dtype=torch.float64)
-    table, names = harmonic_table(x0.shape[-1], x0.device), (seed, steps, sample_ids)
-    xt, mask = _subset(x0, counts, maskable, cu_seqlens, names, table, weight, mask_index)
-    return xt, mask, counts, weight
-
-
-@functools.cache
-def harmonic_table(longest: int, device: torch.device) -> Tensor:
-    """H_0 .. H_longest, summed on the host in rising order, so that every device has the same bits."""
-    terms = 1 / torch.arange(longest + 1, dtype=torch.float64)
-    terms[0] = 0
-    return terms.cumsum(0).to(device)
+    subset_kernel[(counts.numel(),)](
+        x0, counts, maskable, cu_seqlens, seed, steps, sample_ids, table, xt, mask, weight, longest, mask_index,
+        **config,
+    )  # fmt: skip

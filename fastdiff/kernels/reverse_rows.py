@@ -4,7 +4,6 @@ Rows are walked, and `row` is what it is, as in row_loss.py: the probabilities s
 that are treated apart.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,9 +17,9 @@ from fastdiff.kernels.row_loss import (
     load_at,
     load_others,
     num_blocks,
+    row_strides,
     store_apart,
     sum_exp,
-    two_strides,
     zero_grad,
 )
 from fastdiff.kernels.row_sample import law_terms
@@ -108,18 +107,10 @@ def reverse_rows_kernel(
         store_apart(row, 1.0, 1.0)
 
 
-def reverse_rows(z: Tensor, xt: Tensor, live: Tensor, law: Tensor) -> Tensor:
-    """The operator reverse_rows.triton: see fastdiff/ops/row_sample.py. Nothing here waits for the device.
-
-    A row without a law, which has NaN, inf, nothing but -inf, or an x_t that does not exist, is NaN.
-    """
-    probs, num_states = z.new_empty(z.shape, dtype=torch.float32), z.shape[-1]
-    z, inner, outer_stride, inner_stride = two_strides(z)
-    if xt.numel():
-        with torch.cuda.device_of(z):
-            reverse_rows_kernel[(xt.numel(),)](
-                z, xt, live, law, probs, num_states, inner, outer_stride, inner_stride,
-                CONTIGUOUS=z.is_contiguous(), VEC=16 // z.element_size(),
-                **(SMALL if num_states <= SMALL["BLOCK"] else LARGE[z.element_size()]),
-            )  # fmt: skip
-    return probs
+def launch_reverse_rows(z: Tensor, xt: Tensor, live: Tensor, law: Tensor, probs: Tensor) -> None:
+    num_states = z.shape[-1]
+    reverse_rows_kernel[(xt.numel(),)](
+        z, xt, live, law, probs, num_states, *row_strides(z),
+        CONTIGUOUS=z.is_contiguous(), VEC=16 // z.element_size(),
+        **(SMALL if num_states <= SMALL["BLOCK"] else LARGE[z.element_size()]),
+    )  # fmt: skip

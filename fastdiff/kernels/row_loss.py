@@ -4,7 +4,6 @@ A row may start anywhere. It is walked in groups of VEC numbers aligned to 16 by
 constant in a group, so that loads and stores are 16 bytes wide; what is left at its two ends is one narrow edge.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -439,51 +438,15 @@ LARGE = {2: dict(BLOCK=4096, num_warps=8), 4: dict(BLOCK=2048, num_warps=8)}  # 
 SCALE = dict(BLOCK=4096, num_warps=8)
 
 
-def row_loss(
+def launch_row_loss(
     z: Tensor,
     x0: Tensor,
     xt: Tensor | None,
     mask: Tensor | None,
     sigma: Tensor | None,
     weight: Tensor | None,
-    num_items: Tensor | None,
-    functor: str,
-    mask_index: int,
-    exclude_mask: bool,
-    ignore_index: int,
-    scale_by_sigma: bool,
-    z_loss: float,
-    reduction: str,
-    with_grad: bool,
-    with_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator row_loss.triton: see fastdiff/ops/row_loss.py. Nothing here waits for the device."""
-    scale = z.new_ones((), dtype=torch.float64)
-    if num_items is not None:
-        scale = 1 / num_items
-    elif reduction == "mean":
-        scored = x0 != ignore_index
-        if not functor.startswith("dse_uniform"):
-            scored &= mask if mask is not None else xt == mask_index if xt is not None else True
-        scale = 1 / scored.sum().clamp_min(1).double()
-    losses = z.new_empty(x0.shape, dtype=torch.float32)
-    grad = z.new_empty(z.shape if with_grad else (0,))
-    stats = z.new_empty((3, *x0.shape) if with_stats else (0,), dtype=torch.float32)
-    launch(
-        z, (x0, xt, mask, sigma, weight), z.shape[-1], scale,
-        losses, grad if with_grad else None, stats if with_stats else None,
-        functor, mask_index, exclude_mask, ignore_index, scale_by_sigma, z_loss,
-    )  # fmt: skip
-    loss = losses if reduction == "none" else losses.sum(dtype=torch.float64).float()
-    return loss, grad, stats
-
-
-def launch(
-    z: Tensor,
-    tokens: tuple[Tensor | None, ...],
-    all_states: int,
     scale: Tensor,
-    losses: Tensor,
+    loss: Tensor,
     grad: Tensor | None,
     stats: Tensor | None,
     functor: str,
@@ -492,54 +455,22 @@ def launch(
     ignore_index: int,
     scale_by_sigma: bool,
     z_loss: float,
-) -> None:
-    num_states, rows = z.shape[-1], losses.numel()
-    z, inner, outer_stride, inner_stride = two_strides(z)
-    if rows:
-        with torch.cuda.device_of(z):
-            row_loss_kernel[(rows,)](
-                z, *tokens, scale, losses, z if grad is None else grad, stats,
-                num_states, all_states, inner, outer_stride, inner_stride, mask_index, ignore_index, z_loss,
-                FUNCTOR=functor, EXCLUDE_MASK=exclude_mask, SCALE_BY_SIGMA=scale_by_sigma, WITH_GRAD=grad is not None,
-                CONTIGUOUS=z.is_contiguous(), VEC=16 // z.element_size(),
-                **(SMALL if num_states <= SMALL["BLOCK"] else LARGE[z.element_size()]),
-            )  # fmt: skip
-
-
-def two_strides(z: Tensor) -> tuple[Tensor, int, int, int]:
-    """z, and how its rows lie: row r at (r // inner) * outer_stride + (r % inner) * inner_stride."""
-    if z.dim() > 3:
-        z = z.flatten(0, -3)  # a copy if its strides ask for one
-    return z, max(z.shape[-2], 1), 0 if z.dim() == 2 else z.stride(0), z.stride(-2)
-
-
-def row_loss_(
-    z: Tensor,
-    x0: Tensor,
-    xt: Tensor | None,
-    mask: Tensor | None,
-    sigma: Tensor | None,
-    weight: Tensor | None,
-    functor: str,
-    mask_index: int,
-    exclude_mask: bool,
-    ignore_index: int,
-    scale_by_sigma: bool,
-    z_loss: float,
     all_states: int,
-    with_grad: bool,
-) -> Tensor:
-    """The operator row_loss_.triton: losses, and if asked for the gradient of their sum in the place of z."""
-    losses, one = z.new_empty(x0.shape, dtype=torch.float64), z.new_ones((), dtype=torch.float64)
-    launch(
-        z, (x0, xt, mask, sigma, weight), all_states, one, losses, z if with_grad else None, None,
-        functor, mask_index, exclude_mask, ignore_index, scale_by_sigma, z_loss,
+) -> None:
+    num_states = z.shape[-1]
+    row_loss_kernel[(x0.numel(),)](
+        z, x0, xt, mask, sigma, weight, scale, loss, z if grad is None else grad, stats,
+        num_states, all_states, *row_strides(z), mask_index, ignore_index, z_loss,
+        FUNCTOR=functor, EXCLUDE_MASK=exclude_mask, SCALE_BY_SIGMA=scale_by_sigma, WITH_GRAD=grad is not None,
+        CONTIGUOUS=z.is_contiguous(), VEC=16 // z.element_size(),
+        **(SMALL if num_states <= SMALL["BLOCK"] else LARGE[z.element_size()]),
     )  # fmt: skip
-    return losses
 
 
-def scale_grad_(grad: Tensor, factor: Tensor) -> None:
-    """The operator scale_grad_.triton: grad *= factor, at no cost if the factor is 1."""
-    if grad.numel():
-        with torch.cuda.device_of(grad):
-            scale_kernel[(triton.cdiv(grad.numel(), SCALE["BLOCK"]),)](grad, factor, grad.numel(), **SCALE)
+def row_strides(z: Tensor) -> tuple[int, int, int]:
+    """How rows lie: row r at (r // inner) * stride_outer + (r % inner) * stride_inner."""
+    return max(z.shape[-2], 1), 0 if z.dim() == 2 else z.stride(0), z.stride(-2)
+
+
+def launch_scale(grad: Tensor, factor: Tensor) -> None:
+    scale_kernel[(triton.cdiv(grad.numel(), SCALE["BLOCK"]),)](grad, factor, grad.numel(), **SCALE)

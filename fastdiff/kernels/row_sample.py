@@ -5,7 +5,6 @@ BLOCK lanes, a multiple of CLASSES, so that a lane only meets ids of one class: 
 lane adds up for itself, and nothing is reduced before the end of the row.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,7 +15,7 @@ from fastdiff.kernels.row_loss import (
     LOG2_E,
     LOWEST,
     log1p_,
-    two_strides,
+    row_strides,
 )
 from fastdiff.ops.row_sample import RACE_CLASSES
 from fastdiff.philox import Purpose
@@ -408,7 +407,7 @@ def row_sample_kernel(
 CAREFUL = dict(BLOCK=2048, num_warps=8, maxnreg=128)
 
 
-def row_sample(
+def launch_row_sample(
     z: Tensor,
     xt: Tensor,
     live: Tensor,
@@ -418,28 +417,18 @@ def row_sample(
     step: Tensor,
     sample_ids: Tensor,
     positions: Tensor,
+    tokens: Tensor,
+    argmax: Tensor | None,
+    stats: Tensor | None,
     temperature: float,
     top_k: int,
     top_p: float,
-    with_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator row_sample.triton: see fastdiff/ops/row_sample.py. Nothing here waits for the device.
-
-    A row without a finite largest number, or with NaN, keeps xt.
-    """
-    tokens, shape = torch.empty_like(xt), xt.shape if with_stats else (0,)
-    argmax, stats = xt.new_empty(shape), z.new_empty((3, *xt.shape) if with_stats else (0,), dtype=torch.float32)
-    num_states, greedy = z.shape[-1], temperature == 0
-    z, inner, outer_stride, inner_stride = two_strides(z)
-    if xt.numel():
-        with torch.cuda.device_of(z):
-            row_sample_kernel[(xt.numel(),)](
-                z, xt, live, law, xt if exclude is None else exclude, seed, step, sample_ids, positions,
-                tokens, argmax if with_stats else None, stats if with_stats else None,
-                num_states, 0 if exclude is None else len(exclude), inner, outer_stride, inner_stride,
-                1.0 if greedy else temperature, top_k, top_p,
-                GREEDY=greedy, TWO_SUMS=temperature not in (0, 1) and (with_stats or law is not None),
-                KEPT=top_k > 0 or top_p < 1, VEC=16 // z.element_size(),
-                **(CAREFUL if with_stats or law is not None else LARGE[z.element_size()]),
-            )  # fmt: skip
-    return tokens, argmax, stats
+) -> None:
+    greedy, careful = temperature == 0, stats is not None or law is not None
+    row_sample_kernel[(xt.numel(),)](
+        z, xt, live, law, xt if exclude is None else exclude, seed, step, sample_ids, positions, tokens, argmax, stats,
+        z.shape[-1], 0 if exclude is None else len(exclude), *row_strides(z),
+        1.0 if greedy else temperature, top_k, top_p,
+        GREEDY=greedy, TWO_SUMS=temperature not in (0, 1) and careful, KEPT=top_k > 0 or top_p < 1,
+        VEC=16 // z.element_size(), **(CAREFUL if careful else LARGE[z.element_size()]),
+    )  # fmt: skip

@@ -1,5 +1,6 @@
 """The forward process: one launch masks or replaces the tokens of a whole batch, from named random bits."""
 
+import functools
 from typing import Any
 
 import torch
@@ -7,7 +8,8 @@ from torch import Tensor
 
 from fastdiff.backends import resolve
 from fastdiff.checks import check_values
-from fastdiff.ops.library import define, implement_in_triton
+from fastdiff.ops.gpu import define_launch, implement_on_gpus
+from fastdiff.ops.library import define
 from fastdiff.philox import Purpose, draw32
 
 # x0 int64 [B, L], or packed [T] with cu_seqlens int64 [B + 1]; p float64 [B, L] with any strides; maskable bool as x0;
@@ -22,7 +24,7 @@ def mask_tokens(
     x0: Tensor, p: Tensor, maskable: Tensor | None, names: Names, mask_index: int, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """Masks each maskable token with probability p: xt, mask."""
-    if (kernels := resolve(backend, x0.device)) != "reference":
+    if (kernels := resolve(backend, x0.device, "mask_tokens", x0.shape[-1])) != "reference":
         return _mask_tokens[kernels](x0, p, maskable, *names, mask_index)
     mask = _draws(Purpose.MASK, x0, names) < _threshold(p)
     return _masked(x0, mask if maskable is None else mask & maskable, mask_index)
@@ -38,7 +40,7 @@ def mask_exactly(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Masks a uniform subset of counts[b] maskable tokens: xt, mask."""
-    if (kernels := resolve(backend, x0.device)) != "reference":
+    if (kernels := resolve(backend, x0.device, "mask_exactly", x0.shape[-1])) != "reference":
         return _mask_exactly[kernels](x0, counts, maskable, cu_seqlens, *names, mask_index)
     places = _Places(x0, maskable, cu_seqlens)
     wrong = (counts < 0) | (counts > places.num_maskable)
@@ -55,7 +57,7 @@ def harmonic_mask(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Masks a uniform subset of m tokens, p(m) = 1/(m H_L): xt, mask, counts [B], weight H_L [B]."""
-    if (kernels := resolve(backend, x0.device)) != "reference":
+    if (kernels := resolve(backend, x0.device, "harmonic_mask", x0.shape[-1])) != "reference":
         return _harmonic_mask[kernels](x0, maskable, cu_seqlens, *names, mask_index)
     places = _Places(x0, maskable, cu_seqlens)
     length, (seed, steps, sample_ids) = places.num_maskable, names
@@ -67,7 +69,7 @@ def harmonic_mask(
 
 def uniform_tokens(x0: Tensor, p: Tensor, names: Names, num_states: int, backend: str | None) -> Tensor:
     """Redraws each token from all num_states with probability p; it may stay."""
-    if (kernels := resolve(backend, x0.device)) != "reference":
+    if (kernels := resolve(backend, x0.device, "uniform_tokens", x0.shape[-1])) != "reference":
         return _uniform_tokens[kernels](x0, p, *names, num_states)
     redrawn = (_draws(Purpose.REPLACE, x0, names) * num_states) >> 32
     return torch.where(_draws(Purpose.MASK, x0, names) < _threshold(p), redrawn, x0)
@@ -116,8 +118,84 @@ _uniform_tokens = define(
     f"(Tensor x0, Tensor p, {_NAMES}, int num_states) -> Tensor",
     lambda x0, *_: torch.empty_like(x0),
 )
-for _name in ("mask_tokens", "mask_exactly", "harmonic_mask", "uniform_tokens"):
-    implement_in_triton(_name, "corrupt")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# On a GPU. Nothing here waits for the device.
+
+
+def _token_noise(
+    kernels: Any, x0: Tensor, p: Tensor, maskable: Tensor | None, seed: Tensor, steps: Tensor, ids: Tensor, number: int
+) -> tuple[Tensor, Tensor]:
+    xt, mask = torch.empty_like(x0), torch.empty_like(x0, dtype=torch.bool)
+    if x0.numel():
+        kernels.launch_token_noise(x0, p, maskable, seed, steps, ids, xt, mask, number)
+    return xt, mask
+
+
+def _redrawn(kernels: Any, x0: Tensor, p: Tensor, seed: Tensor, steps: Tensor, ids: Tensor, num_states: int) -> Tensor:
+    xt = torch.empty_like(x0)
+    if x0.numel():
+        kernels.launch_token_noise(x0, p, None, seed, steps, ids, xt, None, num_states)
+    return xt
+
+
+def _exact_subset(
+    kernels: Any,
+    x0: Tensor,
+    counts: Tensor,
+    maskable: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor,
+    steps: Tensor,
+    ids: Tensor,
+    mask_index: int,
+) -> tuple[Tensor, Tensor]:
+    xt, mask = torch.empty_like(x0), torch.empty_like(x0, dtype=torch.bool)
+    if counts.numel():
+        kernels.launch_subset(x0, counts, maskable, cu_seqlens, seed, steps, ids, None, xt, mask, None, mask_index)
+    return xt, mask
+
+
+def _harmonic_subset(
+    kernels: Any,
+    x0: Tensor,
+    maskable: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor,
+    steps: Tensor,
+    ids: Tensor,
+    mask_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    xt, mask = torch.empty_like(x0), torch.empty_like(x0, dtype=torch.bool)
+    counts, weight = torch.empty_like(steps), torch.empty_like(steps, dtype=torch.float64)
+    table = harmonic_table(x0.shape[-1], x0.device)
+    if counts.numel():
+        kernels.launch_subset(x0, counts, maskable, cu_seqlens, seed, steps, ids, table, xt, mask, weight, mask_index)
+    return xt, mask, counts, weight
+
+
+@functools.cache
+def harmonic_table(longest: int, device: torch.device) -> Tensor:
+    """H_0 .. H_longest, summed on the host in rising order, so that every device has the same bits."""
+    terms = 1 / torch.arange(longest + 1, dtype=torch.float64)
+    terms[0] = 0
+    return terms.cumsum(0).to(device)
+
+
+define_launch(
+    "launch_token_noise",
+    f"Tensor x0, Tensor p, Tensor? maskable, {_NAMES}, Tensor(a!) xt, Tensor(b!)? mask, int number",
+)
+define_launch(
+    "launch_subset",
+    f"Tensor x0, Tensor(a!) counts, Tensor? maskable, Tensor? cu_seqlens, {_NAMES}, Tensor? table, Tensor(b!) xt, "
+    "Tensor(c!) mask, Tensor(d!)? weight, int mask_index",
+)
+implement_on_gpus("mask_tokens", "corrupt", _token_noise)
+implement_on_gpus("mask_exactly", "corrupt", _exact_subset)
+implement_on_gpus("harmonic_mask", "corrupt", _harmonic_subset)
+implement_on_gpus("uniform_tokens", "corrupt", _redrawn)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,17 +1,16 @@
 """The operator namespace torch.ops.fastdiff. Each operator has one overload a backend, all with
 the same schema.
 
-Schemas are defined here in Python. The compiled extension registers its kernels to the overloads `cpu`; those of
-`triton` are imported when they first run.
+Schemas are defined here in Python. The compiled extension registers its kernels to the overloads `cpu`; gpu.py says
+what those of `triton` and `cuda` are.
 """
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from fastdiff.backends import INTERPRETING, KERNELS
+from fastdiff.backends import KERNELS
 
 library = torch.library.Library("fastdiff", "DEF")
 
@@ -22,16 +21,6 @@ def define(name: str, signature: str, fake: Callable[..., Any], backends: tuple[
         library.define(f"{name}.{backend}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"fastdiff::{name}.{backend}", fake, lib=library)
     return {backend: getattr(getattr(torch.ops.fastdiff, name), backend) for backend in backends}
-
-
-def implement_in_triton(name: str, module: str) -> None:
-    """The overload `triton` is the function of this name in a module of fastdiff.kernels."""
-
-    def call(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(f"fastdiff.kernels.{module}"), name)(*arguments)
-
-    for key in ("CUDA", "CPU") if INTERPRETING else ("CUDA",):
-        library.impl(f"{name}.triton", call, key)
 
 
 def implement(name: str, function: Callable[..., Any]) -> None:

@@ -71,9 +71,9 @@ class Head:
 
 
 def linear_loss(head: Head, rows: Rows, backend: str | None) -> Tensor:
-    """Loss per token, or its sum or mean; rows.z stands for the logits. Triton's fall-back is row_loss's."""
-    backend = resolve(backend, head.hidden.device)
-    if backend == "reference" or (backend == "triton" and head.dtype == torch.float64):
+    """Loss per token, or its sum or mean; rows.z stands for the logits. The fall-back of GPUs is row_loss's."""
+    backend = resolve(backend, head.hidden.device, "linear_loss", head.num_states)
+    if backend == "reference" or (backend != "cpu" and head.dtype == torch.float64):
         return _reference(head, rows)
     if head.shard.group and rows.functor == "dse_uniform_logits":
         raise ValueError("parametrization: conditionals of the uniform graph cannot be sharded over a group")

@@ -10,7 +10,8 @@ from torch import Tensor
 from fastdiff import reference
 from fastdiff.backends import KERNELS, resolve
 from fastdiff.checks import check_values, values_are_checked
-from fastdiff.ops.library import define, implement, implement_in_triton, library, no_double_backward
+from fastdiff.ops.gpu import at_most_three_dimensions, define_launch, implement_on_gpus
+from fastdiff.ops.library import define, implement, library, no_double_backward
 from fastdiff.ops.saved_grads import scaled
 
 # z [..., V] with any strides before the last; x0, xt int64, mask bool, sigma and weight float64, contiguous [...];
@@ -59,10 +60,10 @@ class Rows:
 def row_loss(rows: Rows, backend: str | None, with_stats: bool = False) -> tuple[Tensor, Tensor]:
     """Loss per token, or its sum or mean, and the statistics if asked for; float32, or float64 for float64 rows.
 
-    Triton has no float64 rows: the reference computes them.
+    The kernels of GPUs have no float64 rows: the reference computes them.
     """
-    backend = resolve(backend, rows.z.device)
-    if backend == "reference" or (backend == "triton" and rows.z.dtype == torch.float64):
+    backend = resolve(backend, rows.z.device, "row_loss", rows.z.shape[-1])
+    if backend == "reference" or (backend != "cpu" and rows.z.dtype == torch.float64):
         return reference_loss(rows), _reference_stats(rows) if with_stats else rows.z.new_empty(0)
     if backend != "cpu":  # whose kernel checks values itself
         check_row_values(rows)
@@ -143,8 +144,86 @@ for _backend in KERNELS:
     )
     implement(f"row_loss_backward.{_backend}", partial(_recompute, _backend))
     no_double_backward(f"row_loss_backward.{_backend}")
-implement_in_triton("row_loss", "row_loss")
-implement_in_triton("row_loss_", "row_loss")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# On a GPU. Nothing here waits for the device.
+
+
+def _on_gpu(
+    kernels: Any,
+    z: Tensor,
+    x0: Tensor,
+    xt: Tensor | None,
+    mask: Tensor | None,
+    sigma: Tensor | None,
+    weight: Tensor | None,
+    num_items: Tensor | None,
+    functor: str,
+    mask_index: int,
+    exclude_mask: bool,
+    ignore_index: int,
+    scale_by_sigma: bool,
+    z_loss: float,
+    reduction: str,
+    with_grad: bool,
+    with_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    scale = z.new_ones((), dtype=torch.float64)
+    if num_items is not None:
+        scale = 1 / num_items
+    elif reduction == "mean":
+        scored = x0 != ignore_index
+        if not functor.startswith("dse_uniform"):
+            scored &= mask if mask is not None else xt == mask_index if xt is not None else True
+        scale = 1 / scored.sum().clamp_min(1).double()
+    losses = z.new_empty(x0.shape, dtype=torch.float32)
+    grad = z.new_empty(z.shape if with_grad else (0,))
+    stats = z.new_empty((3, *x0.shape) if with_stats else (0,), dtype=torch.float32)
+    if x0.numel():
+        kernels.launch_row_loss(
+            at_most_three_dimensions(z), x0, xt, mask, sigma, weight, scale,
+            losses, grad if with_grad else None, stats if with_stats else None,
+            functor, mask_index, exclude_mask, ignore_index, scale_by_sigma, z_loss, z.shape[-1],
+        )  # fmt: skip
+    loss = losses if reduction == "none" else losses.sum(dtype=torch.float64).float()
+    return loss, grad, stats
+
+
+def _in_place_on_gpu(
+    kernels: Any,
+    z: Tensor,
+    x0: Tensor,
+    xt: Tensor | None,
+    mask: Tensor | None,
+    sigma: Tensor | None,
+    weight: Tensor | None,
+    functor: str,
+    mask_index: int,
+    exclude_mask: bool,
+    ignore_index: int,
+    scale_by_sigma: bool,
+    z_loss: float,
+    all_states: int,
+    with_grad: bool,
+) -> Tensor:
+    losses, one = z.new_empty(x0.shape, dtype=torch.float64), z.new_ones((), dtype=torch.float64)
+    if x0.numel():
+        kernels.launch_row_loss(
+            at_most_three_dimensions(z), x0, xt, mask, sigma, weight, one, losses, z if with_grad else None, None,
+            functor, mask_index, exclude_mask, ignore_index, scale_by_sigma, z_loss, all_states,
+        )  # fmt: skip
+    return losses
+
+
+define_launch(
+    "launch_row_loss",
+    "Tensor z, Tensor x0, Tensor? xt, Tensor? mask, Tensor? sigma, Tensor? weight, Tensor scale, Tensor(a!) loss, "
+    "Tensor(b!)? grad, Tensor(c!)? stats, str functor, int mask_index, bool exclude_mask, int ignore_index, "
+    "bool scale_by_sigma, float z_loss, int all_states",
+)
+implement_on_gpus("row_loss", "row_loss", _on_gpu)
+implement_on_gpus("row_loss_", "row_loss", _in_place_on_gpu)
 
 
 # ---------------------------------------------------------------------------------------------------------

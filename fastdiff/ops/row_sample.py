@@ -9,7 +9,8 @@ from torch import Tensor
 from fastdiff import reference
 from fastdiff.backends import resolve
 from fastdiff.checks import check_values
-from fastdiff.ops.library import define, implement_in_triton
+from fastdiff.ops.gpu import at_most_three_dimensions, define_launch, implement_on_gpus
+from fastdiff.ops.library import define
 from fastdiff.philox import Purpose, draw32
 
 RACE_CLASSES = 1024  # see reference.race
@@ -64,21 +65,21 @@ class Drawn(NamedTuple):
 
 
 def row_sample(rows: SampleRows, backend: str | None) -> Drawn:
-    """Draws a token for each live row. Triton has no float64 rows: the reference samples them."""
-    backend = resolve(backend, rows.z.device)
+    """Draws a token for each live row. The kernels of GPUs have no float64 rows: the reference samples them."""
+    backend = resolve(backend, rows.z.device, "row_sample", rows.z.shape[-1])
     if rows.z.stride(-1) != 1:
         rows.z = rows.z.contiguous()
-    if backend == "reference" or (backend == "triton" and rows.z.dtype == torch.float64):
+    if backend == "reference" or (backend != "cpu" and rows.z.dtype == torch.float64):
         return _reference(rows)
     return Drawn(*_row_sample[backend](*rows.arguments()))
 
 
 def reverse_rows(rows: SampleRows, law: Tensor, backend: str | None) -> Tensor:
     """The law of each token as probabilities, float32 [..., V]; a token that is not live stays."""
-    backend = resolve(backend, rows.z.device)
+    backend = resolve(backend, rows.z.device, "reverse_rows", rows.z.shape[-1])
     if rows.z.stride(-1) != 1:
         rows.z = rows.z.contiguous()
-    if backend == "reference" or (backend == "triton" and rows.z.dtype == torch.float64):
+    if backend == "reference" or (backend != "cpu" and rows.z.dtype == torch.float64):
         return _reference_rows(rows, law)
     return _reverse_rows[backend](rows.z, rows.xt, rows.live, law)
 
@@ -100,8 +101,55 @@ _reverse_rows = define(
     "(Tensor z, Tensor xt, Tensor live, Tensor law) -> Tensor",
     lambda z, *_: torch.empty(z.shape, dtype=torch.float32, device=z.device),
 )
-for _name in ("row_sample", "reverse_rows"):
-    implement_in_triton(_name, _name)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# On a GPU. Nothing here waits for the device. A row without a finite largest number, or with NaN, keeps xt; its law as
+# a row of probabilities is NaN.
+
+
+def _sampled_on_gpu(
+    kernels: Any,
+    z: Tensor,
+    xt: Tensor,
+    live: Tensor,
+    law: Tensor | None,
+    exclude: Tensor | None,
+    seed: Tensor,
+    step: Tensor,
+    sample_ids: Tensor,
+    positions: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    with_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, shape = torch.empty_like(xt), xt.shape if with_stats else (0,)
+    argmax, stats = xt.new_empty(shape), z.new_empty((3, *xt.shape) if with_stats else (0,), dtype=torch.float32)
+    if xt.numel():
+        kernels.launch_row_sample(
+            at_most_three_dimensions(z), xt, live, law, exclude, seed, step, sample_ids, positions,
+            tokens, argmax if with_stats else None, stats if with_stats else None, temperature, top_k, top_p,
+        )  # fmt: skip
+    return tokens, argmax, stats
+
+
+def _reverse_rows_on_gpu(kernels: Any, z: Tensor, xt: Tensor, live: Tensor, law: Tensor) -> Tensor:
+    probs = z.new_empty(z.shape, dtype=torch.float32)
+    if xt.numel():
+        kernels.launch_reverse_rows(at_most_three_dimensions(z), xt, live, law, probs)
+    return probs
+
+
+define_launch(
+    "launch_row_sample",
+    "Tensor z, Tensor xt, Tensor live, Tensor? law, Tensor? exclude, Tensor seed, Tensor step, Tensor sample_ids, "
+    "Tensor positions, Tensor(a!) tokens, Tensor(b!)? argmax, Tensor(c!)? stats, float temperature, int top_k, "
+    "float top_p",
+)
+define_launch("launch_reverse_rows", "Tensor z, Tensor xt, Tensor live, Tensor law, Tensor(a!) probs")
+implement_on_gpus("row_sample", "row_sample", _sampled_on_gpu)
+implement_on_gpus("reverse_rows", "reverse_rows", _reverse_rows_on_gpu)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.ops.library import define, implement, implement_in_triton, library, no_double_backward
+from fastdiff.ops.gpu import define_launch, implement_on_gpus
+from fastdiff.ops.library import define, implement, library, no_double_backward
 
 
 def scaled(backend: str, ctx: Any, grad_loss: Tensor) -> list[Tensor]:
@@ -28,8 +29,16 @@ def scaled(backend: str, ctx: Any, grad_loss: Tensor) -> list[Tensor]:
     return list(saved)
 
 
-_scale_grad_ = define("scale_grad_", "(Tensor(a!) grad, Tensor factor) -> ()", lambda grad, factor: None, ("triton",))
-implement_in_triton("scale_grad_", "row_loss")
+def _scale_on_gpu(kernels: Any, grad: Tensor, factor: Tensor) -> None:
+    if grad.numel():
+        kernels.launch_scale(grad, factor)
+
+
+_scale_grad_ = define(
+    "scale_grad_", "(Tensor(a!) grad, Tensor factor) -> ()", lambda grad, factor: None, ("triton", "cuda")
+)
+define_launch("launch_scale", "Tensor(a!) grad, Tensor factor")
+implement_on_gpus("scale_grad_", "row_loss", _scale_on_gpu)
 library.define("scale_grad(Tensor grad, Tensor factor) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _scale_grad = torch.ops.fastdiff.scale_grad.default
 implement("scale_grad", torch.mul)

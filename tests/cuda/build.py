@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent.parent
 HERE = Path(__file__).parent
-FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-ffp-contract=off"]
+FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off"]
 DEFINES = ["FASTDIFF_EMULATED", "FASTDIFF_GPU", "FASTDIFF_BUILD=\"emulated\""]
 DEFINES += ["Py_LIMITED_API=0x030A0000", "TORCH_TARGET_VERSION=0x020a000000000000"]
 

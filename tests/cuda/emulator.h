@@ -227,8 +227,8 @@ inline void sync_block(int line) {
 #define __shfl_sync(mask, value, from) fastdiff::emulator::shuffled(value, (from) & 31, mask, __LINE__)
 #define __shfl_xor_sync(mask, value, with) \
   fastdiff::emulator::shuffled(value, fastdiff::emulator::lane() ^ (with), mask, __LINE__)
-#define __shfl_up_sync(mask, value, by)                                                                \
-  fastdiff::emulator::shuffled(                                                                        \
+#define __shfl_up_sync(mask, value, by)                                                                                \
+  fastdiff::emulator::shuffled(                                                                                        \
       value, fastdiff::emulator::lane() < int(by) ? fastdiff::emulator::lane() : fastdiff::emulator::lane() - int(by), \
       mask, __LINE__)
 #define __ballot_sync(mask, vote) fastdiff::emulator::ballot(mask, vote, __LINE__)
@@ -273,7 +273,8 @@ struct Copies {
   explicit Copies(uint64_t*) { emulator::sync_block(0); }
 
   void start(int part, uint4* to, const uint4* from, int units) const {
-    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16) emulator::fail("an unaligned copy");
+    const auto places = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
+    if (units > 0 && places % 16) emulator::fail("an unaligned copy");
     if (threadIdx.x != 0) return;
     auto& copies = emulator::Machine::get().block().copies;
     copies.resize(kParts);
