@@ -50,7 +50,7 @@ def _triton_missing() -> str | None:
 
 
 CPU_MISSING, TRITON_MISSING, CUDA_MISSING = _load("_C_cpu"), _triton_missing(), _load("_C_cuda")
-# Compiled for the CPU by tests/cuda/build.py, where CUDA is emulated.
+# Compiled for the CPU by tests/cuda/emulated.py.
 EMULATING = CUDA_MISSING is None and bool(importlib.import_module("fastdiff._C_cuda").emulated)
 
 

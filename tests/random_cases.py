@@ -21,8 +21,9 @@ from fastdiff import (
 
 CASES = int(os.environ.get("FASTDIFF_FUZZ_CASES", "500"))
 # Types of rows that a backend has kernels for, and large numbers for them. Where an exponential overflows float32 the
-# CPU kernels start again in float64; Triton's give inf, also where a small weight would have made that finite.
-ROWS = {"cpu": (list(TOLERANCE), [100.0]), "triton": ([torch.float32, torch.bfloat16, torch.float16], [10.0, 1000.0])}
+# CPU kernels start again in float64; those of GPUs give inf, also where a small weight would have made that finite.
+GPU_ROWS = ([torch.float32, torch.bfloat16, torch.float16], [10.0, 1000.0])
+ROWS = {"cpu": (list(TOLERANCE), [100.0]), "triton": GPU_ROWS, "cuda": GPU_ROWS}
 
 
 def fuzz(cases):

@@ -11,17 +11,17 @@ namespace fastdiff {
 // Consecutive numbers of a row, in the type they are computed in.
 template <int kMany>
 struct Few {
+  static constexpr int kSize = kMany;
   float x[kMany];
   int first;  // id
 
-  __device__ bool has(int id) const { return static_cast<unsigned>(id - first) < static_cast<unsigned>(kMany); }
-  __device__ float at(int id) const {
-    float found = 0;
-    for (int i = 0; i < kMany; ++i) found = first + i == id ? x[i] : found;
-    return found;
-  }
-  __device__ void set(int id, float value) {
-    for (int i = 0; i < kMany; ++i) x[i] = first + i == id ? value : x[i];
+  // A value in the place of two ids, if they are among these.
+  __device__ void set(int id, int other, float value) {
+    const auto i = static_cast<unsigned>(id - first), j = static_cast<unsigned>(other - first);
+    if (i < kMany || j < kMany) {
+#pragma unroll
+      for (unsigned k = 0; k < kMany; ++k) x[k] = k == i || k == j ? value : x[k];
+    }
   }
 };
 
@@ -54,6 +54,7 @@ struct Row {
   const T* z;
   int num_states, head, first, last, edge;  // numbers before the first group; this block's groups; an id or -1
   bool held;
+  int part_size;  // groups; a whole number of them for each thread
   const uint4* groups;
   const Copies& copies;
 
@@ -72,6 +73,8 @@ struct Row {
     if (rank == size - 1 && thread >= kVec && tail < num_states) edge = tail;
     const auto* aligned = reinterpret_cast<const uint4*>(z + head);
     held = last - first <= units;
+    const int threads = (held ? Copies::kParts : 1) * blockDim.x;
+    part_size = (last - first + threads - 1) / threads * blockDim.x;
     groups = held ? room - first : aligned;
     if (!held) return;
     for (int part = 0; part < Copies::kParts; ++part) {
@@ -80,11 +83,18 @@ struct Row {
     }
   }
 
-  // Where a part of the block's groups begins: a whole number of groups for each thread after the first.
+  // Whether an id is among the block's.
+  __device__ bool has(int id) const {
+    const int all = (num_states - head) / kVec;
+    if (id < 0 || id >= num_states) return false;
+    if (id < head) return Cluster::rank() == 0;
+    if (id >= head + all * kVec) return Cluster::rank() == Cluster::size() - 1;
+    return id >= head + first * kVec && id < head + last * kVec;
+  }
+
+  // Where a part of the block's groups begins.
   __device__ int begin_of(int part) const {
-    const int parts = held ? Copies::kParts : 1, threads = blockDim.x;
-    const int rounds = (last - first + parts * threads - 1) / (parts * threads),
-              begin = first + part * rounds * threads;
+    const int begin = first + part * part_size;
     return begin < last ? begin : last;
   }
 
@@ -121,7 +131,6 @@ struct Row {
     if (edge >= 0) f(Few<1>{{}, edge});
   }
 
- private:
   static __device__ Few<kVec> unpacked(const uint4& raw) {
     T stored[kVec];
     memcpy(stored, &raw, 16);

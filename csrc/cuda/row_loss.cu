@@ -6,26 +6,10 @@
 namespace fastdiff {
 namespace {
 
-constexpr float kLog2E = 1.44269504f;
-constexpr float kLowest = -3.0e38f;  // a maximum to start from, which subtracts from -inf without NaN
-
 // What thread 0 finds out for all: constants of a row, in double.
 struct Constants {
   double weight, shift, k;  // k = N / expm1(sigma)
   DseRow dse;
-};
-
-// What is kept of a row that is summed up: 2^m s is the sum of the exponentials of its numbers.
-struct Online {
-  float m = kLowest, s = 0;
-};
-
-struct MergeOnline {
-  __device__ Online operator()(const Online& a, const Online& b) const {
-    const bool swap = a.m < b.m;
-    const Online &high = swap ? b : a, &low = swap ? a : b;
-    return {high.m, high.s + low.s * exp2_(low.m - high.m)};
-  }
 };
 
 struct Pair {
@@ -35,7 +19,7 @@ struct Pair {
 
 // From the row's sums, for its second and third pass.
 struct NelboPass {
-  float top, inv_total, slope, offset, offset_w;
+  float shift, inv_total, slope, offset, offset_w;
   double c_x0, c_xt, rest_x0, rest_xt, scale, pull_x0, loss_x0, a, dc_xt;
 };
 
@@ -49,19 +33,18 @@ struct Shared {
 };
 constexpr size_t kShared = (sizeof(Shared) + 15) / 16 * 16;
 
-// One row: its numbers, where its gradient goes, and the ids that are treated apart; negative if not in the row.
+// One row: its numbers, where its gradient goes, and the ids that are treated apart; negative if not in the row. What
+// concerns one of them alone is done by thread 0 of the block that has it, which writes its gradient when all are done.
 template <typename T>
 struct Work {
   const Row<T>& row;
-  const Target<T>& grad;
+  T* grad;
   Shared& shared;
   int x0, excluded;
-  bool writes;  // whether this thread writes the results
 
-  __device__ bool special(int first, int many) const {
-    return static_cast<unsigned>(x0 - first) < static_cast<unsigned>(many) ||
-           static_cast<unsigned>(excluded - first) < static_cast<unsigned>(many);
-  }
+  __device__ bool leads() const { return threadIdx.x == 0 && Cluster::rank() == 0; }
+  __device__ bool minds(int id) const { return threadIdx.x == 0 && row.has(id); }
+  __device__ float number(int id) const { return load(row.z[id]); }
 };
 
 struct Results {
@@ -73,12 +56,12 @@ struct Results {
 
 __device__ Term<float> term_of(const ExpTerm<float>& term, float z) { return term(z); }
 
-// phi is for d < 88.3; from there on its exponential leaves float.
+// phi is for d < 88.3; from there on it is as good as its exponential, which soon leaves float.
 __device__ Term<float> term_of(const PhiTerm<float>& term, float z) {
   const float d = z - term.shift;
-  const float beyond = d * INFINITY;
-  const Term<float> t = term(z);
-  return d < 88 ? t : Term<float>{beyond, beyond};
+  if (d < 88) return term(z);
+  const float e = exp_(d);
+  return {e - d, e};
 }
 
 template <bool kGrad, typename T, typename F>
@@ -86,69 +69,63 @@ __device__ Results dse_row(const Work<T>& work, const F& term, float neutral) {
   const Constants& constants = work.shared.constants;
   const DseRow& dse = constants.dse;
   const double weight = constants.weight * dse.scale;
-  const float slope_scale = static_cast<float>(weight * term.factor);
+  Term<double> at_x0{work.x0 < -1 ? NAN : 0.0, 0};  // an id that does not exist
+  if (work.minds(work.x0) && work.x0 != work.excluded) {
+    const double s = work.number(work.x0) - constants.shift;
+    at_x0 = scaled_phi(s, s - dse.log_a_x0, dse.a_x0);
+  }
+  __syncthreads();  // a gradient in the place of its row must not come before this
+  const Target<T> grad(work.grad, work.row.head);
+  const auto scale = static_cast<float>(weight * term.factor);
   float sum = 0;
-  double apart = work.x0 < -1 ? NAN : 0;  // an id that does not exist
   work.row.each([&](auto& few) {
-    float grad_x0 = 0;
-    const bool special = few.has(work.x0) || few.has(work.excluded);
-    if (special) {
-      if (few.has(work.x0) && work.x0 != work.excluded) {
-        const double s = few.at(work.x0) - constants.shift;
-        const Term<double> t = scaled_phi(s, s - dse.log_a_x0, dse.a_x0);
-        apart += t.value;
-        grad_x0 = static_cast<float>(weight * t.slope);
-      }
-      few.set(work.x0, neutral);
-      few.set(work.excluded, neutral);
-    }
+    few.set(work.x0, work.excluded, neutral);
     for (float& x : few.x) {
       const Term<float> t = term_of(term, x);
       sum += t.value;
-      x = slope_scale * t.slope;
+      x = scale * t.slope;
     }
-    if constexpr (kGrad) {
-      if (special) {
-        few.set(work.x0, grad_x0);
-        few.set(work.excluded, 0);
-      }
-      work.grad.put(few);
-    }
+    if constexpr (kGrad) grad.put(few);
   });
   Cluster::wait();
-  const double total = reduce_cluster(static_cast<double>(term.factor) * sum + apart, work.shared.sum, Add());
+  const double total = reduce_cluster(static_cast<double>(term.factor) * sum + at_x0.value, work.shared.sum, Add());
+  if (kGrad && work.minds(work.x0)) store(work.grad + work.x0, static_cast<float>(weight * at_x0.slope));
   return {weight * total};
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// Cross-entropy: a sum of exponentials, in base 2 and relative to a running maximum, then the gradient.
+// Cross-entropy: a sum of exponentials, relative to a running maximum, then the gradient.
 
 // Over all ids but x0 and the excluded one.
 template <typename T>
 __device__ Online sum_exp(const Work<T>& work) {
   Online all;
   work.row.each([&](auto& few) {
-    if (few.has(work.x0) || few.has(work.excluded)) {
-      few.set(work.x0, -INFINITY);
-      few.set(work.excluded, -INFINITY);
-    }
-    float top = few.x[0];
-    for (const float x : few.x) top = fmaxf(top, x);
-    top = fmaxf(all.m, top * kLog2E);
-    float s = 0;
-    for (const float x : few.x) s += exp2_(fmaf(x, kLog2E, -top));
-    all.s = fmaf(all.s, exp2_(all.m - top), s);
-    all.m = top;
+    few.set(work.x0, work.excluded, -INFINITY);
+    all.add(few);
   });
   Cluster::wait();
   return reduce_cluster(all, work.shared.online, MergeOnline());
 }
 
-// The number of x0, for all threads: before any gradient is written. Elsewhere it is as if it weighed nothing.
+// The number of an id, for all threads: before any gradient is written. Elsewhere it is as if it weighed nothing.
 template <typename T>
 __device__ float number_at(const Work<T>& work, int id) {
-  return id >= 0 ? load(work.row.z[id]) : id == -1 ? -INFINITY : NAN;
+  return id >= 0 ? work.number(id) : id == -1 ? -INFINITY : NAN;
 }
+
+// log p(x0), and the log-sum-exp. The shift is never added to log(sum), where digits would be lost.
+struct LogP {
+  double logsumexp, x0;
+
+  __device__ LogP(const Online& others, float at_x0, bool elsewhere) {
+    const double x = at_x0, other = others.m, shift = x > other ? x : other;
+    double total = others.s * std::exp(other - shift) + std::exp(x - shift);
+    if (shift == INFINITY) total = NAN;  // inf - inf, as in PyTorch
+    logsumexp = shift + std::log(total);
+    x0 = elsewhere ? -logsumexp : (x - shift) - std::log(total);
+  }
+};
 
 template <bool kGrad, bool kStats, typename T>
 __device__ Results dce_row(const Work<T>& work, double z_loss) {
@@ -157,63 +134,48 @@ __device__ Results dce_row(const Work<T>& work, double z_loss) {
   const Online others = sum_exp(work);
   const double weight = work.shared.constants.weight;
 
-  // The same in float, which the gradients are made with.
-  const float top = fmaxf(others.m, at_x0 * kLog2E);
-  const float e_x0 = exp2_(fmaf(at_x0, kLog2E, -top)), all = others.s * exp2_(others.m - top) + e_x0;
-  const float drift = z_loss == 0 ? 0.0f : (top + log2f(all)) / kLog2E;
+  Results results{};
+  float grad_x0 = 0;
+  if (work.leads() || work.minds(work.x0)) {
+    const LogP log_p(others, at_x0, elsewhere);
+    const double drift = z_loss == 0 ? 0 : log_p.logsumexp;  // which may be infinite
+    results.logsumexp = log_p.logsumexp;
+    results.loss = weight * (z_loss * drift * drift - log_p.x0);
+    grad_x0 = static_cast<float>(weight * (std::expm1(log_p.x0) + 2 * z_loss * drift * std::exp(log_p.x0)));
+  }
+  if (!kGrad && !kStats) return results;
+
+  // The same in float, for the others.
+  const Target<T> grad(work.grad, work.row.head);
+  const float shift = fmaxf(others.m, at_x0), e_x0 = exp_(at_x0 - shift);
+  const float all = others.s * exp_(others.m - shift) + e_x0;
+  const float drift = z_loss == 0 ? 0.0f : shift + logf(all);
   const float slope = static_cast<float>(weight * (1 + 2 * z_loss * drift));
   const float scale = elsewhere && all == 0 ? 0.0f : slope / all;
-
-  // log p(x0); the shift is never added to log(sum), where digits would be lost.
-  const auto log_p = [&](double& logsumexp) {
-    const double x = at_x0, other = static_cast<double>(others.m) / kLog2E, shift = x > other ? x : other;
-    double total = others.s * std::exp(other - shift) + std::exp(x - shift);
-    if (shift == INFINITY) total = NAN;  // inf - inf, as in PyTorch
-    logsumexp = shift + std::log(total);
-    return elsewhere ? -logsumexp : (x - shift) - std::log(total);
-  };
   float dot = 0;
   int ahead = 0;
-  if (kGrad || kStats)
-    work.row.each([&](auto& few) {
-      const bool special = few.has(work.x0) || few.has(work.excluded);
-      if (kStats && special) {
-        few.set(work.x0, -INFINITY);
-        few.set(work.excluded, -INFINITY);
+  work.row.each([&](auto& few) {
+    if constexpr (kStats) few.set(work.x0, work.excluded, -INFINITY);
+    for (int i = 0; i < few.kSize; ++i) {
+      const float z = few.x[i], x = z - shift, e = exp_(x);
+      if constexpr (kStats) {
+        dot += x < -86 ? 0.0f : e * x;
+        ahead += z > at_x0 || (z == at_x0 && few.first + i < work.x0);
       }
-      for (int i = 0; i < static_cast<int>(sizeof(few.x) / sizeof(float)); ++i) {
-        const float x = fmaf(few.x[i], kLog2E, -top), e = exp2_(x);
-        if constexpr (kStats) {
-          dot += x < -124 ? 0.0f : e * x;
-          ahead += few.x[i] > at_x0 || (few.x[i] == at_x0 && few.first + i < work.x0);
-        }
-        few.x[i] = scale * e;
-      }
-      if constexpr (kGrad) {
-        if (special) {
-          float grad_x0 = 0;
-          if (few.has(work.x0)) {
-            double logsumexp;
-            const double log_p_x0 = log_p(logsumexp), drift_ = z_loss == 0 ? 0 : logsumexp;
-            grad_x0 = static_cast<float>(weight * (std::expm1(log_p_x0) + 2 * z_loss * drift_ * std::exp(log_p_x0)));
-          }
-          few.set(work.x0, grad_x0);
-          few.set(work.excluded, 0);
-        }
-        work.grad.put(few);
-      }
-    });
-  Pair stats{dot, static_cast<double>(ahead)};
-  if constexpr (kStats) stats = reduce_cluster(stats, work.shared.pair, Add());
-  if (!work.writes) return {};
-  Results results{};
-  const double log_p_x0 = log_p(results.logsumexp), z_term = z_loss == 0 ? 0 : results.logsumexp;
-  results.loss = weight * (z_loss * z_term * z_term - log_p_x0);
+      few.x[i] = scale * e;
+    }
+    if constexpr (kGrad) grad.put(few);
+  });
   if constexpr (kStats) {
-    const double x = fmaf(at_x0, kLog2E, -top), total = all;
-    const double all_dots = stats.a + (x < -124 ? 0 : std::exp2(x) * x);
-    results.entropy = std::log(total) - all_dots / kLog2E / total;
-    results.correct = stats.b == 0 && total == total;
+    const Pair sums = reduce_cluster(Pair{dot, static_cast<double>(ahead)}, work.shared.pair, Add());
+    const double dots = sums.a + (e_x0 > 0 ? e_x0 * (at_x0 - shift) : 0);
+    results.entropy = logf(all) - dots / all;
+    results.correct = sums.b == 0 && all == all;
+  }
+  if constexpr (kGrad) {
+    __syncthreads();
+    if (work.minds(work.x0)) store(work.grad + work.x0, grad_x0);
+    if (work.minds(work.excluded)) store(work.grad + work.excluded, 0.0f);
   }
   return results;
 }
@@ -223,7 +185,7 @@ __device__ Results dce_row(const Work<T>& work, double z_loss) {
 
 __device__ NelboPass nelbo_pass(const Online& others, double at_x0, double at_xt, bool moved, double num_states,
                                 const Constants& constants) {
-  const double other = static_cast<double>(others.m) / kLog2E;
+  const double other = others.m;
   double shift = at_x0 > other ? at_x0 : other;
   shift = at_xt > shift ? at_xt : shift;
   const double e_others = others.s * std::exp(other - shift), e_xt = std::exp(at_xt - shift);
@@ -232,9 +194,7 @@ __device__ NelboPass nelbo_pass(const Online& others, double at_x0, double at_xt
   pass.c_x0 = e_x0 / total, pass.c_xt = e_xt / total;
   pass.rest_x0 = (e_others + e_xt) / total, pass.rest_xt = (e_others + e_x0) / total;
   const NelboRow row(constants.k, static_cast<int64_t>(num_states), moved, pass.c_xt, pass.rest_xt, pass.rest_x0);
-  pass.top = static_cast<float>(shift * kLog2E);
-  // What the rounding of the shift takes from every exponential.
-  pass.inv_total = static_cast<float>(std::exp2(pass.top - shift * kLog2E) / total);
+  pass.shift = static_cast<float>(shift), pass.inv_total = static_cast<float>(1 / total);
   pass.slope = static_cast<float>(row.slope), pass.offset = static_cast<float>(row.offset);
   pass.offset_w = static_cast<float>(row.offset_w);
   pass.scale = constants.weight * constants.k / (num_states * row.b);
@@ -248,10 +208,10 @@ struct NelboTerms {
   float c, gap, pull;
 
   __device__ NelboTerms(float z, const NelboPass& pass) {
-    c = exp2_(fmaf(z, kLog2E, -pass.top)) * pass.inv_total;
+    c = exp_(z - pass.shift) * pass.inv_total;
     const float rho = fmaf(pass.slope, c, pass.offset), w = fmaf(pass.slope, c, pass.offset_w);
     gap = log_gap(w, rho);
-    pull = w / rho;
+    pull = divide_(w, rho);
   }
 };
 
@@ -267,33 +227,33 @@ __device__ Results nelbo_row(const Work<T>& work) {
   const NelboPass& pass = shared.nelbo;
   float gaps = 0, pulls = 0;
   work.row.each([&](auto& few) {
-    const bool special = few.has(work.x0) || few.has(work.excluded);
-    for (int i = 0; i < static_cast<int>(sizeof(few.x) / sizeof(float)); ++i) {
+    for (int i = 0; i < few.kSize; ++i) {
       const NelboTerms terms(few.x[i], pass);
-      const bool apart = special && (few.first + i == work.x0 || few.first + i == work.excluded);
+      const bool apart = few.first + i == work.x0 || few.first + i == work.excluded;
       gaps += apart ? 0 : terms.gap;
       pulls += apart ? 0 : terms.c * terms.pull;
     }
   });
   const Pair sums = reduce_cluster(Pair{gaps, pulls}, shared.pair, Add());
   if constexpr (kGrad) {
+    const Target<T> grad(work.grad, work.row.head);
     const double mean = sums.b + pass.c_xt * pass.dc_xt + pass.c_x0 * pass.pull_x0;
     const auto scale = static_cast<float>(pass.scale), mean_pull = static_cast<float>(mean);
     work.row.each([&](auto& few) {
-      const bool special = few.has(work.x0) || few.has(work.excluded);
       for (float& x : few.x) {
         const NelboTerms terms(x, pass);
         x = scale * terms.c * (terms.pull - mean_pull);
       }
-      if (special) {
-        // pull - mean, where the two nearly cancel if c is near 1
-        const double xt_pull = pass.dc_xt * pass.rest_xt - (sums.b + pass.c_x0 * pass.pull_x0);
-        const double x0_pull = pass.pull_x0 * pass.rest_x0 - (mean - pass.c_x0 * pass.pull_x0);
-        few.set(work.x0, static_cast<float>(pass.scale * pass.c_x0 * x0_pull));
-        few.set(work.excluded, static_cast<float>(pass.scale * pass.c_xt * xt_pull));
-      }
-      work.grad.put(few);
+      grad.put(few);
     });
+    __syncthreads();
+    // pull - mean, where the two nearly cancel if c is near 1
+    const double xt_pull = pass.dc_xt * pass.rest_xt - (sums.b + pass.c_x0 * pass.pull_x0);
+    const double x0_pull = pass.pull_x0 * pass.rest_x0 - (mean - pass.c_x0 * pass.pull_x0);
+    if (work.minds(work.x0)) store(work.grad + work.x0, static_cast<float>(pass.scale * pass.c_x0 * x0_pull));
+    if (work.minds(work.excluded)) {
+      store(work.grad + work.excluded, static_cast<float>(pass.scale * pass.c_xt * xt_pull));
+    }
   }
   return {weight / num_states * (pass.a * sums.a + pass.loss_x0)};
 }
@@ -333,12 +293,11 @@ __device__ Results row_results(const Work<T>& work, const RowLoss& op) {
 }
 
 template <typename T, Functor kFunctor, bool kGrad, bool kStats>
-__global__ void __launch_bounds__(512) row_loss_kernel(const __grid_constant__ RowLoss op) {
+__global__ void __launch_bounds__(512, 1) row_loss_kernel(const __grid_constant__ RowLoss op) {
   FASTDIFF_SHARED(memory);
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   constexpr bool kUniform = kFunctor == Functor::dse_uniform || kFunctor == Functor::dse_uniform_logits;
   const int64_t r = blockIdx.x / Cluster::size();
-  const bool writes = threadIdx.x == 0 && Cluster::rank() == 0;
   const int64_t x0 = op.x0[r], xt = op.xt ? op.xt[r] : -1;
   const bool scored = x0 != op.ignore_index && (kUniform || (op.mask ? op.mask[r] : !op.xt || xt == op.mask_index));
   const T* z = static_cast<const T*>(op.z) + r / op.inner * op.outer_stride + r % op.inner * op.inner_stride;
@@ -354,9 +313,7 @@ __global__ void __launch_bounds__(512) row_loss_kernel(const __grid_constant__ R
     const bool exists = x0 >= least && x0 < op.num_states, other = excluded >= -1 && excluded < op.num_states;
     if (threadIdx.x == 0) shared.constants = constants_of(op, r, x0 != xt);
     __syncthreads();
-    const Target<T> grad(to, row.head);
-    const Work<T> work{row,   grad, shared, exists ? static_cast<int>(x0) : -2, other ? static_cast<int>(excluded) : -3,
-                       writes};
+    const Work<T> work{row, to, shared, exists ? static_cast<int>(x0) : -2, other ? static_cast<int>(excluded) : -3};
     results = row_results<kFunctor, kGrad, kStats>(work, op);
   } else if (kGrad) {
     const Copies copies(shared.barriers);
@@ -364,7 +321,7 @@ __global__ void __launch_bounds__(512) row_loss_kernel(const __grid_constant__ R
     const Target<T> grad(to, row.head);
     row.each_unread([&](const auto& few) { grad.put(few); });
   }
-  if (!writes) return;
+  if (threadIdx.x != 0 || Cluster::rank() != 0) return;
   if (op.loss_is_double)
     static_cast<double*>(op.loss)[r] = results.loss;
   else

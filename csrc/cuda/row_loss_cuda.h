@@ -4,8 +4,8 @@
 #include "../functor.h"
 #include "../row_loss.h"
 #include "launch.h"
+#include "online.h"
 #include "reduce.h"
-#include "row.h"
 
 namespace fastdiff {
 

@@ -54,9 +54,9 @@ struct Group {
 };
 
 struct Copy {
-  void* to;
-  const void* from;
-  size_t bytes;
+  uint4* to;
+  const uint4* from;
+  int units;
 };
 
 struct Block {
@@ -73,6 +73,7 @@ struct Fiber {
   int rank;
   bool done;
   int cluster_round;  // of the meeting that it has arrived at, and must wait for
+  std::vector<Copy> copies;
 };
 
 struct Machine {
@@ -132,6 +133,7 @@ struct Machine {
     makecontext(&fiber.context, enter, 0);
     fiber.done = false;
     fiber.cluster_round = -1;
+    fiber.copies.clear();
   }
 
   void run_cluster(int64_t first_block, int threads, size_t shared, int size) {
@@ -275,18 +277,26 @@ struct Copies {
   void start(int part, uint4* to, const uint4* from, int units) const {
     const auto places = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
     if (units > 0 && places % 16) emulator::fail("an unaligned copy");
-    if (threadIdx.x != 0) return;
-    auto& copies = emulator::Machine::get().block().copies;
-    copies.resize(kParts);
-    copies[part] = {to, from, size_t{16} * units};
+    const bool each = emulator::capability() < 90;
+    if (each || threadIdx.x == 0) copies(each)[part] = {to, from, units};
   }
 
   void wait(int part) const {
-    auto& copies = emulator::Machine::get().block().copies;
-    // Thread 0 may not have come to start it yet; as on the GPU, one waits.
-    while (copies.size() <= static_cast<size_t>(part) || !copies[part].to) emulator::Machine::get().yield();
-    std::memcpy(copies[part].to, copies[part].from, copies[part].bytes);
-    copies[part].bytes = 0;
+    const bool each = emulator::capability() < 90;
+    emulator::Copy& copy = copies(each)[part];
+    while (!copy.to) emulator::Machine::get().yield();  // until thread 0 has started it
+    const int step = each ? blockDim.x : 1;
+    for (int i = each ? threadIdx.x : 0; i < copy.units; i += step) copy.to[i] = copy.from[i];
+    copy.units = 0;
+  }
+
+ private:
+  // Of this thread, or of its block.
+  static std::vector<emulator::Copy>& copies(bool each) {
+    emulator::Machine& machine = emulator::Machine::get();
+    auto& copies = each ? machine.now->copies : machine.block().copies;
+    copies.resize(kParts);
+    return copies;
   }
 };
 

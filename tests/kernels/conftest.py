@@ -1,17 +1,31 @@
-"""These tests run Triton kernels: on a GPU if there is one, else in the interpreter that TRITON_INTERPRET=1 asks for.
+"""These tests run the kernels of GPUs: on one if there is one; else Triton's in the interpreter that TRITON_INTERPRET=1
+asks for, or those in CUDA C++ in the emulator that EMULATE_CUDA=1 asks for.
 
-tests/test_triton.py runs them so where there is no GPU.
+tests/test_triton.py and tests/test_cuda.py run them so where there is no GPU.
 """
 
+import os
+import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastdiff.backends import INTERPRETING
+if os.environ.get("EMULATE_CUDA") == "1":
+    sys.path.append(str(Path(__file__).parent.parent / "cuda"))
+    from emulated import load
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu")
-collect_ignore_glob = [] if DEVICE.type == "cuda" or INTERPRETING else ["test_*"]
+    load()
+
+from fastdiff.backends import CUDA_MISSING, EMULATING, INTERPRETING, TRITON_MISSING
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETING and not EMULATING else "cpu")
+BACKENDS = [
+    *(["triton"] if INTERPRETING or (DEVICE.type == "cuda" and TRITON_MISSING is None) else []),
+    *(["cuda"] if EMULATING or (DEVICE.type == "cuda" and CUDA_MISSING is None) else []),
+]
+collect_ignore_glob = [] if BACKENDS else ["test_*"]
 
 if INTERPRETING:
     from triton.runtime import interpreter
@@ -26,3 +40,8 @@ if INTERPRETING:
 @pytest.fixture
 def device():
     return DEVICE
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param

@@ -1,11 +1,13 @@
-"""The CUDA kernels compiled for the CPU, with tests/cuda/emulator.h in the place of CUDA; once for the same sources.
+"""The CUDA kernels compiled for the CPU, with emulator.h in the place of CUDA; once for the same sources.
 
-    python tests/cuda/build.py    # prints where the extension is
+python tests/cuda/emulated.py    # builds, and prints where the extension is
 """
 
 import hashlib
+import importlib.util
 import os
 import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +16,10 @@ import torch
 
 ROOT = Path(__file__).parent.parent.parent
 HERE = Path(__file__).parent
-FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off"]
-DEFINES = ["FASTDIFF_EMULATED", "FASTDIFF_GPU", "FASTDIFF_BUILD=\"emulated\""]
+TORCH = Path(torch.__file__).parent
+FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
+FLAGS += ["-Wall", "-Werror", "-Wno-unknown-pragmas"]
+DEFINES = ["FASTDIFF_EMULATED", "FASTDIFF_GPU", 'FASTDIFF_BUILD="emulated"']
 DEFINES += ["Py_LIMITED_API=0x030A0000", "TORCH_TARGET_VERSION=0x020a000000000000"]
 
 
@@ -32,8 +36,7 @@ def extension() -> Path:
     if made.exists():
         return made
     folder.mkdir(parents=True, exist_ok=True)
-    torch_home = Path(torch.__file__).parent
-    include = [HERE, torch_home / "include", torch_home / "include/torch/csrc/api/include", sysconfig.get_path("include")]
+    include = [HERE, TORCH / "include", TORCH / "include/torch/csrc/api/include", sysconfig.get_path("include")]
     options = [*FLAGS, *(f"-D{name}" for name in DEFINES), *(f"-I{path}" for path in include)]
     compiler = os.environ.get("CXX", "c++")
 
@@ -45,10 +48,18 @@ def extension() -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, sources()))
     part = folder / f"{os.getpid()}.so"
-    libraries = [f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+    libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
     subprocess.run([compiler, "-shared", *objects, *libraries, "-o", part], check=True)
     os.replace(part, made)
     return made
+
+
+def load() -> None:
+    """Makes it fastdiff._C_cuda, before fastdiff is imported."""
+    spec = importlib.util.spec_from_file_location("fastdiff._C_cuda", extension())
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["fastdiff._C_cuda"] = module
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The forward process in Triton: bit for bit what the compiled CPU kernels give for the same names."""
+"""The forward process of the GPU backends: bit for bit what the compiled CPU kernels give for the same names."""
 
 from functools import partial
 
@@ -14,11 +14,11 @@ def _to(where, tensor):
     return tensor.to(where)
 
 
-def equal(call, device):
-    """Asserts that Triton on the device and the CPU kernels agree."""
+def equal(backend, call, device):
+    """Asserts that a backend on the device and the CPU kernels agree."""
     results = []
-    for backend, where in (("triton", device), ("cpu", "cpu")):
-        result = call(backend, partial(_to, where))
+    for b, where in ((backend, device), ("cpu", "cpu")):
+        result = call(b, partial(_to, where))
         results.append([result] if torch.is_tensor(result) else [t for t in result if torch.is_tensor(t)])
     for got, expected in zip(*results, strict=True):
         assert torch.equal(got.cpu(), expected)
@@ -35,7 +35,7 @@ def names(g, batch):
 # Lengths about those of a group of draws, of a block and of several.
 @pytest.mark.parametrize("share", [0.2, 1.0])
 @pytest.mark.parametrize(("batch", "length"), [(9, 1), (9, 7), (9, 64), (2, 1023), (2, 1025), (1, 4100)])
-def test_masks_of_rows(batch, length, share, device):
+def test_masks_of_rows(batch, length, share, backend, device):
     g = torch.Generator().manual_seed(length)
     named, ids = names(g, batch)
     x0 = torch.randint(0, M, (batch, length), generator=g)
@@ -43,17 +43,17 @@ def test_masks_of_rows(batch, length, share, device):
     counts = (torch.rand(batch, generator=g) * (maskable.sum(1) + 1)).long()
     each, one = torch.rand(batch, length, generator=g), torch.rand(batch, generator=g)
 
-    def options(backend, to):
-        return dict(mask_index=M, sample_ids=to(ids), maskable=to(maskable), backend=backend, **named)
+    def options(b, to):
+        return dict(mask_index=M, sample_ids=to(ids), maskable=to(maskable), backend=b, **named)
 
-    equal(lambda b, to: mask_tokens(to(x0), to(each), **options(b, to)), device)
-    equal(lambda b, to: mask_tokens(to(x0), to(one), **options(b, to)), device)
-    equal(lambda b, to: mask_exactly(to(x0), to(counts), **options(b, to)), device)
-    equal(lambda b, to: harmonic_mask(to(x0), **options(b, to)), device)
-    equal(lambda b, to: corrupt(to(x0), to(one), Uniform(M), sample_ids=to(ids), backend=b, **named), device)
+    equal(backend, lambda b, to: mask_tokens(to(x0), to(each), **options(b, to)), device)
+    equal(backend, lambda b, to: mask_tokens(to(x0), to(one), **options(b, to)), device)
+    equal(backend, lambda b, to: mask_exactly(to(x0), to(counts), **options(b, to)), device)
+    equal(backend, lambda b, to: harmonic_mask(to(x0), **options(b, to)), device)
+    equal(backend, lambda b, to: corrupt(to(x0), to(one), Uniform(M), sample_ids=to(ids), backend=b, **named), device)
 
 
-def test_masks_of_packed_documents(device):
+def test_masks_of_packed_documents(backend, device):
     g = torch.Generator().manual_seed(0)
     lengths = torch.tensor([1, 5, 0, 64, 33, 2])
     x0 = torch.randint(0, M, (int(lengths.sum()),), generator=g)
@@ -61,26 +61,26 @@ def test_masks_of_packed_documents(device):
     named, ids = names(g, len(lengths))
     counts = (torch.rand(len(lengths), generator=g) * (lengths + 1)).long()
 
-    def options(backend, to):
-        return dict(mask_index=M, cu_seqlens=to(offsets), sample_ids=to(ids), backend=backend, **named)
+    def options(b, to):
+        return dict(mask_index=M, cu_seqlens=to(offsets), sample_ids=to(ids), backend=b, **named)
 
-    equal(lambda b, to: mask_exactly(to(x0), to(counts), **options(b, to)), device)
+    equal(backend, lambda b, to: mask_exactly(to(x0), to(counts), **options(b, to)), device)
     offsets = torch.tensor([0, 1, 6, 9, 70, 100, len(x0)])
-    equal(lambda b, to: harmonic_mask(to(x0), **options(b, to)), device)
+    equal(backend, lambda b, to: harmonic_mask(to(x0), **options(b, to)), device)
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0, 2.0**-33, 1 - 2.0**-34])
-def test_extreme_probabilities(p, device):
+def test_extreme_probabilities(p, backend, device):
     x0 = torch.arange(8).view(2, 4)
-    equal(lambda b, to: mask_tokens(to(x0), p, mask_index=M, seed=1, backend=b), device)
+    equal(backend, lambda b, to: mask_tokens(to(x0), p, mask_index=M, seed=1, backend=b), device)
 
 
-def test_none_and_all(device):
+def test_none_and_all(backend, device):
     x0, counts = torch.arange(8).view(2, 4), torch.tensor([0, 4])
-    equal(lambda b, to: mask_exactly(to(x0), to(counts), mask_index=M, seed=1, backend=b), device)
+    equal(backend, lambda b, to: mask_exactly(to(x0), to(counts), mask_index=M, seed=1, backend=b), device)
 
 
-def test_empty_batches(device):
+def test_empty_batches(backend, device):
     x0 = torch.zeros((0, 4), dtype=torch.long, device=device)
-    assert mask_tokens(x0, 0.5, mask_index=M, backend="triton").xt.shape == (0, 4)
-    assert harmonic_mask(x0, mask_index=M, backend="triton").xt.shape == (0, 4)
+    assert mask_tokens(x0, 0.5, mask_index=M, backend=backend).xt.shape == (0, 4)
+    assert harmonic_mask(x0, mask_index=M, backend=backend).xt.shape == (0, 4)
