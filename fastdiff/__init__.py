@@ -26,7 +26,7 @@ from fastdiff.noising import (
     sample_mask_counts,
     sample_times,
 )
-from fastdiff.ops.linear_loss import scored_rows
+from fastdiff.ops.scored_rows import scored_rows
 from fastdiff.reverse import reverse_probs, reverse_step
 from fastdiff.sampling import Generated, sample
 from fastdiff.schedules import Cosine, Geometric, Linear, LogLinear, Polynomial

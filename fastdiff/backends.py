@@ -35,6 +35,8 @@ def _load(name: str) -> str | None:
     try:
         importlib.import_module(f"fastdiff.{name}").build()
     except (ImportError, ValueError) as error:
+        if isinstance(error, ModuleNotFoundError) and name == "_C_cuda":
+            return "the CUDA kernels were not built; FASTDIFF_BUILD_CUDA=1 makes the installation say why"
         return f"the compiled extension fastdiff.{name} did not load ({error})"
     return None
 
@@ -63,7 +65,7 @@ def _missing(backend: str, device: torch.device) -> str | None:
     if device.type == "cpu" and backend == "triton" and not INTERPRETING:
         return "no kernels for cpu tensors, unless TRITON_INTERPRET=1 interprets them"
     if device.type == "cpu" and backend == "cuda" and not EMULATING:
-        return "no kernels for cpu tensors"
+        return CUDA_MISSING or "no kernels for cpu tensors"
     if device.type == "cuda" and not torch.compiler.is_compiling():
         capability = torch.cuda.get_device_capability(device)
         if capability < OLDEST_GPU:

@@ -8,7 +8,7 @@ class Measured(NamedTuple):
 
     operation: str
     size: int
-    measurement: str  # the file in benchmarks/results and what it says
+    measurement: str  # a file of benchmarks/results, a colon, and what it says
 
 
 # Nothing has been measured on a GPU yet. Until then Triton is the default, which compiles for the GPU that is there.

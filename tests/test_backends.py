@@ -4,23 +4,29 @@ import os
 import subprocess
 import sys
 import warnings
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastdiff import BackendUnavailable, backends, dce_loss, mask_tokens
+from fastdiff import BackendUnavailable, backends, dce_loss, fastest, mask_tokens
 
 X0 = torch.zeros(2, 3, dtype=torch.long)
 
 
+def resolve(backend, device):
+    return backends.resolve(backend, device, "row_loss", 8)
+
+
 def test_cpu_tensors_take_the_compiled_kernels_unless_the_process_says_otherwise(monkeypatch):
-    assert backends.resolve(None, X0.device) == "cpu"
+    assert resolve(None, X0.device) == "cpu"
     monkeypatch.setattr(backends, "_DEFAULT", "reference")
-    assert backends.resolve(None, X0.device) == "reference"
-    assert backends.resolve("cpu", X0.device) == "cpu"
+    assert resolve(None, X0.device) == "reference"
+    assert resolve("cpu", X0.device) == "cpu"
     monkeypatch.setattr(backends, "_DEFAULT", "tpu")
-    with pytest.raises(ValueError, match="backend: expected one of 'cpu', 'triton', 'reference', got 'tpu'"):
-        backends.resolve(None, X0.device)
+    with pytest.raises(ValueError, match="backend: expected one of 'cpu', 'triton', 'cuda', 'reference', got 'tpu'"):
+        resolve(None, X0.device)
 
 
 def test_another_device_takes_the_reference_and_warns_once():
@@ -59,14 +65,46 @@ def test_a_gpu_that_triton_cannot_use(capability, triton_missing, reason, monkey
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(backends, "TRITON_MISSING", None)
-    assert backends.resolve(None, gpu) == "triton"
+    assert resolve(None, gpu) == "triton"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(backends, "TRITON_MISSING", triton_missing)
     with pytest.raises(BackendUnavailable, match=f"backend 'triton': .*{reason}"):
-        backends.resolve("triton", gpu)
+        resolve("triton", gpu)
     backends._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match=f"slow float64 reference: .*{reason}"):
-        assert backends.resolve(None, gpu) == "reference"
+        assert resolve(None, gpu) == "reference"
+
+
+def test_a_gpu_takes_what_was_measured_to_be_faster_or_else_what_can_run(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "TRITON_MISSING", None)
+    monkeypatch.setattr(backends, "CUDA_MISSING", None)
+    monkeypatch.setattr(fastest, "CUDA_IS_FASTER", (fastest.Measured("row_loss", 8, "a test"),))
+    choose = partial(backends.resolve, None, gpu)
+    assert [choose("row_loss", 8), choose("row_loss", 7), choose("row_sample", 8)] == ["cuda", "triton", "triton"]
+    monkeypatch.setattr(backends, "CUDA_MISSING", "was not built")
+    assert choose("row_loss", 8) == "triton"
+    with pytest.raises(BackendUnavailable, match="backend 'cuda': was not built"):
+        resolve("cuda", gpu)
+    monkeypatch.setattr(backends, "TRITON_MISSING", "is not installed")
+    monkeypatch.setattr(backends, "CUDA_MISSING", None)
+    assert choose("row_sample", 8) == "cuda"
+
+
+def test_every_choice_of_a_gpu_names_the_measurement_that_it_rests_on():
+    results = Path(__file__).parent.parent / "benchmarks/results"
+    for choice in fastest.CUDA_IS_FASTER:
+        assert (results / choice.measurement.split(":")[0]).exists()
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="with this torch the kernels may be built")
+def test_cuda_kernels_that_were_not_built():
+    with pytest.raises(
+        BackendUnavailable, match="backend 'cuda': the CUDA kernels were not built; FASTDIFF_BUILD_CUDA=1"
+    ):
+        resolve("cuda", torch.device("cpu"))
+    assert [r.available for r in backends.report() if r.name == "cuda"] == [False]
 
 
 @pytest.mark.parametrize("asked", ["0", "1"])

@@ -27,7 +27,7 @@ from fastdiff.kernels import corrupt, linear_loss, row_loss, row_sample
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/kernels runs on the GPU itself")
-@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("kernels/test_triton_*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("kernels/test_[gt]*.py")), ids=lambda p: p.stem)
 def test_in_the_interpreter(path):
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
     env = os.environ | {"TRITON_INTERPRET": "1"}

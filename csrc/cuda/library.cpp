@@ -24,7 +24,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastdiff, CUDA, m) {
 
 namespace {
 
-PyObject* build(PyObject*, PyObject*) { return PyUnicode_FromString(FASTDIFF_BUILD); }
+#define FASTDIFF_QUOTED(...) #__VA_ARGS__
+#define FASTDIFF_TEXT(...) FASTDIFF_QUOTED(__VA_ARGS__)
+
+PyObject* build(PyObject*, PyObject*) { return PyUnicode_FromString(FASTDIFF_TEXT(FASTDIFF_ARCHITECTURES)); }
 
 PyMethodDef methods[] = {
     {"build", build, METH_NOARGS, "The architectures that this extension was compiled for."},

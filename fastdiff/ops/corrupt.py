@@ -192,10 +192,10 @@ define_launch(
     f"Tensor x0, Tensor(a!) counts, Tensor? maskable, Tensor? cu_seqlens, {_NAMES}, Tensor? table, Tensor(b!) xt, "
     "Tensor(c!) mask, Tensor(d!)? weight, int mask_index",
 )
-implement_on_gpus("mask_tokens", "corrupt", _token_noise)
-implement_on_gpus("mask_exactly", "corrupt", _exact_subset)
-implement_on_gpus("harmonic_mask", "corrupt", _harmonic_subset)
-implement_on_gpus("uniform_tokens", "corrupt", _redrawn)
+implement_on_gpus("mask_tokens", _token_noise, triton="corrupt")
+implement_on_gpus("mask_exactly", _exact_subset, triton="corrupt")
+implement_on_gpus("harmonic_mask", _harmonic_subset, triton="corrupt")
+implement_on_gpus("uniform_tokens", _redrawn, triton="corrupt")
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -21,14 +21,16 @@ def define_launch(name: str, signature: str) -> None:
     library.define(f"{name}({signature}) -> ()")
 
 
-def implement_on_gpus(name: str, module: str, function: Callable[..., Any]) -> None:
-    """Both overloads are function(kernels, *arguments), where `kernels` has the launches."""
+def implement_on_gpus(name: str, function: Callable[..., Any], triton: str | None) -> None:
+    """The overloads are function(kernels, *arguments), where `kernels` has the launches; for Triton in this module."""
     for backend, on_cpu in (("triton", INTERPRETING), ("cuda", EMULATING)):
+        if backend == "triton" and triton is None:
+            continue
         for key in ("CUDA", "CPU") if on_cpu else ("CUDA",):
-            library.impl(f"{name}.{backend}", functools.partial(_call, function, backend, module), key)
+            library.impl(f"{name}.{backend}", functools.partial(_call, function, backend, triton), key)
 
 
-def _call(function: Callable[..., Any], backend: str, module: str, *arguments: Any) -> Any:
+def _call(function: Callable[..., Any], backend: str, module: str | None, *arguments: Any) -> Any:
     kernels = importlib.import_module(f"fastdiff.kernels.{module}") if backend == "triton" else torch.ops.fastdiff
     with torch.cuda.device_of(arguments[0]):
         return function(kernels, *arguments)

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.backends import KERNELS, BackendUnavailable, resolve
-from fastdiff.checks import check_bool
 from fastdiff.ops.library import define, implement, library, no_double_backward
 from fastdiff.ops.parallel import Shard, sharded_losses_
 from fastdiff.ops.row_loss import (
@@ -27,6 +26,7 @@ from fastdiff.ops.row_loss import (
     scored_tokens,
 )
 from fastdiff.ops.saved_grads import scaled
+from fastdiff.ops.scored_rows import scored_rows
 
 # Bytes of logits that exist at a time. On a GPU a chunk must be large enough to keep the multiplier busy.
 TILE_BYTES = {"cpu": 52 << 20, "cuda": 512 << 20}
@@ -163,7 +163,7 @@ def _unpack(hidden: Tensor, lm_head: Tensor | None, bias: Tensor | None, *rest: 
 def _compute(backend: str, head: Head, rows: Rows, wanted: list[bool]) -> tuple[Tensor, ...]:
     check_row_values(rows)
     scored = scored_tokens(rows)
-    index, count = scored_rows(scored, None if head.capacity < 0 else head.capacity)
+    index, count = scored_rows(scored, None if head.capacity < 0 else head.capacity, backend)
     if head.shard.group:
         head.shard.check(head.num_states, rows, count, wanted[0])
     missing = torch.where(count > len(index), math.nan, 0.0)  # for all to see, should the list be too short
@@ -175,28 +175,6 @@ def _compute(backend: str, head: Head, rows: Rows, wanted: list[bool]) -> tuple[
         grads = list(chunks.grads())
     loss = losses if rows.reduction == "none" else losses.sum()
     return loss.to(loss_dtype(head.dtype)), *grads
-
-
-def scored_rows(scored: Tensor, capacity: int | None = None) -> tuple[Tensor, Tensor]:
-    """The compact list of scored rows, and how many there are.
-
-    Args:
-        scored: [...] bool, as the mask of a noised batch.
-        capacity: the length of the list, which is cut or filled up with scored.numel(); then nothing waits for the
-            device and no shape depends on data. None makes it as long as there are rows.
-
-    Returns:
-        int64 [capacity] indices into the flattened tokens, in order, and their number, int64 [] on the device.
-
-    Raises:
-        TypeError: scored is not bool.
-    """
-    check_bool("scored", scored, scored.shape, scored.device)
-    if capacity is None:
-        index = scored.flatten().nonzero()
-    else:
-        index = torch.nonzero_static(scored.flatten(), size=capacity, fill_value=scored.numel())
-    return index.squeeze(1), scored.sum()
 
 
 def _weights(rows: Rows, count: Tensor) -> Tensor:

@@ -222,8 +222,8 @@ define_launch(
     "Tensor(b!)? grad, Tensor(c!)? stats, str functor, int mask_index, bool exclude_mask, int ignore_index, "
     "bool scale_by_sigma, float z_loss, int all_states",
 )
-implement_on_gpus("row_loss", "row_loss", _on_gpu)
-implement_on_gpus("row_loss_", "row_loss", _in_place_on_gpu)
+implement_on_gpus("row_loss", _on_gpu, triton="row_loss")
+implement_on_gpus("row_loss_", _in_place_on_gpu, triton="row_loss")
 
 
 # ---------------------------------------------------------------------------------------------------------

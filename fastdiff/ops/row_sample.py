@@ -148,8 +148,8 @@ define_launch(
     "float top_p",
 )
 define_launch("launch_reverse_rows", "Tensor z, Tensor xt, Tensor live, Tensor law, Tensor(a!) probs")
-implement_on_gpus("row_sample", "row_sample", _sampled_on_gpu)
-implement_on_gpus("reverse_rows", "reverse_rows", _reverse_rows_on_gpu)
+implement_on_gpus("row_sample", _sampled_on_gpu, triton="row_sample")
+implement_on_gpus("reverse_rows", _reverse_rows_on_gpu, triton="reverse_rows")
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ _scale_grad_ = define(
     "scale_grad_", "(Tensor(a!) grad, Tensor factor) -> ()", lambda grad, factor: None, ("triton", "cuda")
 )
 define_launch("launch_scale", "Tensor(a!) grad, Tensor factor")
-implement_on_gpus("scale_grad_", "row_loss", _scale_on_gpu)
+implement_on_gpus("scale_grad_", _scale_on_gpu, triton="row_loss")
 library.define("scale_grad(Tensor grad, Tensor factor) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _scale_grad = torch.ops.fastdiff.scale_grad.default
 implement("scale_grad", torch.mul)

@@ -1,8 +1,9 @@
 """The CUDA kernels compiled for the CPU, with emulator.h in the place of CUDA; once for the same sources.
 
-python tests/cuda/emulated.py    # builds, and prints where the extension is
+python tests/cuda/emulated.py  # builds, and prints where the extension is
 """
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -19,8 +20,9 @@ HERE = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
 FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
 FLAGS += ["-Wall", "-Werror", "-Wno-unknown-pragmas"]
-DEFINES = ["FASTDIFF_EMULATED", "FASTDIFF_GPU", 'FASTDIFF_BUILD="emulated"']
-DEFINES += ["Py_LIMITED_API=0x030A0000", "TORCH_TARGET_VERSION=0x020a000000000000"]
+FLAGS += ["-DFASTDIFF_EMULATED", "-DFASTDIFF_GPU", "-DFASTDIFF_ARCHITECTURES=the emulator"]
+TARGET_OPTIONS = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+TARGET_OPTIONS += [f"-I{TORCH / 'include'}", f"-I{TORCH / 'include/torch/csrc/api/include'}"]
 
 
 def sources() -> list[Path]:
@@ -33,21 +35,24 @@ def extension() -> Path:
     contents = torch.__version__.encode() + b"".join(path.read_bytes() for path in sorted(read))
     folder = ROOT / "build" / f"emulated-{hashlib.sha256(contents).hexdigest()[:16]}"
     made = folder / "_C_cuda.abi3.so"
-    if made.exists():
-        return made
     folder.mkdir(parents=True, exist_ok=True)
-    include = [HERE, TORCH / "include", TORCH / "include/torch/csrc/api/include", sysconfig.get_path("include")]
-    options = [*FLAGS, *(f"-D{name}" for name in DEFINES), *(f"-I{path}" for path in include)]
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes of tests may come here together
+        return made if made.exists() else _built(folder, made)
+
+
+def _built(folder: Path, made: Path) -> Path:
+    options = [*FLAGS, *TARGET_OPTIONS, f"-I{HERE}", f"-I{sysconfig.get_path('include')}"]
     compiler = os.environ.get("CXX", "c++")
 
     def compiled(source: Path) -> Path:
-        target = folder / f"{source.name}.{os.getpid()}.o"
+        target = folder / f"{source.name}.o"
         subprocess.run([compiler, *options, "-x", "c++", "-c", source, "-o", target], check=True)
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, sources()))
-    part = folder / f"{os.getpid()}.so"
+    part = folder / "part.so"
     libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
     subprocess.run([compiler, "-shared", *objects, *libraries, "-o", part], check=True)
     os.replace(part, made)

@@ -5,18 +5,15 @@ tests/test_triton.py and tests/test_cuda.py run them so where there is no GPU.
 """
 
 import os
-import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 
 if os.environ.get("EMULATE_CUDA") == "1":
-    sys.path.append(str(Path(__file__).parent.parent / "cuda"))
-    from emulated import load
+    import emulated
 
-    load()
+    emulated.load()
 
 from fastdiff.backends import CUDA_MISSING, EMULATING, INTERPRETING, TRITON_MISSING
 

@@ -1,0 +1,50 @@
+"""CUDA C++ without a GPU: the tests of tests/kernels in the emulator, and every kernel compiled by nvcc."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from emulated import TARGET_OPTIONS, extension, sources
+
+ROOT = Path(__file__).parent.parent
+TESTS = sorted((ROOT / "tests/kernels").glob("test_gpu_*.py"))
+# The order in which threads run, and sm_80's lack of clusters, must not matter.
+MACHINES = [("90", "forward"), ("90", "shuffled"), ("80", "backward")]
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    extension()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/kernels runs on the GPU itself")
+@pytest.mark.parametrize(("capability", "order"), MACHINES)
+@pytest.mark.parametrize("path", TESTS, ids=lambda p: p.stem)
+def test_in_the_emulator(path, capability, order, emulated):
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", str(path)]
+    env = os.environ | {"EMULATE_CUDA": "1", "EMULATED_CAPABILITY": capability, "EMULATED_ORDER": order}
+    result = subprocess.run(tests, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+@pytest.mark.parametrize("source", [s for s in sources() if s.suffix == ".cu"], ids=lambda s: s.stem)
+def test_compiles_without_warnings_or_spills(source, architecture, tmp_path, record_property):
+    options = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-Wall", "-Werror", "all-warnings"]
+    options += ["-Xptxas", "-v", f"-gencode=arch=compute_{architecture},code=sm_{architecture}", *TARGET_OPTIONS]
+    command = ["nvcc", *options, "-DUSE_CUDA", "-c", source, "-o", tmp_path / "object"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+    registers = re.findall(r"Used (\d+) registers", result.stderr)
+    assert len(spilled) == len(registers) > 0
+    assert set(spilled) == {("0", "0")}
+    print(
+        f"{source.stem} for sm_{architecture}: {len(registers)} kernels, at most {max(map(int, registers))} registers"
+    )
