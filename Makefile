@@ -3,14 +3,15 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/*)
+SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help demo test bench sanitize lint format clean
+.PHONY: help demo test bench sanitize docs lint format clean
 help:
 	@echo "make demo   train a small model on real text and print its likelihood, about 5 minutes on two cores"
 	@echo "make test   run the tests"
 	@echo "make bench  measure the kernels against the published formulas"
-	@echo "make sanitize   run the random cases under AddressSanitizer and UBSan"
+	@echo "make sanitize   run the random cases, and the CUDA kernels emulated, under AddressSanitizer and UBSan"
+	@echo "make docs   build the documentation into build/docs"
 	@echo "make lint   check style and types;  make format  mends the style"
 
 demo: $(VENV)/built
@@ -23,25 +24,32 @@ test: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-# The fuzz tests under AddressSanitizer and UndefinedBehaviorSanitizer, on a build of their own.
+# The fuzz tests, and the CUDA kernels in their emulator, under AddressSanitizer and UndefinedBehaviorSanitizer, on builds
+# of their own.
 SANITIZED := build/sanitized
+UNDER_SANITIZERS = LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0
 sanitize: $(VENV)/built
 	FASTDIFF_SANITIZE=1 LDFLAGS=-fsanitize=address,undefined \
 		$(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
-	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
-		ASAN_OPTIONS=detect_leaks=0 PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED)/lib \
+	$(UNDER_SANITIZERS) PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED)/lib \
 		$(BIN)/pytest -p no:cacheprovider tests/test_fuzz.py
+	FASTDIFF_SANITIZE=1 $(BIN)/python tests/cuda/emulated.py
+	FASTDIFF_SANITIZE=1 EMULATE_CUDA=1 $(UNDER_SANITIZERS) $(BIN)/pytest -q -s tests/kernels/test_gpu_*.py
+
+docs: $(VENV)/built
+	$(BIN)/mkdocs build --strict --site-dir build/docs
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*')
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*' 'tests/cuda/*.h')
 	$(BIN)/mypy
 
 format: $(VENV)/built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'tests/cuda/*.h')
 
 clean:
 	rm -rf $(VENV) build *.egg-info fastdiff/*.so
@@ -64,6 +72,6 @@ $(VENV)/ready: pyproject.toml
 
 $(VENV)/built: $(VENV)/ready $(SOURCES)
 	@command -v $${CXX:-c++} >/dev/null || { echo "fastdiff needs a C++17 compiler (g++ or clang++)."; exit 1; }
-	@echo "Building the CPU kernels."
+	@echo "Building the kernels."
 	@$(BIN)/pip install -q --no-build-isolation -e '.[dev]'
 	@touch $@

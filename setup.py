@@ -13,7 +13,6 @@ from setuptools import setup
 
 TARGET = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 OPTIMISE = ["-O3", "-g0", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-CUDA = "fastdiff._C_cuda"
 BUILD_CUDA = os.environ.get("FASTDIFF_BUILD_CUDA", "auto")
 
 if os.environ.get("FASTDIFF_SANITIZE") == "1":
@@ -44,16 +43,16 @@ def cuda_missing():
 def cuda_extension():
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     default = "8.0;9.0+PTX" if capability is None else "{}.{}".format(*capability)
-    targets = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default).replace(" ", ",").replace(";", ",")
+    targets = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default).replace(" ", "/").replace(";", "/")
     names = ("library.cpp", "row_loss.cu", "scale.cu", "row_sample.cu", "reverse_rows.cu", "corrupt.cu")
     options = [*TARGET, "-DUSE_CUDA", f"-DFASTDIFF_ARCHITECTURES={targets}", "-O3"]
     return cpp_extension.CUDAExtension(
-        CUDA,
+        "fastdiff._C_cuda",
         [f"csrc/cuda/{name}" for name in names],
         depends=["setup.py"],
         extra_compile_args={"cxx": [*options, "-g0", "-fvisibility=hidden"], "nvcc": options},
         py_limited_api=True,
-        optional=True,
+        optional=BUILD_CUDA != "1",
     )
 
 
@@ -89,7 +88,7 @@ else:
             try:
                 super().build_extension(extension)
             except Exception as error:
-                if extension.name != CUDA or BUILD_CUDA == "1":
+                if not extension.optional:
                     raise
                 print(f"fastdiff: the CUDA kernels did not compile and are left out: {error}")
 

@@ -5,11 +5,14 @@ import os
 import platform
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from measure import DEVICE, Machine, Probe, Row, interleave, peak_extra_bytes, sources
+
+from fastdiff import backends
 
 ROUNDS = 7
 Floor = Callable[[Machine], float]
@@ -33,6 +36,7 @@ def compare(probe, benchmark) -> Callable[..., None]:
     def run(
         case: str, calls: dict[str, Callable[[], object]], floor: Floor | None = None, rounds: int = ROUNDS
     ) -> None:
+        calls = on_each_backend(calls)
         seconds = interleave(calls | probe.calls, rounds)
         _rates.append(probe.rates(seconds))
         for who, call in calls.items():
@@ -41,6 +45,21 @@ def compare(probe, benchmark) -> Callable[..., None]:
         benchmark.pedantic(next(iter(calls.values())), rounds=3)
 
     return run
+
+
+def on_each_backend(calls: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """On a GPU our calls become two, one for each backend that can run there."""
+    kernels = [r.name for r in backends.report() if r.available and r.name in ("triton", "cuda")]
+    if DEVICE.type == "cpu" or len(kernels) < 2:
+        return calls
+
+    def by(backend: str, call: Callable[[], object]) -> object:
+        backends._DEFAULT = backend
+        return call()
+
+    ours = {who: call for who, call in calls.items() if who.startswith("fastdiff")}
+    both = {f"{who}, {backend}": partial(by, backend, call) for who, call in ours.items() for backend in kernels}
+    return both | {who: call for who, call in calls.items() if who not in ours}
 
 
 def pytest_terminal_summary(terminalreporter, config):

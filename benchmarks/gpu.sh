@@ -10,7 +10,7 @@ build() { $python setup.py -q build_ext --inplace; }
 tests() { $python -m pytest -q tests; }
 
 sanitize() {
-  local small="agrees_with_the_reference or statistics or masks_of_rows or evaluation or laws"
+  local small="agrees_with_the_reference or statistics or masks_of_rows or evaluation or laws or nonzero"
   for tool in memcheck racecheck initcheck; do
     compute-sanitizer --tool $tool --error-exitcode 1 $python -m pytest -q tests/kernels -k "$small"
   done

@@ -72,7 +72,11 @@ struct Stream {
   // Draws 4 * group .. 4 * group + 3.
   FASTDIFF_HD Words four(uint32_t group) const { return philox4x32(k0, k1, group, row, sample, purpose_step); }
 
-  FASTDIFF_HD uint32_t operator()(uint32_t index) const { return four(index >> 2).w[index & 3]; }
+  FASTDIFF_HD uint32_t operator()(uint32_t index) const {
+    const Words words = four(index >> 2);  // chosen without an address, which would put them in a GPU's memory
+    const uint32_t even = index & 2 ? words.w[2] : words.w[0], odd = index & 2 ? words.w[3] : words.w[1];
+    return index & 1 ? odd : even;
+  }
 };
 
 // round(p 2^32), to the nearest even: a 32-bit draw below it has probability p, and p = 1 is above every draw.

@@ -1,5 +1,3 @@
-// NOTE (20:33, to be removed): natural units now, not base 2: m is the largest z itself, terms are exp_(z - m), where exp_ is
-// one FMUL and MUFU on a GPU. Base 2 with fmaf(z, kLog2E, -m) overflowed for |z| > 2^30. kLog2E and kLowest are gone.
 // A sum of exponentials, relative to a maximum that rises as numbers come.
 #pragma once
 

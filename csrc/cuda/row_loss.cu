@@ -1,10 +1,30 @@
 // Row losses on the GPU. A row is read from memory once, by a cluster of blocks that holds it in shared memory where
 // the loss takes more than one pass, and its gradient is written once. Twin of csrc/cpu/row_bodies.h, which says more.
+#include "../functor.h"
+#include "../row_loss.h"
+#include "online.h"
 #include "operators.h"
-#include "row_loss_cuda.h"
+#include "rows.h"
 
 namespace fastdiff {
 namespace {
+
+// Where z holds a part of a row of all_states numbers, ids count from its first, x0 is -1 if it lies elsewhere, and x_t
+// -1 or, if it is not x0, -2.
+struct RowLoss {
+  Rows z;
+  int64_t rows;
+  const int64_t *x0, *xt;
+  const bool* mask;
+  const double *sigma, *weight, *scale;
+  void *loss, *grad;  // float or double; as z
+  float* stats;       // [3, rows]
+  int units;
+  int64_t all_states, mask_index, ignore_index;
+  Functor functor;
+  bool exclude_mask, scale_by_sigma, loss_is_double;
+  double z_loss;
+};
 
 // What thread 0 finds out for all: constants of a row, in double.
 struct Constants {
@@ -300,24 +320,24 @@ __global__ void __launch_bounds__(512, 1) row_loss_kernel(const __grid_constant_
   const int64_t r = blockIdx.x / Cluster::size();
   const int64_t x0 = op.x0[r], xt = op.xt ? op.xt[r] : -1;
   const bool scored = x0 != op.ignore_index && (kUniform || (op.mask ? op.mask[r] : !op.xt || xt == op.mask_index));
-  const T* z = static_cast<const T*>(op.z) + r / op.inner * op.outer_stride + r % op.inner * op.inner_stride;
-  T* to = kGrad ? static_cast<T*>(op.grad) + r * op.num_states : nullptr;
+  const T* z = op.z.row<T>(r);
+  T* to = kGrad ? static_cast<T*>(op.grad) + r * op.z.num_states : nullptr;
 
   Results results{};
   if (scored) {
     const Copies copies(shared.barriers);
-    const Row<T> row(z, op.num_states, copies, reinterpret_cast<uint4*>(memory + kShared), op.units);
+    const Row<T> row(z, op.z.num_states, copies, reinterpret_cast<uint4*>(memory + kShared), op.units);
     Cluster::arrive();
     const int64_t excluded = kUniform ? xt : op.exclude_mask ? op.mask_index : -1;
-    const int64_t least = op.all_states == op.num_states ? 0 : -1;
-    const bool exists = x0 >= least && x0 < op.num_states, other = excluded >= -1 && excluded < op.num_states;
+    const int64_t least = op.all_states == op.z.num_states ? 0 : -1;
+    const bool exists = x0 >= least && x0 < op.z.num_states, other = excluded >= -1 && excluded < op.z.num_states;
     if (threadIdx.x == 0) shared.constants = constants_of(op, r, x0 != xt);
     __syncthreads();
     const Work<T> work{row, to, shared, exists ? static_cast<int>(x0) : -2, other ? static_cast<int>(excluded) : -3};
     results = row_results<kFunctor, kGrad, kStats>(work, op);
   } else if (kGrad) {
     const Copies copies(shared.barriers);
-    const Row<T> row(z, op.num_states, copies, nullptr, -1);
+    const Row<T> row(z, op.z.num_states, copies, nullptr, -1);
     const Target<T> grad(to, row.head);
     row.each_unread([&](const auto& few) { grad.put(few); });
   }
@@ -361,37 +381,22 @@ void launch_of(const RowLoss& op, const Tensor& z, const Grid& grid) {
 
 }  // namespace
 
-// z is [V], [rows, V] or [batch, rows, V], the last contiguous.
 void launch_row_loss(Tensor z, Tensor x0, std::optional<Tensor> xt, std::optional<Tensor> mask,
                      std::optional<Tensor> sigma, std::optional<Tensor> weight, Tensor scale, Tensor loss,
                      std::optional<Tensor> grad, std::optional<Tensor> stats, std::string functor, int64_t mask_index,
                      bool exclude_mask, int64_t ignore_index, bool scale_by_sigma, double z_loss, int64_t all_states) {
-  const int64_t bytes = z.size(-1) * z.element_size();
-  RowLoss op{z.const_data_ptr(), 1, 0, 0, x0.numel()};
-  op.inner = z.dim() < 2 ? 1 : std::max<int64_t>(z.size(-2), 1);
-  op.outer_stride = z.dim() < 3 ? 0 : z.stride(0), op.inner_stride = z.dim() < 2 ? 0 : z.stride(-2);
-  op.x0 = data<int64_t>(x0), op.xt = data<int64_t>(xt), op.mask = data<bool>(mask);
+  RowLoss op{Rows(z), x0.numel(), data<int64_t>(x0), data<int64_t>(xt), data<bool>(mask)};
   op.sigma = data<double>(sigma), op.weight = data<double>(weight), op.scale = data<double>(scale);
   op.loss = loss.mutable_data_ptr(), op.loss_is_double = loss.scalar_type() == ScalarType::Double;
   op.grad = grad ? grad->mutable_data_ptr() : nullptr, op.stats = stats ? mutable_data<float>(*stats) : nullptr;
-  op.num_states = static_cast<int>(z.size(-1));
   op.all_states = all_states, op.mask_index = mask_index, op.ignore_index = ignore_index;
   op.functor = functor_named(functor), op.exclude_mask = exclude_mask, op.scale_by_sigma = scale_by_sigma;
   op.z_loss = z_loss;
   const bool one_pass = op.functor == Functor::dse_absorb || op.functor == Functor::dse_uniform;
-  const Shape shape = shape_of(bytes, one_pass ? 0 : limits().shared - kShared);
+  const Shape shape = shape_of(z.size(-1) * z.element_size(), one_pass ? 0 : limits().shared - kShared);
   op.units = shape.units;
   const Grid grid{op.rows * shape.cluster, shape.threads, kShared + shape.room(), shape.cluster};
-  switch (z.scalar_type()) {
-    case ScalarType::Float:
-      return launch_of<float>(op, z, grid);
-    case ScalarType::BFloat16:
-      return launch_of<BFloat16>(op, z, grid);
-    case ScalarType::Half:
-      return launch_of<Float16>(op, z, grid);
-    default:
-      bad_value("logits: expected float32, bfloat16 or float16");
-  }
+  with_type(z, [&](auto number) { launch_of<decltype(number)>(op, z, grid); });
 }
 
 }  // namespace fastdiff

@@ -1,7 +1,7 @@
 // A gradient times the upstream one, in place, and at no cost where that is 1.
 #include "launch.h"
 #include "operators.h"
-#include "row.h"
+#include "rows.h"
 
 namespace fastdiff {
 namespace {
@@ -24,25 +24,14 @@ __global__ void __launch_bounds__(256) scale_kernel(T* grad, const float* factor
   }
 }
 
-template <typename T>
-void launch_as(const Tensor& grad, const Tensor& factor) {
-  const int64_t size = grad.numel(), units = (size * sizeof(T) + 15) / 16;
-  launch(scale_kernel<T>, grad, {(units + 255) / 256, 256}, mutable_data<T>(grad), data<float>(factor), size);
-}
-
 }  // namespace
 
 void launch_scale(Tensor grad, Tensor factor) {
-  switch (grad.scalar_type()) {
-    case ScalarType::Float:
-      return launch_as<float>(grad, factor);
-    case ScalarType::BFloat16:
-      return launch_as<BFloat16>(grad, factor);
-    case ScalarType::Half:
-      return launch_as<Float16>(grad, factor);
-    default:
-      bad_value("logits: expected float32, bfloat16 or float16");
-  }
+  with_type(grad, [&](auto number) {
+    using T = decltype(number);
+    const int64_t size = grad.numel(), units = (size * int64_t{sizeof(T)} + 15) / 16;
+    launch(scale_kernel<T>, grad, {(units + 255) / 256, 256}, mutable_data<T>(grad), data<float>(factor), size);
+  });
 }
 
 }  // namespace fastdiff

@@ -20,6 +20,8 @@ HERE = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
 FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
 FLAGS += ["-Wall", "-Werror", "-Wno-unknown-pragmas"]
+if os.environ.get("FASTDIFF_SANITIZE") == "1":
+    FLAGS += ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 FLAGS += ["-DFASTDIFF_EMULATED", "-DFASTDIFF_GPU", "-DFASTDIFF_ARCHITECTURES=the emulator"]
 TARGET_OPTIONS = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 TARGET_OPTIONS += [f"-I{TORCH / 'include'}", f"-I{TORCH / 'include/torch/csrc/api/include'}"]
@@ -32,7 +34,7 @@ def sources() -> list[Path]:
 def extension() -> Path:
     """Path of the extension module, built if these sources have not been built before."""
     read = [*sources(), *ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h"), HERE / "emulator.h", Path(__file__)]
-    contents = torch.__version__.encode() + b"".join(path.read_bytes() for path in sorted(read))
+    contents = repr((torch.__version__, FLAGS)).encode() + b"".join(path.read_bytes() for path in sorted(read))
     folder = ROOT / "build" / f"emulated-{hashlib.sha256(contents).hexdigest()[:16]}"
     made = folder / "_C_cuda.abi3.so"
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +56,7 @@ def _built(folder: Path, made: Path) -> Path:
         objects = list(pool.map(compiled, sources()))
     part = folder / "part.so"
     libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
-    subprocess.run([compiler, "-shared", *objects, *libraries, "-o", part], check=True)
+    subprocess.run([compiler, *FLAGS, "-shared", *objects, *libraries, "-o", part], check=True)
     os.replace(part, made)
     return made
 
