@@ -42,12 +42,17 @@ def problem(batch: int, length: int, num_states: int, seed: int = 0) -> Problem:
 
 
 def checkout(name: str, module: str) -> ModuleType | None:
-    """A module of the checkout of this name, or None where there is no folder of checkouts."""
+    """A module of the checkout of this name, or None where there is none. Another checkout may have modules of the same
+    names, so those of this one are not left where an import would find them."""
     folder = os.environ.get("FASTDIFF_CHECKOUTS")
     if folder is None or not (path := Path(folder) / name).is_dir():
         return None
     sys.path.insert(0, str(path))
+    before = set(sys.modules)
     try:
         return importlib.import_module(module)
     finally:
         sys.path.remove(str(path))
+        for new in set(sys.modules) - before:
+            if str(getattr(sys.modules[new], "__file__", "")).startswith(str(path)):
+                del sys.modules[new]

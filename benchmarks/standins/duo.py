@@ -1,0 +1,118 @@
+"""Duo's seams: the uniform-state NELBO, from log-probabilities, and a reverse step."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff.integrations import duo
+from standins import Problem, checkout
+from standins.sedd import sample_categorical
+
+
+class DUO_BASE:
+    """Attributes are those of the codebase: backbone, noise, vocab_size and so on."""
+
+    def _sigma_from_alphat(self, alpha_t: Tensor) -> Tensor:
+        return -torch.log(alpha_t)
+
+    def _process_model_output(self, model_output: Tensor, xt: Tensor, sigma: Tensor) -> Tensor:
+        return model_output.log_softmax(-1)
+
+    def forward(self, xt: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        model_output = self.backbone(x=xt, sigma=sigma.mean(-1), class_cond=labels)
+        return self._process_model_output(model_output=model_output, xt=xt, sigma=sigma)
+
+    def nll_per_token(
+        self,
+        log_x_theta: Tensor,
+        xt: Tensor,
+        x0: Tensor,
+        alpha_t: Tensor,
+        dalpha_t: float | Tensor,
+        low_var: bool = False,
+    ) -> Tensor:
+        n, same = self.vocab_size, (x0 == xt).float()
+        marginal = n * alpha_t[..., None] * log_x_theta.exp() + 1 - alpha_t[..., None]
+        at_xt, at_x0 = (marginal.gather(-1, x[..., None]).squeeze(-1) for x in (xt, x0))
+        floor = (1 - alpha_t) / (n * alpha_t + 1 - alpha_t)
+        first = n * (1 / (1 - alpha_t + n * alpha_t * same) - 1 / at_xt)
+        second = -(same * floor + 1 - same) * (marginal.log().sum(-1) - n * at_xt.log())
+        second = second - n * alpha_t / (1 - alpha_t) * (at_x0.log() - at_xt.log()) * (1 - same)
+        second = second + ((n - 1) * floor * same - (1 - same) / floor) * floor.log()
+        return dalpha_t / (n * alpha_t) * (first - second)
+
+    def _posterior_from_x0(self, x0: Tensor, xt: Tensor, alpha_s: Tensor, alpha_t: Tensor) -> Tensor:
+        n, here = self.vocab_size, F.one_hot(xt, self.vocab_size)
+        alpha_s, alpha_t = alpha_s[..., None], alpha_t[..., None]
+        alpha_ts = alpha_t / alpha_s
+        drawn_anew = (1 - alpha_ts) * (1 - alpha_s) / n
+        joint = alpha_t * n * x0 * here + (alpha_ts - alpha_t) * here + (alpha_s - alpha_t) * x0 + drawn_anew
+        return joint / (alpha_t * n * x0.gather(-1, xt[..., None]) + 1 - alpha_t)
+
+    def _ancestral_update(
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None,
+        dt: float | None,
+        p_x0: Tensor | None = None,
+        noise_removal_step: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        alpha_t = self.noise(t)[1]
+        alpha_s = torch.ones_like(alpha_t) if noise_removal_step else self.noise(t - dt)[1]
+        if p_x0 is None:
+            p_x0 = self.forward(x, self._sigma_from_alphat(alpha_t), labels).double().exp()
+        return p_x0, sample_categorical(self._posterior_from_x0(p_x0, x, alpha_s, alpha_t))
+
+
+class Backbone:
+    """What a network in training says, whatever it is asked."""
+
+    training = True
+
+    def __init__(self, answer: Tensor) -> None:
+        self.answer = answer
+
+    def __call__(self, **inputs: Any) -> Tensor:
+        return self.answer
+
+
+def given(cls: type, num_states: int, **attributes: Any) -> Any:
+    """An object of the class with these attributes and no more."""
+    sampling = SimpleNamespace(guid_weight=None, use_float64=True)
+    settings = dict(
+        config=SimpleNamespace(algo=SimpleNamespace(name="duo_base"), sampling=sampling),
+        class_conditional=False,
+        time_conditioning=True,
+        p_nucleus=1.0,
+        vocab_size=num_states,
+    )
+    made = cls.__new__(cls)
+    made.__dict__.update(settings | attributes)
+    return made
+
+
+def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+    """The NELBO of a token, with the model's log_softmax and the look for NaN that comes before the loss."""
+    real = checkout("duo", "algo")
+    published = real.DUO_BASE if real else DUO_BASE
+    swapped = {name: getattr(duo.DUO_BASE, name) for name in ("nll_per_token", "_process_model_output")}
+
+    def loss(cls: type) -> Callable[[Tensor], Tensor]:
+        def of(z: Tensor) -> Tensor:
+            alpha_t = torch.exp(-p.sigma)[:, None].to(torch.promote_types(z.dtype, torch.float32))
+            diffusion = given(cls, p.num_states, backbone=Backbone(z))
+            log_x_theta = diffusion._process_model_output(model_output=z, xt=p.moved, sigma=p.sigma)
+            if torch.isnan(log_x_theta).any():
+                print("model_output", log_x_theta)
+            return diffusion.nll_per_token(
+                log_x_theta, p.moved, p.x0, alpha_t, dalpha_t=-torch.ones_like(alpha_t)
+            ).mean()
+
+        return of
+
+    return {"nelbo": (loss(published), loss(type("Ours", (published,), swapped)))}

@@ -1,0 +1,148 @@
+"""MDLM's seams: its parametrisations, its losses and a step of its sampler."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.integrations import mdlm
+from standins import Problem, checkout
+from standins.sedd import default_dtype, expm1_sigma, sample_categorical
+
+
+class Diffusion:
+    """Attributes are those of the codebase: backbone, noise, mask_index, parameterization and so on."""
+
+    def _process_sigma(self, sigma: Tensor) -> Tensor:
+        sigma = sigma.squeeze(-1) if sigma.ndim > 1 else sigma
+        return sigma if self.time_conditioning else torch.zeros_like(sigma)
+
+    def _subs_parameterization(self, logits: Tensor, xt: Tensor) -> Tensor:
+        offset = logits.new_zeros(logits.shape[-1])
+        offset[self.mask_index] = self.neg_infinity
+        logits = logits + offset  # the codebase does it in place, for which autograd copies the gradient instead
+        logits = logits - torch.logsumexp(logits, -1, keepdim=True)
+        clean = xt != self.mask_index
+        logits[clean] = self.neg_infinity
+        logits[clean, xt[clean]] = 0
+        return logits
+
+    def _sedd_parameterization(self, logits: Tensor, xt: Tensor, sigma: Tensor) -> Tensor:
+        e1 = expm1_sigma(sigma).log().to(logits.dtype)
+        logits = logits - e1[:, None, None] - math.log(logits.shape[-1] - 1)
+        return torch.scatter(logits, -1, xt[..., None], torch.zeros_like(logits[..., :1]))
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        sigma = self._process_sigma(sigma)
+        logits = self.backbone(x, sigma)
+        if self.parameterization == "subs":
+            return self._subs_parameterization(logits, x)
+        return self._sedd_parameterization(logits, x, sigma)
+
+    def _score_entropy(self, log_score: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor) -> Tensor:
+        masked = xt == self.mask_index
+        ratio = 1 / torch.expm1(sigma).expand_as(xt)[masked]
+        negative = ratio * log_score[masked].gather(-1, x0[masked][:, None]).squeeze(-1)
+        score = log_score[masked].exp()
+        if self.mask_index == self.vocab_size - 1:
+            positive = score[:, :-1].sum(-1)
+        else:
+            positive = score[:, : self.mask_index].sum(-1) + score[:, self.mask_index + 1 :].sum(-1)
+        entropy = torch.zeros(xt.shape, device=xt.device)
+        entropy[masked] += positive - negative + ratio * (ratio.log() - 1)
+        return entropy
+
+    def _forward_pass_diffusion(self, x0: Tensor) -> Tensor:
+        t = self._sample_t(len(x0), x0.device)
+        if self.change_of_variables:
+            high, low = (torch.log1p(-torch.exp(-end)) for end in (self.noise.sigma_max, self.noise.sigma_min))
+            conditioning, move_chance = t[:, None], torch.exp(low + t * (high - low))[:, None]
+        else:
+            sigma, dsigma = self.noise(t)
+            conditioning, move_chance = sigma[:, None], 1 - torch.exp(-sigma[:, None])
+        xt = self.q_xt(x0, move_chance)
+        model_output = self.forward(xt, conditioning)
+        if torch.isnan(model_output).any():
+            print("model_output", model_output)
+        if self.parameterization == "sedd":
+            return dsigma[:, None] * self._score_entropy(model_output, sigma[:, None], xt, x0)
+        log_p = model_output.gather(-1, x0[..., None]).squeeze(-1)
+        if self.change_of_variables or self.importance_sampling:
+            return log_p * torch.log1p(-torch.exp(-self.noise.sigma_min))
+        return -log_p * (dsigma / torch.expm1(sigma))[:, None]
+
+    def _loss(self, x0: Tensor, attention_mask: Tensor) -> Tensor:
+        """Per token that is no padding."""
+        return (self._forward_pass_diffusion(x0) * attention_mask).sum() / attention_mask.sum()
+
+    def _ddpm_caching_update(
+        self, x: Tensor, t: Tensor, dt: float, p_x0: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        sigma_t = self.noise(t)[0]
+        move_t = t.reshape(-1, 1, 1)
+        move_s = move_t - dt
+        if p_x0 is None:
+            p_x0 = self.forward(x, sigma_t).exp()
+        q_xs = p_x0 * (move_t - move_s)
+        q_xs[:, :, self.mask_index] = move_s[:, :, 0]
+        return p_x0, torch.where(x != self.mask_index, x, sample_categorical(q_xs))
+
+
+SETTINGS = dict(
+    parameterization="subs",
+    T=0,
+    time_conditioning=True,
+    change_of_variables=False,
+    importance_sampling=False,
+    neg_infinity=-1e6,
+)
+
+
+class Noise:
+    """The problem's, at whatever time it is asked."""
+
+    def __init__(self, p: Problem, dtype: torch.dtype) -> None:
+        self.values = p.sigma.to(dtype), p.dsigma.to(dtype)
+        self.sigma_min, self.sigma_max = torch.tensor(1e-3, dtype=dtype), torch.tensor(7.0, dtype=dtype)
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.values
+
+
+def given(cls: type, num_states: int, **attributes: Any) -> Any:
+    """An object of the class whose mask is the last state, with these attributes and no more."""
+    made = cls.__new__(cls)
+    made.__dict__.update(SETTINGS | attributes, mask_index=num_states - 1, vocab_size=num_states)
+    return made
+
+
+def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+    """SUBS with times as they come and by importance, and SEDD's loss, per token; the real code needs a copy of z."""
+    real = checkout("mdlm", "diffusion")
+    published = real.Diffusion if real else Diffusion
+    ours = type("Ours", (published,), {"_forward_pass_diffusion": mdlm.Diffusion._forward_pass_diffusion})
+
+    def loss(cls: type, **options: Any) -> Callable[[Tensor], Tensor]:
+        def of(z: Tensor) -> Tensor:
+            with default_dtype(z.dtype):
+                diffusion = given(
+                    cls,
+                    p.num_states,
+                    backbone=lambda x, sigma: z.clone() if real and cls is published else z,
+                    noise=Noise(p, torch.get_default_dtype()),
+                    _sample_t=lambda n, device: p.t.to(torch.get_default_dtype()),
+                    q_xt=lambda x0, move_chance: p.xt,
+                    **options,
+                )
+                return Diffusion._loss(diffusion, p.x0, torch.ones_like(p.x0))
+
+        return of
+
+    settings = {
+        "subs": {},
+        "subs_importance": dict(importance_sampling=True),
+        "sedd": dict(parameterization="sedd"),
+    }
+    return {name: (loss(published, **options), loss(ours, **options)) for name, options in settings.items()}

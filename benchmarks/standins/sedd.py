@@ -1,0 +1,191 @@
+"""SEDD's seams: the score entropies of its graphs, the tail of its model, its noise and its predictors."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff.integrations import sedd
+from standins import Problem, checkout
+
+
+def expm1_sigma(sigma: Tensor) -> Tensor:
+    return torch.where(sigma < 0.5, torch.expm1(sigma), torch.exp(sigma) - 1)
+
+
+def scale_by_sigma(x: Tensor, indices: Tensor, sigma: Tensor) -> Tensor:
+    """The tail of the model: from its last layer's output to the log score, 0 at the tokens themselves."""
+    x = x - expm1_sigma(sigma).log().to(x.dtype)[:, None, None] - math.log(x.shape[-1] - 1)
+    return torch.scatter(x, -1, indices[..., None], torch.zeros_like(x[..., :1]))
+
+
+def sample_categorical(probs: Tensor) -> Tensor:
+    """Of weights that need not be normalised, by noise over all of them."""
+    return (probs / (1e-10 - (torch.rand_like(probs) + 1e-10).log())).argmax(-1)
+
+
+class Graph:
+    absorb: bool
+    dim: int
+
+    def reverse_rate(self, i: Tensor, score: Tensor) -> Tensor:
+        rate = self.transp_rate(i) * score
+        rate.scatter_(-1, i[..., None], torch.zeros_like(rate))
+        return rate.scatter_(-1, i[..., None], -rate.sum(-1, keepdim=True))
+
+    def sample_rate(self, i: Tensor, rate: Tensor) -> Tensor:
+        return sample_categorical(F.one_hot(i, self.dim).to(rate) + rate)
+
+
+class Uniform(Graph):
+    absorb = False
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+
+    def sample_transition(self, i: Tensor, sigma: Tensor) -> Tensor:
+        move = torch.rand(i.shape, device=i.device) < 1 - (-sigma).exp()
+        return torch.where(move, torch.randint_like(i, self.dim), i)
+
+    def transp_rate(self, i: Tensor) -> Tensor:
+        return torch.full((*i.shape, self.dim), 1 / self.dim).scatter(-1, i[..., None], 1 / self.dim - 1)
+
+    def transp_transition(self, i: Tensor, sigma: Tensor) -> Tensor:
+        moved = (1 - (-sigma).exp())[..., None] / self.dim
+        probs = (torch.ones(*i.shape, self.dim) * moved).scatter(-1, i[..., None], 0)
+        return probs.scatter(-1, i[..., None], 1 - probs.sum(-1, keepdim=True))
+
+    def staggered_score(self, score: Tensor, dsigma: Tensor) -> Tensor:
+        decay = (-dsigma).exp()[..., None]
+        return (decay - 1) / (self.dim * decay) * score.sum(-1, keepdim=True) + score / decay
+
+    def score_entropy(self, score: Tensor, sigma: Tensor, x: Tensor, x0: Tensor) -> Tensor:
+        n, e1, same = self.dim, expm1_sigma(sigma), x == x0
+        ratio = 1 - n / (e1 + n)
+        at_x, at_x0 = (score.gather(-1, i[..., None]).squeeze(-1) for i in (x, x0))
+        negative = score.mean(-1) - at_x / n
+        negative = torch.where(same, ratio * negative, at_x0 / e1 + negative)
+        still = (n - 1) / n * ratio * (ratio.log() - 1)
+        constant = torch.where(same, still, ((-ratio.log() - 1) / ratio - (n - 2)) / n)
+        score = score.exp()
+        positive = score.mean(-1) - score.gather(-1, x[..., None]).squeeze(-1) / n
+        return positive - negative + constant
+
+
+class Absorbing(Graph):
+    absorb = True
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim + 1  # given the tokens without the mask
+
+    def sample_transition(self, i: Tensor, sigma: Tensor) -> Tensor:
+        move = torch.rand(i.shape, device=i.device) < 1 - (-sigma).exp()
+        return torch.where(move, self.dim - 1, i)
+
+    def transp_rate(self, i: Tensor) -> Tensor:
+        return (i == self.dim - 1)[..., None].long() - F.one_hot(i, self.dim)
+
+    def transp_transition(self, i: Tensor, sigma: Tensor) -> Tensor:
+        came = torch.where(i == self.dim - 1, 1 - (-sigma).exp(), 0)
+        return (-sigma).exp()[..., None] * F.one_hot(i, self.dim) + came[..., None]
+
+    def staggered_score(self, score: Tensor, dsigma: Tensor) -> Tensor:
+        extra = (1 - dsigma.exp()) * score.sum(-1)
+        score = score * dsigma.exp()[:, None]
+        score[..., -1] += extra
+        return score
+
+    def score_entropy(self, score: Tensor, sigma: Tensor, x: Tensor, x0: Tensor) -> Tensor:
+        masked = x == self.dim - 1
+        ratio = 1 / expm1_sigma(sigma).expand_as(x)[masked]
+        negative = ratio * score[masked].gather(-1, x0[masked][:, None]).squeeze(-1)
+        positive = score[masked][:, :-1].exp().sum(-1)
+        entropy = torch.zeros(x.shape, device=x.device)
+        entropy[masked] += positive - negative + ratio * (ratio.log() - 1)
+        return entropy
+
+
+class Predictor:
+    def __init__(self, graph: Graph, noise: Callable) -> None:
+        self.graph, self.noise = graph, noise
+
+
+class AnalyticPredictor(Predictor):
+    def update_fn(self, score_fn: Callable, x: Tensor, t: Tensor, step_size: float) -> Tensor:
+        sigma = self.noise(t)[0]
+        dsigma = sigma - self.noise(t - step_size)[0]
+        score = self.graph.staggered_score(score_fn(x, sigma), dsigma)
+        return sample_categorical(score * self.graph.transp_transition(x, dsigma))
+
+
+class EulerPredictor(Predictor):
+    def update_fn(self, score_fn: Callable, x: Tensor, t: Tensor, step_size: float) -> Tensor:
+        sigma, dsigma = self.noise(t)
+        rate = self.graph.reverse_rate(x, score_fn(x, sigma))
+        return self.graph.sample_rate(x, step_size * dsigma[..., None] * rate)
+
+
+class Denoiser(Predictor):
+    def update_fn(self, score_fn: Callable, x: Tensor, t: Tensor) -> Tensor:
+        sigma = self.noise(t)[0]
+        score = self.graph.staggered_score(score_fn(x, sigma), sigma)
+        probs = score * self.graph.transp_transition(x, sigma)
+        return sample_categorical(probs[..., :-1] if self.graph.absorb else probs)
+
+
+def get_loss_fn(noise: Callable, graph: Graph) -> Callable[[Callable, Tensor, Tensor], Tensor]:
+    """The loss of each sequence, [B], given its time and its noised tokens."""
+
+    def loss_fn(model: Callable, batch: Tensor, t: Tensor, perturbed_batch: Tensor) -> Tensor:
+        sigma, dsigma = noise(t)
+        loss = graph.score_entropy(model(perturbed_batch, sigma), sigma[:, None], perturbed_batch, batch)
+        return (dsigma[:, None] * loss).sum(-1)
+
+    return loss_fn
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """The codebase collects losses in zeros of the default type, which would round float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.promote_types(dtype, torch.float32))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+    """The loss of each graph after the model's tail, and of the absorbing one with the tail."""
+    lib = checkout("sedd", "graph_lib")
+    absorb = (lib.Absorbing if lib else Absorbing)(p.num_states - 1)
+    uniform = (lib.Uniform if lib else Uniform)(p.num_states)
+
+    def swapped(graph: Graph, methods: type) -> Graph:
+        graph = copy.copy(graph)
+        graph.score_entropy = MethodType(methods.score_entropy, graph)
+        return graph
+
+    def loss(graph: Graph, xt: Tensor, tail: bool = False) -> Callable[[Tensor], Tensor]:
+        def of(z: Tensor) -> Tensor:
+            def noise(t: Tensor) -> tuple[Tensor, Tensor]:
+                return p.sigma.to(torch.get_default_dtype()), p.dsigma.to(torch.get_default_dtype())
+
+            def model(x: Tensor, sigma: Tensor) -> Tensor:
+                return scale_by_sigma(z, x, sigma) if tail else z
+
+            with default_dtype(z.dtype):
+                return get_loss_fn(noise, graph)(model, p.x0, p.t, xt).mean()
+
+        return of
+
+    return {
+        "absorb": (loss(absorb, p.xt), loss(swapped(absorb, sedd.Absorbing), p.xt)),
+        "absorb_scaled": (loss(absorb, p.xt, tail=True), loss(swapped(absorb, sedd.UnscaledAbsorbing), p.xt)),
+        "uniform": (loss(uniform, p.moved), loss(swapped(uniform, sedd.Uniform), p.moved)),
+    }
