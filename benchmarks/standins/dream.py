@@ -1,0 +1,76 @@
+"""Dream: the loss of its SFT trainer, and its context-adaptive weights."""
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.integrations import dream
+from standins import Problem, checkout
+
+
+def _context_adaptive_reweight(seq_len, distribution="symmetric-geometric", **kwargs):
+    """Half a geometric law of the distance, for every pair of positions, [L, L]."""
+    p, at = kwargs.get("cart_p", 0.8), torch.arange(seq_len)
+    distance = (at[:, None] - at[None, :]).abs()
+    return (math.log(p) + (distance - 1) * math.log(1 - p)).exp().mul(0.5).masked_fill(distance == 0, 0)
+
+
+_released = checkout("dream", "instruct.src.diffllm.train_utils")
+context_adaptive_reweight = _released.context_adaptive_reweight if _released else _context_adaptive_reweight
+
+
+def cart_weight(masked_mask, t, p=0.3):
+    """The visible tokens times that matrix."""
+    matrix = context_adaptive_reweight(masked_mask.shape[1], cart_p=p).to(masked_mask.device)
+    return (~masked_mask).type_as(matrix).matmul(matrix).masked_fill(~masked_mask, 0)
+
+
+def sft_loss(logits, labels, loss_mask, t, diffusion):
+    """Logits are moved by one in a copy, every row is scored under autocast, and those not masked are set to 0."""
+    with torch.autocast(device_type=logits.device.type, dtype=torch.bfloat16):
+        shifted = torch.cat([logits[:, :1], logits[:, :-1]], dim=1).contiguous()
+        loss = nn.CrossEntropyLoss(reduction="none")(shifted.view(-1, logits.shape[-1]), labels.reshape(-1))
+        loss = loss.masked_fill(~loss_mask.reshape(-1), 0)
+        if diffusion.token_reweighting:
+            loss = diffusion.alpha * (1 - torch.exp(-loss)) ** diffusion.gamma * loss
+        if diffusion.time_reweighting == "original":
+            weight = 1 / t[:, None].expand(labels.shape)
+        elif diffusion.time_reweighting == "linear":
+            weight = 1 - t[:, None].expand(labels.shape)
+        elif diffusion.time_reweighting == "cart":
+            weight = cart_weight(loss_mask, t, diffusion.cart_p)
+        else:
+            weight = torch.ones_like(t)[:, None].expand(labels.shape)
+        return (loss * weight.reshape(-1)).sum() / loss_mask.sum()
+
+
+def config(**options):
+    defaults = dict(token_reweighting=False, alpha=0.25, gamma=2, time_reweighting="original", cart_p=0.1)
+    return SimpleNamespace(**defaults | options)
+
+
+def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+    masked = p.xt == p.mask_index
+    masked[:, 0] = False
+
+    def pair(**options):
+        arguments = (p.x0, masked, p.t, config(**options))
+
+        def published(z: Tensor) -> Tensor:
+            default = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float64 if z.dtype == torch.float64 else torch.float32)  # of the weights
+            try:
+                return sft_loss(z, *arguments)
+            finally:
+                torch.set_default_dtype(default)
+
+        return published, lambda z: dream.sft_loss(z, *arguments)
+
+    return {
+        "SFT": pair(),
+        "SFT, CART": pair(time_reweighting="cart"),
+        "SFT, tokens reweighted": pair(token_reweighting=True, time_reweighting="linear"),
+    }

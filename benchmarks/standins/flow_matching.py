@@ -1,0 +1,65 @@
+"""flow_matching: the generalised KL of its discrete paths, with a path and a scheduler."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.nn.modules.loss import _Loss
+
+from fastdiff.integrations import flow_matching
+from standins import Problem, checkout
+
+
+class _PolynomialConvexScheduler:
+    """alpha = t^n."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __call__(self, t):
+        return SimpleNamespace(alpha_t=t**self.n, d_alpha_t=self.n * t ** (self.n - 1))
+
+
+class _MixtureDiscreteProbPath:
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+
+
+class _MixturePathGeneralizedKL(_Loss):
+    def __init__(self, path, reduction="mean"):
+        super().__init__(None, None, reduction)
+        self.path = path
+
+    def forward(self, logits, x_1, x_t, t):
+        """log p of every token, then p of every token; one entry of each is used."""
+        log_p = torch.log_softmax(logits, dim=-1)
+        log_p_1 = log_p.gather(-1, x_1[..., None]).squeeze(-1)
+        p_t = torch.exp(log_p).gather(-1, x_t[..., None]).squeeze(-1)
+        schedule = self.path.scheduler(t)
+        rate = schedule.d_alpha_t / (1 - schedule.alpha_t)
+        rate = rate[(...,) + (None,) * (x_1.dim() - 1)].expand(x_1.shape)
+        same = (x_t == x_1).to(log_p.dtype)
+        loss = -rate * (p_t - same + (1 - same) * log_p_1)
+        if self.reduction == "none":
+            return loss
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(self.reduction)
+        return loss.mean() if self.reduction == "mean" else loss.sum()
+
+
+_loss, _path = checkout("flow_matching", "flow_matching.loss"), checkout("flow_matching", "flow_matching.path")
+MixturePathGeneralizedKL = _loss.MixturePathGeneralizedKL if _loss else _MixturePathGeneralizedKL
+MixtureDiscreteProbPath = _path.MixtureDiscreteProbPath if _path else _MixtureDiscreteProbPath
+PolynomialConvexScheduler = _path.scheduler.PolynomialConvexScheduler if _path else _PolynomialConvexScheduler
+
+
+def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+    path = MixtureDiscreteProbPath(PolynomialConvexScheduler(2.0))
+    published, ours = MixturePathGeneralizedKL(path), flow_matching.MixturePathGeneralizedKL(path)
+
+    def pair(x_t: Tensor):
+        arguments = (p.x0, x_t, (1 - p.t).sqrt().float())  # so that a share t is noise
+        return lambda z: published(z, *arguments), lambda z: ours(z, *arguments)
+
+    return {"uniform source": pair(p.moved), "mask source": pair(p.xt)}

@@ -1,0 +1,137 @@
+"""dllm (ZHZisZZ/dllm): the loss of MDLMTrainer and BD3LMTrainer, and of those that inherit it (DreamTrainer).
+
+undo = apply_to_dllm()    # once, before trainer.train()
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff import dce_loss, mask_tokens
+from fastdiff.checks import check_choice, check_values
+
+
+def apply_to_dllm() -> Callable[[], None]:
+    """Replaces `compute_loss` of both trainers, and returns what puts the published ones back.
+
+    Raises:
+        ImportError: dllm is not installed.
+        RuntimeError: this dllm has no such method, or with other arguments; nothing is replaced then.
+    """
+    trainers = importlib.import_module("dllm.core.trainers")
+    found = []
+    for name, ours in (("MDLMTrainer", mdlm_compute_loss), ("BD3LMTrainer", bd3lm_compute_loss)):
+        trainer = getattr(trainers, name, None)
+        published = getattr(trainer, "compute_loss", None)
+        if published is None or [*inspect.signature(published).parameters] != [*inspect.signature(ours).parameters]:
+            raise RuntimeError(
+                f"dllm: expected {name}.compute_loss{inspect.signature(ours)}, not found in this version"
+            )
+        found.append((trainer, published, ours))
+    for trainer, _, ours in found:
+        trainer.compute_loss = ours  # type: ignore[union-attr]
+
+    def undo() -> None:
+        for trainer, published, _ in found:
+            trainer.compute_loss = published  # type: ignore[union-attr]
+
+    return undo
+
+
+def mdlm_compute_loss(
+    self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+) -> Tensor | tuple[Tensor, Any]:
+    """`MDLMTrainer.compute_loss`: cross-entropy of masked tokens, weighted by time, in nats over the trainer's norm.
+
+    Masks are those of the published method under the same torch seed. Logits are neither copied nor shifted: where
+    those at i predict token i + 1, tokens, masks and weights move instead, and nothing predicts the first token.
+
+    Args:
+        model: (input_ids, attention_mask) -> an object with `.logits` [B, L, V].
+        inputs: input_ids and labels [B, L] int64, labels -100 where a token is never masked; maybe an attention_mask.
+        return_outputs: also return the model's outputs, with their logits shifted.
+
+    Raises:
+        ValueError, TypeError: padding is not on the right, an unknown norm, as `dce_loss`, or (on the CPU) a label that
+            is neither the token nor -100.
+    """
+    return _compute_loss(self, model, inputs, return_outputs, _mdlm_arguments)
+
+
+def bd3lm_compute_loss(
+    self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+) -> Tensor | tuple[Tensor, Any]:
+    """`BD3LMTrainer.compute_loss`: as `mdlm_compute_loss`, from the noised and the clean tokens side by side.
+
+    Args:
+        model: (input_ids, attention_mask, position_ids) -> an object with `.logits` [B, 2 L, V]; its attention is
+            "sdpa" or "flex_attention".
+        inputs, return_outputs: as in `mdlm_compute_loss`.
+
+    Raises:
+        ValueError, TypeError: as `mdlm_compute_loss`; another kind of attention.
+    """
+    return _compute_loss(self, model, inputs, return_outputs, _bd3lm_arguments)
+
+
+def _mdlm_arguments(trainer: Any, model: Any, xt: Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
+    return dict(input_ids=xt, attention_mask=inputs.get("attention_mask"))
+
+
+def _bd3lm_arguments(trainer: Any, model: Any, xt: Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
+    kind, (batch, length) = trainer.accelerator.unwrap_model(model).config._attn_implementation, xt.shape
+    check_choice("model's _attn_implementation", kind, ("sdpa", "flex_attention"))
+    sees = partial(_sees, block_size=trainer.block_size, length=length)
+    at = torch.arange(2 * length, device=xt.device)
+    if kind == "sdpa":
+        attention_mask: Any = sees(None, None, at.unsqueeze(1), at).expand(1, 1, -1, -1)
+    else:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        attention_mask = create_block_mask(sees, None, None, 2 * length, 2 * length, device=xt.device)
+    both, position_ids = torch.cat([xt, inputs["input_ids"]], 1), (at % length).expand(batch, -1)
+    return dict(input_ids=both, attention_mask=attention_mask, position_ids=position_ids)
+
+
+def _sees(batch: Any, head: Any, query: Tensor, key: Tensor, block_size: int, length: int) -> Tensor:
+    """Noised tokens (the first half) and clean ones see their own block of their half, and all earlier clean blocks."""
+    query_block, key_block = query % length // block_size, key % length // block_size
+    own = (query_block == key_block) & ((query < length) == (key < length))
+    return own | ((key >= length) & (key_block < query_block))
+
+
+def _compute_loss(
+    trainer: Any, model: Any, inputs: dict[str, Any], return_outputs: bool, arguments: Callable[..., dict[str, Any]]
+) -> Tensor | tuple[Tensor, Any]:
+    tokenizer = trainer.processing_class
+    check_choice("padding_side", tokenizer.padding_side, ("right",))
+    inputs = trainer._preprocess_inputs(inputs)
+    x0, labels = inputs["input_ids"], inputs["labels"]
+    maskable, counts = labels != -100, (labels != -100).sum(1)
+    check_values("labels", labels, maskable & (labels != x0), "input_ids or -100")
+    t = trainer.time_epsilon + (1 - trainer.time_epsilon) * torch.rand(len(x0), device=x0.device)
+    p_mask, uniforms = 1 - trainer.scheduler(t), torch.rand(x0.shape, device=x0.device)
+    xt, mask = mask_tokens(x0, p_mask, mask_index=tokenizer.mask_token_id, maskable=maskable, uniforms=uniforms)
+    outputs = model(**arguments(trainer, model, xt, inputs))
+    weight = trainer._compute_loss_weights(t=t, inputs=inputs, masked_mask=mask)
+    shift, rows = int(trainer.right_shift_logits), outputs.logits.shape[1]
+
+    def at_logits(tokens: Tensor) -> Tensor:
+        """[B, L] moved to the logits that predict it, 0 where they predict nothing."""
+        tokens = tokens[:, shift:]
+        return F.pad(tokens, (0, rows - tokens.shape[1]))
+
+    x0, mask, weight = at_logits(x0), at_logits(mask), at_logits(weight)
+    token_nll = dce_loss(outputs.logits, x0, mask=mask, weight=weight, exclude_mask=False)
+    split = "train" if model.training else "eval"
+    trainer.meter.update(split=split, value=token_nll.detach(), weight=at_logits(maskable).float())
+    norms = dict(token=counts.sum().clamp_min(1), sequence=counts.clamp_min(1) * len(x0), batch=len(x0))
+    check_choice("loss_norm_type", trainer.loss_norm_type, tuple(norms))
+    loss = (token_nll.sum(1) / norms[trainer.loss_norm_type]).sum()
+    return (loss, trainer._postprocess_outputs(outputs)) if return_outputs else loss

@@ -1,0 +1,148 @@
+"""dllm's trainers: that the line swaps their losses in and out, and what these do at the edges."""
+
+import inspect
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from standins import dllm as standin
+from standins import problem
+
+from fastdiff.integrations import dllm
+
+B, L, V = 3, 12, 33
+KINDS = {"MDLMTrainer": dllm.mdlm_compute_loss, "BD3LMTrainer": dllm.bd3lm_compute_loss}
+
+
+@pytest.fixture
+def p():
+    return problem(B, L, V)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """What `import dllm.core.trainers` gives."""
+    monkeypatch.setitem(sys.modules, "dllm.core.trainers", standin._trainers or standin)
+    return sys.modules["dllm.core.trainers"]
+
+
+def made_inputs(p, prompts=(3, 1, 12)):
+    """Prompts that are never masked, the last as long as its sequence."""
+    labels = p.x0.clone()
+    for row, length in enumerate(prompts):
+        labels[row, :length] = -100
+    return dict(input_ids=p.x0.clone(), labels=labels, attention_mask=torch.ones_like(labels))
+
+
+def run(kind, p, *, inputs=None, length=L, **options):
+    """The loss of a trainer and of the published one: values, gradients, meters, how the network was asked."""
+    rows = length if kind == "MDLMTrainer" else 2 * length
+    results = []
+    for compute_loss in (KINDS[kind], getattr(standin, kind).compute_loss):
+        trainer = standin.trainer(getattr(standin, kind), p.mask_index, **options)
+        g = torch.Generator().manual_seed(1)
+        network = standin.Network(torch.randn(B, rows, V, generator=g, dtype=torch.float64).requires_grad_())
+        torch.manual_seed(3)
+        loss, outputs = compute_loss(trainer, network, dict(inputs or made_inputs(p)), return_outputs=True)
+        (grad,) = torch.autograd.grad(loss, network.logits)
+        results.append((loss, grad, trainer.meter, network.asked, outputs))
+    return results
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("norm", ["token", "sequence", "batch"])
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("weight", ["scheduler", "uniform"])
+def test_losses_are_the_published_ones(kind, norm, shifted, weight, p):
+    options = dict(loss_norm_type=norm, right_shift_logits=shifted, loss_weight_type=weight)
+    (loss, grad, meter, asked, outputs), theirs = run(kind, p, **options)
+    torch.testing.assert_close(loss, theirs[0], rtol=1e-9, atol=0)
+    torch.testing.assert_close(grad, theirs[1], rtol=1e-7, atol=1e-14)
+    torch.testing.assert_close(meter.sums, theirs[2].sums, rtol=1e-9, atol=0)
+    assert meter.split == "train"
+    assert asked.keys() == theirs[3].keys()
+    assert all(torch.equal(value, theirs[3][name]) for name, value in asked.items())
+    assert torch.equal(outputs.logits, theirs[4].logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_beginning_token_is_added_where_logits_are_shifted(kind, p):
+    inputs = dict(input_ids=p.x0, labels=p.x0)
+    ours, theirs = run(kind, p, inputs=inputs, length=L + 1, right_shift_logits=True)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-9, atol=0)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-7, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("norm", ["token", "sequence", "batch"])
+def test_nothing_to_mask_is_no_loss(kind, norm, p):
+    inputs = made_inputs(p, (L, L, L))
+    (loss, grad, *_), theirs = run(kind, p, inputs=inputs, loss_norm_type=norm)
+    assert loss == theirs[0] == 0
+    assert not grad.any()
+
+
+def test_everything_is_masked(p):
+    ours, theirs = run("MDLMTrainer", p, time_epsilon=1 - 1e-7)
+    assert (ours[3]["input_ids"] == p.mask_index).sum() == (made_inputs(p)["labels"] != -100).sum()
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-9, atol=0)
+
+
+def test_flex_attention_sees_what_sdpa_sees(p):
+    trainer = standin.trainer(standin.BD3LMTrainer, p.mask_index)
+    for kind in ("sdpa", "flex_attention"):
+        network = standin.Network(torch.randn(B, 2 * L, V), config=SimpleNamespace(_attn_implementation=kind))
+        dllm.bd3lm_compute_loss(trainer, network, made_inputs(p))
+        if kind == "sdpa":
+            dense = network.asked["attention_mask"]
+    rule, at = network.asked["attention_mask"].mask_mod, torch.arange(2 * L)
+    assert torch.equal(rule(0, 0, at[:, None], at[None, :]), dense[0, 0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_line_swaps_the_losses_and_undo_swaps_them_back(kind, p, installed):
+    trainer_class, published = getattr(installed, kind), getattr(installed, kind).compute_loss
+    assert [*inspect.signature(published).parameters] == [*inspect.signature(KINDS[kind]).parameters]
+    undo = dllm.apply_to_dllm()
+    try:
+        assert trainer_class.compute_loss is KINDS[kind]
+        trainer = standin.trainer(trainer_class, p.mask_index)
+        logits = torch.randn(B, 2 * L, V)
+        loss = trainer.compute_loss(standin.Network(logits), made_inputs(p))
+        assert loss.isfinite()
+    finally:
+        undo()
+    assert trainer_class.compute_loss is published
+
+
+def test_says_if_the_seam_is_not_there(monkeypatch):
+    trainers = ModuleType("dllm.core.trainers")
+    trainers.MDLMTrainer = type("MDLMTrainer", (), {"compute_loss": standin.MDLMTrainer.compute_loss})
+    trainers.BD3LMTrainer = type("BD3LMTrainer", (), {"compute_loss": lambda self, model, batch: None})
+    monkeypatch.setitem(sys.modules, "dllm.core.trainers", trainers)
+    with pytest.raises(RuntimeError, match=r"BD3LMTrainer\.compute_loss\(self"):
+        dllm.apply_to_dllm()
+    assert trainers.MDLMTrainer.compute_loss is standin.MDLMTrainer.compute_loss  # neither is replaced
+    del trainers.MDLMTrainer
+    with pytest.raises(RuntimeError, match="MDLMTrainer"):
+        dllm.apply_to_dllm()
+    monkeypatch.setitem(sys.modules, "dllm.core.trainers", None)
+    with pytest.raises(ImportError, match="dllm"):
+        dllm.apply_to_dllm()
+
+
+def test_errors_name_the_argument(p):
+    def loss(kind="MDLMTrainer", inputs=None, config="sdpa", **options):
+        trainer = standin.trainer(getattr(standin, kind), p.mask_index, **options)
+        network = standin.Network(torch.randn(B, L, V), config=SimpleNamespace(_attn_implementation=config))
+        return KINDS[kind](trainer, network, inputs or made_inputs(p))
+
+    with pytest.raises(ValueError, match="loss_norm_type"):
+        loss(loss_norm_type="no")
+    with pytest.raises(ValueError, match="padding_side"):
+        loss(processing_class=SimpleNamespace(padding_side="left"))
+    with pytest.raises(ValueError, match="labels"):
+        loss(inputs=dict(input_ids=p.x0, labels=(p.x0 + 1) % V))
+    with pytest.raises(ValueError, match="_attn_implementation"):
+        loss("BD3LMTrainer", config="flash_attention_2")

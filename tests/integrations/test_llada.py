@@ -1,0 +1,223 @@
+"""LLaDA's losses where the shared test does not look, its likelihood and its sampler."""
+
+import inspect
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from standins import llada as standin
+
+from fastdiff.integrations import llada
+
+SEAMS = ["pretraining_loss", "sft_loss", "get_log_likelihood", "generate"]
+V, MASK = 126464, 126336
+
+
+class Network:
+    """Conditionals that no distribution has, from the visible tokens that the attention mask leaves in."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, num_states=V, mask_id=MASK):
+        g = torch.Generator().manual_seed(5)
+        self.embed, self.place = (torch.randn(n, 8, generator=g, dtype=torch.float64) for n in (num_states, 64))
+        self.head = torch.randn(8, num_states, generator=g, dtype=torch.float64)
+        if num_states == V:  # each the likeliest at some positions
+            self.head[:, [llada.EOS, llada.EOT]] = 6 * torch.tanh(self.place[[6, 8]].T)
+        self.mask_id, self.rows = mask_id, []
+
+    def __call__(self, xt, attention_mask=None):
+        self.rows.append(len(xt))
+        seen = torch.ones_like(xt) if attention_mask is None else attention_mask
+        order = torch.linspace(1, 2, xt.shape[1], dtype=torch.float64)
+        state = torch.einsum("bld,bl->bd", self.embed[xt], seen * order).unsqueeze(1)
+        return SimpleNamespace(logits=torch.tanh(state / 4 + self.place[: xt.shape[1]]) @ self.head)
+
+
+@pytest.mark.parametrize("name", SEAMS)
+def test_signatures_are_the_seams(name):
+    def arguments(function):
+        return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
+
+    assert arguments(getattr(llada, name)) == arguments(getattr(standin, name))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_losses_where_nothing_or_everything_is_masked(masked):
+    z = torch.randn(2, 3, 9, dtype=torch.float64, requires_grad=True)
+    x0, mask, p_mask = torch.arange(6).view(2, 3), torch.full((2, 3), masked), torch.full((2, 3), 0.25)
+    lengths = torch.full((2, 3), 3)
+    for name, extra in (("pretraining_loss", ()), ("sft_loss", (lengths,))):
+        pair = [getattr(module, name)(z, x0, mask, p_mask, *extra) for module in (llada, standin)]
+        torch.testing.assert_close(*pair, rtol=1e-12, atol=0)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, z)[0] for loss in pair), rtol=1e-10, atol=1e-14)
+
+
+def test_a_sequence_without_an_answer_counts_for_nothing():
+    z = torch.randn(2, 3, 9, dtype=torch.float64, requires_grad=True)
+    mask, lengths = torch.tensor([[False] * 3, [True] * 3]), torch.tensor([[0], [3]]).expand(2, 3)
+    arguments = (torch.arange(6).view(2, 3), mask, torch.full((2, 3), 0.5), lengths)
+    loss = llada.sft_loss(z, *arguments)
+    torch.testing.assert_close(loss, standin.sft_loss(z, *arguments), rtol=1e-12, atol=0)
+    loss.backward()
+    assert z.grad.isfinite().all()
+
+
+def test_losses_in_bfloat16_are_not_rounded():
+    z, x0 = torch.randn(4, 8, 1000).bfloat16(), torch.randint(0, 1000, (4, 8))
+    arguments = (x0, torch.ones(4, 8, dtype=torch.bool), torch.full((4, 8), 0.5))
+    exact = standin.pretraining_loss(z.double(), *arguments)
+    torch.testing.assert_close(llada.pretraining_loss(z, *arguments).double(), exact, rtol=1e-6, atol=0)
+
+
+def likelihood_by_enumeration(network, prompt, answer, cfg_scale):
+    """-sum over subsets S of the answer of (their weight 1 / (m C(A, m))) times the losses in S."""
+    total, length = 0.0, len(answer)
+    x0, given = torch.cat([prompt, answer]), torch.arange(len(prompt) + length) < len(prompt)
+    for bits in itertools.product([False, True], repeat=length):
+        count = sum(bits)
+        if not count:
+            continue
+        where = torch.cat([torch.zeros(len(prompt), dtype=torch.bool), torch.tensor(bits)])
+        xt = x0.masked_fill(where, network.mask_id)[None]
+        logits = network(xt).logits[0]
+        if cfg_scale:
+            blank = network(xt.masked_fill(given, network.mask_id)).logits[0]
+            logits = blank + (cfg_scale + 1) * (logits - blank)
+        losses = -logits.log_softmax(-1).gather(-1, x0[:, None]).squeeze(-1)[where]
+        total += losses.sum().item() / (count * len(list(itertools.combinations(range(length), count))))
+    return -total
+
+
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
+def test_likelihood_of_a_short_answer_is_exact(cfg_scale):
+    network = Network(num_states=12, mask_id=7)
+    prompt, answer = torch.tensor([1, 2, 3]), torch.tensor([4, 0, 9])
+    ours = llada.get_log_likelihood(network, prompt, answer, mc_num=7, cfg_scale=cfg_scale, mask_id=7)
+    assert ours == pytest.approx(likelihood_by_enumeration(network, prompt, answer, cfg_scale), abs=1e-6)
+    one = [
+        f(network, prompt, answer[:1], 1, 1, cfg_scale, 7)
+        for f in (llada.get_log_likelihood, standin.get_log_likelihood)
+    ]
+    assert one[0] == pytest.approx(one[1], abs=1e-6)  # one token, as for multiple choice
+
+
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
+def test_likelihood_is_the_published_one_in_the_mean(cfg_scale):
+    network = Network(num_states=12, mask_id=7)
+    prompt, answer = torch.tensor([1, 2]), torch.tensor([4, 0, 9, 5, 11, 3])
+    torch.manual_seed(0)
+
+    def repeat(function, times, *arguments):
+        values = torch.tensor([function(network, prompt, answer, *arguments, cfg_scale, 7) for _ in range(times)])
+        return values.mean(), values.std() / times**0.5
+
+    (ours, error), (theirs, their_error) = (
+        repeat(llada.get_log_likelihood, 20, 25, 5),
+        repeat(standin.get_log_likelihood, 200, 6, 6),
+    )
+    assert error > 0
+    assert abs(ours - theirs) < 4 * (error**2 + their_error**2).sqrt()
+
+
+def test_likelihood_spends_mc_num_passes_in_batches_and_says_so_if_they_are_too_few():
+    network = Network(num_states=12, mask_id=7)
+    prompt, answer = torch.tensor([1, 2]), torch.tensor([4, 0, 9, 5, 11, 3])
+    llada.get_log_likelihood(network, prompt, answer, 25, 5, mask_id=7)
+    assert sum(network.rows) <= 25
+    assert max(network.rows) == 5
+    assert llada.get_log_likelihood(network, prompt[:0], answer[:1], 1, mask_id=7) < 0
+    with pytest.raises(ValueError, match="num_samples"):
+        llada.get_log_likelihood(network, prompt, answer, 2, mask_id=7)
+
+
+def generated(function, network, prompt, **options):
+    return function(network, prompt, **dict(steps=4, gen_length=8, block_length=4) | options)
+
+
+PROMPT, LEFT_PADDED = torch.tensor([[5, 6, 7], [9, 8, 120000]]), torch.tensor([[0, 0, 1], [1, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(steps=2),
+        dict(steps=16),  # more than there are masks
+        dict(steps=6, block_length=8),
+        dict(attention_mask=LEFT_PADDED),
+        dict(attention_mask=LEFT_PADDED, cfg_scale=1.5),
+        dict(logits_eos_inf=True),
+        dict(confidence_eos_eot_inf=True),
+        dict(confidence_eos_eot_inf=True, logits_eos_inf=True),
+    ],
+    ids=str,
+)
+def test_generates_the_published_tokens(options):
+    network = Network()
+    ours, theirs = (generated(f, network, PROMPT, **options) for f in (llada.generate, standin.generate))
+    assert torch.equal(ours, theirs)
+    assert (ours != MASK).all()
+    without = {name: value for name, value in options.items() if value is not True}
+    assert (without == options) == torch.equal(ours, generated(llada.generate, network, PROMPT, **without))
+
+
+def test_confidence_is_that_among_tokens_other_than_the_ends():
+    z = torch.randn(2, 3, V, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z[0, :, llada.EOS], z[1, 0, llada.EOT], z[..., 5] = 12.0, 40.0, 9.0
+    x0 = torch.tensor([[5, llada.EOS, 5], [5, llada.EOT, 6]])
+    probability = z.softmax(-1).gather(-1, x0[..., None]).squeeze(-1).float()
+    got = llada._without_ends(z, x0, probability)
+    z[..., [llada.EOS, llada.EOT]] = -torch.inf
+    expected = z.softmax(-1).gather(-1, x0[..., None]).squeeze(-1).float()
+    assert (got <= 1).all()
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(got[1, 1:], expected[1, 1:], rtol=1e-4, atol=0)
+
+
+def test_guides_without_an_attention_mask():
+    network, ones = Network(num_states=12, mask_id=7), torch.ones_like(PROMPT)
+    options = dict(cfg_scale=1.5, mask_id=7)
+    expected = generated(standin.generate, network, PROMPT % 7, attention_mask=ones, **options)
+    assert torch.equal(generated(llada.generate, network, PROMPT % 7, **options), expected)
+
+
+@pytest.mark.parametrize("remasking", ["low_confidence", "random"])
+def test_generates_from_the_tempered_law(remasking):
+    network = Network(num_states=12, mask_id=7)
+    prompt = torch.tensor([[1, 2]]).expand(6000, -1)
+    torch.manual_seed(0)
+    options = dict(steps=1, gen_length=1, block_length=1, temperature=0.5, remasking=remasking, mask_id=7)
+    drawn = llada.generate(network, prompt, **options)
+    expected = 6000 * (network(torch.tensor([[1, 2, 7]])).logits[0, -1] / 0.5).softmax(-1)
+    seen = torch.bincount(drawn[:, -1], minlength=12)
+    common = expected > 5
+    assert common.sum() > 2
+    assert ((seen - expected)[common] ** 2 / expected[common]).sum() < 4 * common.sum() + 10
+
+
+def test_seeds_name_what_is_generated():
+    network = Network(num_states=12, mask_id=7)
+    draws = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        draws.append(generated(llada.generate, network, PROMPT % 7, temperature=1.0, remasking="random", mask_id=7))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_errors_name_the_argument():
+    network = Network(num_states=12, mask_id=7)
+    for name, options in (
+        ("block_length", dict(block_length=3)),
+        ("steps", dict(steps=3)),
+        ("remasking", dict(remasking="no")),
+    ):
+        with pytest.raises(ValueError, match=name):
+            generated(llada.generate, network, PROMPT % 7, mask_id=7, **options)
+    z, x0, mask = torch.randn(2, 3, 9), torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(TypeError, match="mask"):
+        llada.pretraining_loss(z, x0, mask.long(), torch.ones(2, 3))
+    with pytest.raises(ValueError, match="x0"):
+        llada.pretraining_loss(z, x0[:, :2], mask, torch.ones(2, 3))
