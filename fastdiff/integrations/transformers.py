@@ -1,0 +1,253 @@
+"""transformers: the loss of a masked diffusion model, a Trainer that noises its batches, and the small model.
+
+model.loss_function = masked_diffusion_loss  # then model(xt, labels=x0, mask=xt == mask_index, weight=1 / p_mask)
+
+trainer = MaskedDiffusionTrainer(model=model, args=args, train_dataset=dataset)  # in the place of Trainer
+
+AutoModelForMaskedLM.from_config(FastdiffConfig(vocab_size=257, max_position_embeddings=128))
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel, Trainer
+from transformers.modeling_outputs import MaskedLMOutput
+
+from fastdiff.losses import dce_loss
+from fastdiff.model import DiffusionTransformer, ModelConfig
+from fastdiff.noising import mask_tokens, sample_times
+from fastdiff.schedules import LogLinear, Schedule
+
+
+def masked_diffusion_loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    weight: Tensor | float | None = None,
+    shift: bool = False,
+    mask_index: int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Weighted cross-entropy of the masked tokens over the number of all labels, in nats: a model's `loss_function`.
+
+    Without mask, weight and shift it is transformers' ForMaskedLMLoss, but for 0 instead of NaN where no token has a
+    label. Models that take keyword arguments hand mask, weight and shift on from their call.
+
+    Args:
+        logits: [B, L, V] float32, float64, bfloat16 or float16; not copied.
+        labels: [B, L] int64 clean tokens, ignore_index where there is none to predict (prompt, padding).
+        vocab_size: V.
+        num_items_in_batch: what to divide by; None means the number of labels, masked or not, in this batch.
+        mask: [B, L] bool, the masked tokens; None scores every label.
+        weight: of a token's loss, 1 / p_mask in LLaDA, a number, [B] or [B, L].
+        shift: the logits at i predict token i + 1 (Dream), and nothing predicts the first.
+        mask_index: leave this id out of the softmax; None keeps all V.
+        kwargs: what else a model hands on; not used.
+
+    Raises:
+        ValueError, TypeError: vocab_size is not V, or as `dce_loss`.
+    """
+    if logits.shape[-1] != vocab_size:
+        raise ValueError(f"vocab_size: expected V of logits {tuple(logits.shape)}, got {vocab_size}")
+    labels = labels.to(logits.device)
+    if shift:  # the tokens move and not the logits, which are large
+        labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
+        mask = None if mask is None else mask.roll(-1, 1)
+        weight = weight.roll(-1, 1) if isinstance(weight, Tensor) and weight.dim() == 2 else weight
+    return dce_loss(
+        logits,
+        labels,
+        mask=mask,
+        weight=weight,
+        mask_index=-1 if mask_index is None else mask_index,
+        exclude_mask=mask_index is not None,
+        ignore_index=ignore_index,
+        reduction="mean",
+        num_items=(labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch,
+    )
+
+
+class _Labels(NamedTuple):
+    """What the loss of a noised batch needs beside logits: tokens and masks [B, L], and weights [B]."""
+
+    x0: Tensor
+    mask: Tensor
+    weight: Tensor
+
+
+class MaskedDiffusionTrainer(Trainer):
+    """Trainer that noises input_ids and takes `masked_diffusion_loss`; as a mix-in, the first of a class's bases.
+
+    Batches hold input_ids and labels, [B, L] int64, and may hold attention_mask: where a label is -100 or the
+    attention_mask 0, tokens are never masked. A sequence has a time t, stratified over the batch and the ranks, each
+    token is masked with probability 1 - alpha(t), and its loss has weight dsigma / expm1(sigma). The sum is divided by
+    the labels of all ranks and accumulated parts, as Trainer counts them.
+
+    Draws are named by args.seed, step, part, rank and row: a resumed run meets the noise of an unbroken one, and each
+    evaluation the same.
+
+    Args:
+        mask_index: the mask's id; None means the model's config.mask_token_id.
+        schedule: the noise; None means `LogLinear()`.
+        shift: the logits at i predict token i + 1; then the first token is never masked.
+        exclude_mask: leave the mask out of the softmax.
+        args, kwargs: Trainer's.
+
+    Raises:
+        ValueError: mask_index is None and the config has none; a batch without labels.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        mask_index: int | None = None,
+        schedule: Schedule | None = None,
+        shift: bool = False,
+        exclude_mask: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **dict(compute_loss_func=self._loss, **kwargs))
+        config = getattr(self.model, "config", None)
+        found = getattr(config, "mask_token_id", None) if mask_index is None else mask_index
+        if found is None:
+            raise ValueError("mask_index: expected an id, for the model's config has no mask_token_id")
+        self.mask_index: int = found
+        self.schedule, self.shift, self.exclude_mask = schedule or LogLinear(), shift, exclude_mask
+        self.label_names = self.label_names or ["labels"]  # of models whose forward takes none
+        self._loss_shifts_labels = shift  # or it counts what a causal model predicts
+        self._at: tuple[bool, int] | None = None  # training, and the step
+        self._part = 0
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The loss of a batch, which is noised here; arguments and result are Trainer's."""
+        if "labels" not in inputs:
+            raise ValueError(f"inputs: expected labels, -100 where a token is never masked, got {', '.join(inputs)}")
+        x0, labels = inputs["input_ids"], inputs["labels"]
+        maskable = labels != -100
+        if inputs.get("attention_mask") is not None:
+            maskable &= inputs["attention_mask"].bool()
+        if self.shift:
+            maskable[:, 0] = False
+        names, n, rank = self._names(model.training), len(x0), self.args.process_index
+        t = sample_times(n, rank=rank, world_size=self.args.world_size, device=x0.device, **names)
+        sigma, dsigma = self.schedule(t)
+        names |= dict(sample_ids=rank * n + torch.arange(n, device=x0.device))
+        xt, mask = mask_tokens(x0, -torch.expm1(-sigma), mask_index=self.mask_index, maskable=maskable, **names)
+        noised = {**inputs, "input_ids": xt, "labels": _Labels(labels, mask, dsigma / torch.expm1(sigma))}
+        return super().compute_loss(model, noised, return_outputs, num_items_in_batch)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with the same noise each time."""
+        self._at = None
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _names(self, training: bool) -> dict[str, Any]:
+        """Names of the draws of the part of a batch that comes next."""
+        at = (training, self.state.global_step)
+        self._part = self._part + 1 if at == self._at else 0
+        self._at = at
+        step = self.state.global_step * self.args.gradient_accumulation_steps if training else 0
+        return dict(seed=self.args.seed + (not training), step=step + self._part)
+
+    def _loss(self, outputs: Any, labels: _Labels, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        return masked_diffusion_loss(
+            outputs.logits,
+            labels.x0,
+            outputs.logits.shape[-1],
+            num_items_in_batch,
+            mask=labels.mask,
+            weight=labels.weight,
+            shift=self.shift,
+            mask_index=self.mask_index if self.exclude_mask else None,
+        )
+
+
+class FastdiffConfig(PretrainedConfig):
+    """Shape of a `FastdiffForMaskedLM`, in transformers' names.
+
+    Args:
+        vocab_size: the mask included.
+        max_position_embeddings: longest sequence.
+        hidden_size, num_hidden_layers, num_attention_heads: dim, depth and heads of `ModelConfig`.
+        mask_token_id: None means the last of the vocabulary.
+    """
+
+    model_type = "fastdiff"
+    attribute_map = {"num_states": "vocab_size"}  # noqa: RUF012  # transformers' own form
+
+    def __init__(
+        self,
+        vocab_size: int = 257,
+        max_position_embeddings: int = 256,
+        hidden_size: int = 256,
+        num_hidden_layers: int = 6,
+        num_attention_heads: int = 4,
+        mask_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size, self.max_position_embeddings = vocab_size, max_position_embeddings
+        self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.mask_token_id = vocab_size - 1 if mask_token_id is None else mask_token_id
+        super().__init__(**kwargs)
+
+
+class FastdiffForMaskedLM(PreTrainedModel):
+    """`DiffusionTransformer`, time-free, as a model of transformers, with `masked_diffusion_loss`."""
+
+    config_class = FastdiffConfig
+    _no_split_modules = ["_Block"]  # noqa: RUF012  # what FSDP shards, for accelerate and for transformers
+    _fsdp_plan = {"transformer.blocks.*": "free_full_weight"}  # noqa: RUF012
+
+    def __init__(self, config: FastdiffConfig) -> None:
+        super().__init__(config)
+        shape = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads)
+        self.transformer = DiffusionTransformer(ModelConfig(config.vocab_size, config.max_position_embeddings, *shape))
+        self.loss_function = masked_diffusion_loss
+        self.post_init()
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
+    ) -> MaskedLMOutput:
+        """Logits [B, L, vocab_size] of noised tokens, and the loss if there are labels.
+
+        Args:
+            input_ids: [B, L] int64.
+            attention_mask: not looked at, for every position is seen, as in LLaDA; `MaskedDiffusionTrainer` masks
+                nothing where it is 0.
+            labels, kwargs: as in `masked_diffusion_loss`.
+        """
+        logits = self.transformer(input_ids)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(loss=loss, logits=logits)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """What no checkpoint filled (the angles of the positions are in none), as the transformer begins."""
+        if isinstance(module, DiffusionTransformer):
+            fresh = DiffusionTransformer(module.config)
+            pairs = zip(_tensors(module), _tensors(fresh), strict=True)
+            for tensor, value in pairs:
+                if not getattr(tensor, "_is_hf_initialized", False):
+                    tensor.data.copy_(value)
+
+
+def _tensors(module: nn.Module) -> tuple[Tensor, ...]:
+    return (*module.parameters(), *module.buffers())
+
+
+AutoConfig.register("fastdiff", FastdiffConfig)
+AutoModel.register(FastdiffConfig, FastdiffForMaskedLM)  # as LLaDA's and Dream's, whose AutoModel gives logits
+AutoModelForMaskedLM.register(FastdiffConfig, FastdiffForMaskedLM)
