@@ -1,5 +1,5 @@
-"""What a Trainer's compute_loss for masked diffusion does by hand: transformers' cross-entropy, which widens the logits,
-per token, weighted, over the number of labels."""
+"""What a Trainer's compute_loss does by hand for masked diffusion: cross-entropy per token of widened logits, weighted,
+over the number of labels."""
 
 from collections.abc import Callable
 
