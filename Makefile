@@ -35,7 +35,7 @@ sanitize: $(VENV)/built
 	$(UNDER_SANITIZERS) PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED)/lib \
 		$(BIN)/pytest -p no:cacheprovider tests/test_fuzz.py
 	FASTDIFF_SANITIZE=1 $(BIN)/python tests/cuda/emulated.py
-	FASTDIFF_SANITIZE=1 EMULATE_CUDA=1 $(UNDER_SANITIZERS) $(BIN)/pytest -q -s tests/kernels/test_gpu_*.py
+	FASTDIFF_SANITIZE=1 EMULATE_CUDA=1 $(UNDER_SANITIZERS) $(BIN)/pytest -q -s tests/kernels/test_[cg]*.py
 
 docs: $(VENV)/built
 	$(BIN)/mkdocs build --strict --site-dir build/docs

@@ -30,10 +30,10 @@ class Report(NamedTuple):
     detail: str
 
 
-def _load(name: str) -> str | None:
-    """Registers the kernels of a compiled extension; the reason if that fails."""
+def _load(name: str, first_call: str) -> str | None:
+    """Registers the kernels of a compiled extension; the reason if that, or a call of one of its functions, fails."""
     try:
-        importlib.import_module(f"fastdiff.{name}").build()
+        getattr(importlib.import_module(f"fastdiff.{name}"), first_call)()
     except (ImportError, ValueError) as error:
         if isinstance(error, ModuleNotFoundError) and name == "_C_cuda":
             return "the CUDA kernels were not built; FASTDIFF_BUILD_CUDA=1 makes the installation say why"
@@ -51,7 +51,7 @@ def _triton_missing() -> str | None:
     return None
 
 
-CPU_MISSING, TRITON_MISSING, CUDA_MISSING = _load("_C_cpu"), _triton_missing(), _load("_C_cuda")
+CPU_MISSING, TRITON_MISSING, CUDA_MISSING = _load("_C_cpu", "isa"), _triton_missing(), _load("_C_cuda", "build")
 # Compiled for the CPU by tests/cuda/emulated.py.
 EMULATING = CUDA_MISSING is None and bool(importlib.import_module("fastdiff._C_cuda").emulated)
 

@@ -12,7 +12,7 @@ import torch
 from emulated import TARGET_OPTIONS, extension, sources
 
 ROOT = Path(__file__).parent.parent
-TESTS = sorted((ROOT / "tests/kernels").glob("test_gpu_*.py"))
+TESTS = sorted((ROOT / "tests/kernels").glob("test_[cg]*.py"))
 # The order in which threads run, and sm_80's lack of clusters, must not matter.
 MACHINES = [("90", "shuffled"), ("80", "backward")]
 

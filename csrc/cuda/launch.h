@@ -10,7 +10,6 @@
 
 #ifdef __CUDACC__
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/c/shim.h>
 #endif
 
 namespace fastdiff {
@@ -46,7 +45,8 @@ template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const Tensor& tensor, const Grid& grid, Arguments&&... arguments) {
   constexpr size_t kWithoutAsking = 48 << 10;
   void* stream;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  if (aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) != AOTI_TORCH_SUCCESS)
+    throw std::runtime_error("fastdiff: CUDA: there is no current stream");
   if (grid.shared > kWithoutAsking)
     checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared)));
   cudaLaunchConfig_t config{};

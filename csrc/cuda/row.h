@@ -2,6 +2,8 @@
 // share out, and single numbers at its two ends.
 #pragma once
 
+#include <algorithm>
+
 #include "../element.h"
 #include "launch.h"
 #include "reduce.h"
