@@ -18,7 +18,7 @@ class MixturePathGeneralizedKL(_Loss):
         `-rate [p(x_t) - 1{x_t = x_1} + 1{x_t != x_1} log p(x_1)]`,    rate = d alpha_t / (1 - alpha_t)
 
     Where x_t = x_1 this is rate (1 - p(x_1)), without cancellation. Where not, p(x_t) needs a second call of the row
-    loss: such rows are read twice, forward and backward, and their gradients are added.
+    loss: such rows are read twice in the forward pass.
 
     Args:
         path: has a `scheduler` of t, which gives alpha_t and d_alpha_t.
@@ -42,8 +42,28 @@ class MixturePathGeneralizedKL(_Loss):
             raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {self.reduction!r}")
         schedule, moved = self.path.scheduler(t), x_t != x_1
         rate = schedule.d_alpha_t / (1 - schedule.alpha_t)
-        nll = dce_loss(logits, x_1, exclude_mask=False)
-        nll_t = dce_loss(logits, x_t, mask=moved, exclude_mask=False)
+        nll, nll_t = _TwoNLL.apply(logits, x_1, x_t, moved)
         divergence = torch.where(moved, nll - torch.exp(-nll_t), -torch.expm1(-nll))
         loss = (rate.view(-1, *(1,) * (x_1.dim() - 1)) * divergence).to(nll.dtype)
         return loss if self.reduction == "none" else loss.mean() if self.reduction == "mean" else loss.sum()
+
+
+class _TwoNLL(torch.autograd.Function):
+    """-log p(x_1), and -log p(x_t) where moved; with one gradient for both, which differ at two ids only."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, x_1: Tensor, x_t: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(logits, x_1, x_t, moved)
+        return dce_loss(logits, x_1, exclude_mask=False), dce_loss(logits, x_t, mask=moved, exclude_mask=False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_t: Tensor) -> tuple[Tensor | None, ...]:
+        logits, x_1, x_t, moved = ctx.saved_tensors
+        grad_t = grad_t.masked_fill(~moved, 0)
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            loss = dce_loss(leaf, x_1, weight=grad + grad_t, exclude_mask=False, reduction="sum")
+        (both,) = torch.autograd.grad(loss, leaf)
+        correction = torch.stack([grad_t, -grad_t], -1).to(both.dtype)
+        return both.scatter_add_(-1, torch.stack([x_1, x_t], -1), correction), None, None, None
