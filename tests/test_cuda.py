@@ -35,7 +35,7 @@ def test_in_the_emulator(path, capability, order, emulated):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("architecture", ["80", "90a"])
 @pytest.mark.parametrize("source", [s for s in sources() if s.suffix == ".cu"], ids=lambda s: s.stem)
-def test_compiles_without_warnings_or_spills(source, architecture, tmp_path, record_property):
+def test_compiles_without_warnings_or_spills(source, architecture, tmp_path):
     options = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-Wall", "-Werror", "all-warnings"]
     options += ["-Xptxas", "-v", f"-gencode=arch=compute_{architecture},code=sm_{architecture}", *TARGET_OPTIONS]
     command = ["nvcc", *options, "-DUSE_CUDA", "-c", source, "-o", tmp_path / "object"]

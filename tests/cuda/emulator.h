@@ -21,7 +21,6 @@
 
 #define __global__
 #define __device__
-#define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __grid_constant__
@@ -226,7 +225,6 @@ inline void sync_block(int line) {
 #define gridDim (fastdiff::emulator::Machine::get().grid)
 #define __syncthreads() fastdiff::emulator::sync_block(__LINE__)
 #define __syncwarp() fastdiff::emulator::ballot(0xFFFFFFFF, true, __LINE__)
-#define __shfl_sync(mask, value, from) fastdiff::emulator::shuffled(value, (from) & 31, mask, __LINE__)
 #define __shfl_xor_sync(mask, value, with) \
   fastdiff::emulator::shuffled(value, fastdiff::emulator::lane() ^ (with), mask, __LINE__)
 #define __shfl_up_sync(mask, value, by)                                                                                \
@@ -243,7 +241,6 @@ T atomicAdd(T* to, T value) {
 }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 
 namespace fastdiff {
 
