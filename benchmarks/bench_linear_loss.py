@@ -3,10 +3,10 @@
 The floor multiplies the scored rows, once forward and twice backward, at the rate of the machine's matmul.
 """
 
-import importlib.util
 import os
 from functools import partial
 
+import libraries
 import peers
 import pytest
 import torch
@@ -55,27 +55,13 @@ def dce(b):
         ),
     }
     if GPU:
-        formulas |= installed(h.flatten(0, 1), w, b["labels"].flatten())
+        formulas |= libraries.linear_cross_entropies(h.flatten(0, 1), w, b["labels"].flatten())
     if CHUNKED:
         for policy in ("accurate", "balanced", "compact"):
             options = torch.nn.LinearCrossEntropyOptions(acc_policy=policy)
             formulas[f"the same, chunked, {policy}"] = partial(fused, options=options)
     loss = partial(linear_dce_loss, h, w, x0, xt=b["xt"], weight=rate, exclude_mask=False)
     return loss, formulas, ("every row", "scored rows by hand")
-
-
-def installed(hidden, lm_head, labels):
-    """Other libraries' fused losses, those that are installed; they run on a GPU only and take no weights."""
-    found = {}
-    if importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
-
-        found["Liger"] = lambda: liger(hidden, lm_head, labels, reduction="sum")
-    if importlib.util.find_spec("cut_cross_entropy"):
-        from cut_cross_entropy import linear_cross_entropy as cce
-
-        found["cut-cross-entropy"] = lambda: cce(hidden, lm_head, labels, reduction="sum")
-    return found
 
 
 def dse_absorb(b):

@@ -1,27 +1,22 @@
-"""Collects every measured row of a run into one table and, with --json-results FILE, a JSON file."""
+"""Collects the measured cases of a run into one table and, with --json-results FILE, in a file of results."""
 
-import json
-import os
-import platform
 import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
-from measure import DEVICE, Machine, Probe, Row, interleave, peak_extra_bytes, sources
+from measure import DEVICE, Machine, Probe, in_graph, interleave, peak_extra_bytes
+from results import Case, case, machine, save, versions
 
 from fastdiff import backends
 
 ROUNDS = 7
-Floor = Callable[[Machine], float]
-_rows: list[tuple[Row, Floor | None]] = []  # the floor is known when the rates of the whole run are
-_rates: list[Machine] = []
+_cases: dict[str, Case] = {}
 
 
 def pytest_addoption(parser):
-    parser.addoption("--json-results", default=None, help="write the table to this file too")
+    parser.addoption("--json-results", type=Path, help="keep the cases in this file, beside the others there")
 
 
 @pytest.fixture(scope="session")
@@ -30,18 +25,28 @@ def probe() -> Probe:
 
 
 @pytest.fixture
-def compare(probe, benchmark) -> Callable[..., None]:
+def compare(probe, benchmark, request) -> Callable[..., None]:
     """Measures calls against each other and the machine; the first is ours, which pytest-benchmark times too."""
+    operation, file = request.module.__name__.removeprefix("bench_"), request.config.getoption("--json-results")
 
     def run(
-        case: str, calls: dict[str, Callable[[], object]], floor: Floor | None = None, rounds: int = ROUNDS
+        name: str,
+        calls: dict[str, Callable[[], object]],
+        floor: Callable[[Machine], float] | None = None,
+        rounds: int = ROUNDS,
+        graph: int = 0,
     ) -> None:
         calls = on_each_backend(calls)
+        if graph and DEVICE.type == "cuda":
+            ours = {who: call for who, call in calls.items() if who.startswith("fastdiff")}
+            calls |= {f"{who}, {graph} in a graph": in_graph(call, graph) for who, call in ours.items()}
         seconds = interleave(calls | probe.calls, rounds)
-        _rates.append(probe.rates(seconds))
-        for who, call in calls.items():
-            row = Row(case, who, statistics.median(seconds[who]), None, peak_extra_bytes(call))
-            _rows.append((row, floor))
+        rates = probe.rates(seconds)
+        extra_bytes = {who: peak_extra_bytes(call) for who, call in calls.items()}
+        measured = {f"{operation}: {name}": case(seconds, extra_bytes, floor and floor(rates), rates)}
+        _cases.update(measured)
+        if file:
+            save(file, measured)
         benchmark.pedantic(next(iter(calls.values())), rounds=3)
 
     return run
@@ -62,36 +67,16 @@ def on_each_backend(calls: dict[str, Callable[[], object]]) -> dict[str, Callabl
     return both | {who: call for who, call in calls.items() if who not in ours}
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    if not _rows:
+def pytest_terminal_summary(terminalreporter):
+    if not _cases:
         return
-    rates = Machine(*(statistics.median(rate) for rate in zip(*_rates, strict=True)))
-    rows = [row._replace(floor=floor and floor(rates)) for row, floor in _rows]
     write = terminalreporter.write_line
-    write(f"\n{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    rates = Machine(*(statistics.median(rate) for rate in zip(*(c.rates for c in _cases.values()), strict=True)))
+    write(f"\n{machine()}, " + ", ".join(f"{name} {version}" for name, version in versions().items()))
     write("GB/s: read {:.1f}, copy {:.1f}, fresh fill {:.1f};  matmul {:.0f}, bfloat16 {:.0f} GFLOP/s".format(*rates))
-    write(f"\n{'case':56} {'who':28} {'ms':>9} {'of floor':>9} {'slower':>8} {'extra MB':>9}")
-    first: Row | None = None
-    for row in rows:
-        first = row if first is None or row.case != first.case else first
-        share = f"{row.floor / row.seconds:9.0%}" if row.floor else f"{'':9}"
-        ratio = "" if row is first else f"{row.seconds / first.seconds:.1f}x"
-        case = row.case if row is first else ""
-        write(f"{case:56} {row.who:28} {row.seconds * 1e3:9.2f} {share} {ratio:>8} {row.extra_bytes / 1e6:9.1f}")
-    if config.getoption("--json-results"):
-        result = {"machine": _processor(), "torch": torch.__version__, "sources": sources()}
-        result |= {"threads": torch.get_num_threads(), "rates": rates._asdict(), "rows": [r._asdict() for r in rows]}
-        path = Path(config.getoption("--json-results"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(part, path)
-
-
-def _processor() -> str:
-    """The GPU's name, or the processor's (Linux), or its architecture."""
-    if DEVICE.type == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+    write(f"\n{'case':68} {'who':28} {'ms':>9} {'of floor':>9} {'slower':>8} {'extra MB':>9}")
+    for name, c in _cases.items():
+        for who, call in c.calls.items():
+            label, ratio = (name, "") if call is c.first else ("", f"{call.seconds / c.first.seconds:.1f}x")
+            share = f"{c.floor / call.seconds:.0%}" if c.floor else ""
+            write(f"{label:68} {who:28} {call.seconds * 1e3:9.3f} {share:>9} {ratio:>8} {call.extra_bytes / 1e6:9.1f}")

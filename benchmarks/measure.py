@@ -3,12 +3,10 @@
 Everything runs on the GPU if there is one.
 """
 
-import hashlib
 import mmap
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -25,16 +23,6 @@ class Machine(NamedTuple):
     fresh_fill: float
     matmul: float  # float32
     matmul_bf16: float
-
-
-class Row(NamedTuple):
-    """One measured call: median seconds, the least that its bytes need, memory beyond the inputs."""
-
-    case: str
-    who: str
-    seconds: float
-    floor: float | None
-    extra_bytes: int
 
 
 class Probe:
@@ -85,6 +73,16 @@ def interleave(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str,
     return seconds
 
 
+def in_graph(call: Callable[[], object], times: int) -> Callable[[], object]:
+    """The kernels of so many calls, captured as a CUDA graph."""
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            call()
+    return graph.replay
+
+
 def peak_extra_bytes(call: Callable[[], object]) -> int:
     """The most memory that a call needs beyond what is there before it: resident (Linux), or torch's on the GPU."""
     if DEVICE.type == "cuda":
@@ -102,13 +100,6 @@ def peak_extra_bytes(call: Callable[[], object]) -> int:
 def _wait() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-
-
-def sources() -> str:
-    """A hash of the kernels' sources: results say which they are of."""
-    root = Path(__file__).parent.parent
-    files = sorted([*root.glob("csrc/**/*.[ch]*"), *root.glob("fastdiff/kernels/*.py")])
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def _status(field: str) -> int:

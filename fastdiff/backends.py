@@ -108,7 +108,7 @@ def report() -> list[Report]:
     return [
         Report("cpu", CPU_MISSING is None, cpu),
         Report("triton", triton is None, triton or gpu or "interpreted, very slow"),
-        Report("cuda", cuda is None, cuda or (gpu or "emulated, very slow") + built),
+        Report("cuda", cuda is None, (cuda or gpu or "emulated, very slow") + built),
         Report("reference", True, "float64 PyTorch, any device, slow"),
     ]
 

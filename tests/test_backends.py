@@ -65,6 +65,7 @@ def test_a_gpu_that_triton_cannot_use(capability, triton_missing, reason, monkey
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(backends, "TRITON_MISSING", None)
+    monkeypatch.setattr(backends, "CUDA_MISSING", "was not built")
     assert resolve(None, gpu) == "triton"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(backends, "TRITON_MISSING", triton_missing)

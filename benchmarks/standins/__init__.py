@@ -32,7 +32,7 @@ class Problem:
 
 
 def problem(batch: int, length: int, num_states: int, seed: int = 0) -> Problem:
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     x0 = torch.randint(0, num_states - 1, (batch, length), generator=g)
     t = 0.05 + 0.9 * torch.rand(batch, generator=g, dtype=torch.float64)
     noised = torch.rand(batch, length, generator=g) < t[:, None]

@@ -237,7 +237,7 @@ def least_kept(row, top, scale, top_k, top_p, DTYPE: tl.constexpr, BLOCK: tl.con
 def exponential(draws):
     """-log of a uniform, from whichever end of (0, 1) keeps its digits."""
     near_0 = draws < 2147483648
-    u = (tl.where(near_0, draws, ~draws).to(tl.float32) + 0.5) * 2.0**-32
+    u = (tl.where(near_0, draws, draws ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.0**-32
     return tl.where(near_0, -log1p_(-u), -tl.log(u))
 
 

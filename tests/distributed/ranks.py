@@ -29,8 +29,10 @@ def agree(name, p, parts, dims, leaves, **options):
     whole = loss_and_grads(name, p, *leaves, **{k: v for k, v in options.items() if k != "group"})
     got = loss_and_grads(name, p | parts, *leaves, **options)
     for leaf, a, b in zip(("loss", *leaves), got, whole, strict=True):
-        a = a.to_local() if isinstance(a, DTensor) else a
-        expected = own(b, dims[leaf]) if leaf in dims else b
+        if isinstance(a, DTensor):
+            a, expected = a.full_tensor(), b
+        else:
+            expected = own(b, dims[leaf]) if leaf in dims else b
         assert_near(a, expected, dtype, f"{leaf} in {name}", slack=8)
 
 
