@@ -37,7 +37,7 @@ def test_time_free_nll(compare):
             dce_loss(model(xt), x, mask=m, mask_index=NUM_BYTES)
 
     calls = {
-        proposal: lambda proposal=proposal: time_free_nll(
+        f"fastdiff, {proposal}": lambda proposal=proposal: time_free_nll(
             model, x0, mask_index=NUM_BYTES, num_samples=PASSES, proposal=proposal, batch_size=64
         )
         for proposal in ("stratified", "uniform")

@@ -25,19 +25,23 @@ TYPES = [torch.bfloat16] if GPU else [torch.float32, torch.bfloat16]
 
 @pytest.fixture(scope="module", params=TYPES, ids=str)
 def batch(request):
-    g = torch.Generator().manual_seed(0)
-    x0 = torch.randint(0, NUM_STATES - 1, SHAPE, generator=g)
-    masked = torch.rand(SHAPE, generator=g) < 0.5
-    sigma = torch.rand(SHAPE[0], generator=g) + 0.1
-    tensors = dict(x0=x0, xt=torch.where(masked, NUM_STATES - 1, x0), sigma=sigma, rate=1 / torch.expm1(sigma))
-    tensors |= dict(masked=masked, labels=torch.where(masked, x0, -100))
-    leaves = dict(
-        hidden=torch.randn(*SHAPE, WIDTH, generator=g), lm_head=torch.randn(NUM_STATES, WIDTH, generator=g) / WIDTH**0.5
-    )
+    g = torch.Generator(DEVICE).manual_seed(0)
+    on_device = dict(generator=g, device=DEVICE)
+    x0 = torch.randint(0, NUM_STATES - 1, SHAPE, **on_device)
+    masked = torch.rand(SHAPE, **on_device) < 0.5
+    sigma = torch.rand(SHAPE[0], **on_device) + 0.1
+    hidden = torch.randn(*SHAPE, WIDTH, **on_device, dtype=request.param)
+    lm_head = torch.randn(NUM_STATES, WIDTH, **on_device, dtype=request.param)
     return dict(
+        x0=x0,
+        xt=torch.where(masked, NUM_STATES - 1, x0),
+        sigma=sigma,
+        rate=1 / torch.expm1(sigma),
+        masked=masked,
+        labels=torch.where(masked, x0, -100),
         scored=int(masked.sum()),
-        **{name: tensor.to(DEVICE) for name, tensor in tensors.items()},
-        **{name: leaf.to(DEVICE, request.param).requires_grad_() for name, leaf in leaves.items()},
+        hidden=hidden.requires_grad_(),
+        lm_head=lm_head.mul_(WIDTH**-0.5).requires_grad_(),
     )
 
 

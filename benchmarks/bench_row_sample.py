@@ -20,9 +20,9 @@ def dtype(request):
 
 
 def rows(num_states, dtype):
-    g = torch.Generator().manual_seed(0)
-    z = (2 * torch.randn(*SHAPE, num_states, generator=g)).to(dtype)
-    return z.to(DEVICE), torch.full(SHAPE, num_states - 1, device=DEVICE)
+    g = torch.Generator(DEVICE).manual_seed(0)
+    z = torch.randn(*SHAPE, num_states, generator=g, device=DEVICE, dtype=dtype)
+    return z.mul_(2), torch.full(SHAPE, num_states - 1, device=DEVICE)
 
 
 def floor(z):

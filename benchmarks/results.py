@@ -76,8 +76,9 @@ def versions() -> dict[str, str]:
 
 
 def sources() -> str:
-    """A hash of the kernels' sources: results say which they are of."""
-    files = sorted([*ROOT.glob("csrc/**/*.[ch]*"), *ROOT.glob("fastdiff/kernels/*.py")])
+    """A hash of the sources of the kernels that run here: results say which they are of."""
+    kernels = ["csrc/cuda/*", "fastdiff/kernels/*.py"] if DEVICE.type == "cuda" else ["csrc/cpu/*"]
+    files = sorted(file for pattern in ("csrc/*.h", *kernels) for file in ROOT.glob(pattern))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

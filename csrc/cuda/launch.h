@@ -30,15 +30,21 @@ struct Limits {
 #ifdef __CUDACC__
 
 inline void checked(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("fastdiff: CUDA: ") + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // or the next operator, which did nothing wrong, would be told of it
+  throw std::runtime_error(std::string("fastdiff: CUDA: ") + cudaGetErrorString(error));
 }
 
+// Shows what the kernels that were loaded here are compiled from: a GPU that has clusters may run code that knows none.
+static __global__ void any_kernel() {}
+
 inline Limits limits() {
-  int device, major, shared;
+  int device, shared;
+  cudaFuncAttributes code;
   checked(cudaGetDevice(&device));
-  checked(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   checked(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return {major >= 9, static_cast<size_t>(shared)};
+  checked(cudaFuncGetAttributes(&code, any_kernel));
+  return {code.ptxVersion >= 90, static_cast<size_t>(shared)};
 }
 
 template <typename... Parameters, typename... Arguments>
@@ -47,8 +53,8 @@ void launch(void (*kernel)(Parameters...), const Tensor& tensor, const Grid& gri
   void* stream;
   if (aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) != AOTI_TORCH_SUCCESS)
     throw std::runtime_error("fastdiff: CUDA: there is no current stream");
-  if (grid.shared > kWithoutAsking)
-    checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared)));
+  if (grid.shared > kWithoutAsking)  // as much as there is, or another thread's launch might be left with less
+    checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limits().shared)));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
   config.blockDim = dim3(static_cast<unsigned>(grid.threads));

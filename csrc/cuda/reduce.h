@@ -32,7 +32,10 @@ struct Room {
 template <typename T, typename Merge>
 __device__ T reduce_block(T value, Room<T>& room, const Merge& merge) {
   for (int lane = 16; lane > 0; lane /= 2) value = merge(value, shuffle_xor(value, lane));
-  if (blockDim.x == 32) return value;
+  if (blockDim.x == 32) {
+    __syncwarp();  // a barrier for memory too, as it is for more warps
+    return value;
+  }
   if (threadIdx.x % 32 == 0) room.warps[threadIdx.x / 32] = value;
   __syncthreads();
   value = room.warps[0];

@@ -103,7 +103,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.wanted = inputs[-1]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.factor = None
+    ctx.scaled = None
     ctx.constants = None if any(ctx.wanted) else inputs[_TENSORS:-1]
     made = [grad for grad, want in zip(output[1:], ctx.wanted, strict=True) if want]
     ctx.save_for_backward(*(made or inputs[:_TENSORS]))

@@ -101,7 +101,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or the unused gradient of the gradient would be a zero [..., V]
     ctx.constants = None if with_grad else inputs[_TENSORS:-2]
-    ctx.factor = None  # of the upstream gradient, once it is in the saved one
+    ctx.scaled = None  # the saved gradient, once the upstream one is in it
     ctx.save_for_backward(*([output[1]] if with_grad else tensors))
 
 

@@ -4,28 +4,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastdiff.ops.gpu import define_launch, implement_on_gpus
 from fastdiff.ops.library import define, implement, library, no_double_backward
 
 
 def scaled(backend: str, ctx: Any, grad_loss: Tensor) -> list[Tensor]:
-    """What the forward pass saved, times the upstream gradient of its scalar loss. ctx.factor starts as None."""
+    """What the forward pass saved, times the upstream gradient of its scalar loss. ctx.scaled starts as None."""
     saved = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: a result to differentiate must reach the operator that refuses
         return [_scale_grad(grad.detach().requires_grad_(), grad_loss) for grad in saved]
     if type(grad_loss) is not Tensor:  # traced
         return [_scale_grad(grad, grad_loss) for grad in saved]
-    if backend == "cpu" and grad_loss.item() == 1:
-        return list(saved)
-    if backend == "cpu" or ctx.factor is not None:
-        factor = grad_loss if ctx.factor is None else grad_loss / ctx.factor
-        return [_scale_grad(grad, factor) for grad in saved]
+    if backend == "cpu":
+        return list(saved) if grad_loss.item() == 1 else [_scale_grad(grad, grad_loss) for grad in saved]
+    memory = [StorageWeakRef(grad.untyped_storage()) for grad in saved]  # another where hooks unpack what was saved
+    if ctx.scaled is not None and ctx.scaled[0] == memory:
+        return [_scale_grad(grad, grad_loss / ctx.scaled[1]) for grad in saved]
+    if not all(grad.is_contiguous() and grad.data_ptr() % 16 == 0 for grad in saved):
+        return [_scale_grad(grad, grad_loss) for grad in saved]
     # Nobody has seen these gradients yet: they are scaled in place, at no cost if the device finds that the factor is
     # 1. .data, or the second backward of a retained graph would be told that what it saved has changed.
     for grad in saved:
         _scale_grad_[backend](grad.data, grad_loss)
-    ctx.factor = grad_loss
+    ctx.scaled = memory, grad_loss
     return list(saved)
 
 

@@ -155,6 +155,22 @@ def test_upstream_gradients_and_backward_again(backend, device):
     torch.testing.assert_close(scaled, expected)
 
 
+def misaligned(x):
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)
+
+
+@pytest.mark.parametrize("unpack", [torch.clone, misaligned])
+def test_backward_again_where_hooks_unpack_the_gradient_anew(unpack, backend, device):
+    p = problem((2, 3), 11, device=device)
+    z = p["z"].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, unpack):
+        loss = loss_of("absorb", p, reduction="sum", backend=backend)
+    (expected,) = torch.autograd.grad(loss_of("absorb", p, reduction="sum", backend="reference"), z)
+    for factor in (2.0, 0.5):
+        (scaled,) = torch.autograd.grad(loss * factor, z, retain_graph=True)
+        torch.testing.assert_close(scaled, factor * expected)
+
+
 def test_double_backward_is_an_error(backend, device):
     p = problem((2, 3), 11, device=device)
     z = p["z"].requires_grad_()
