@@ -12,7 +12,9 @@ from results import Case, case, machine, save, versions
 from fastdiff import backends
 
 ROUNDS = 7
+Floor = Callable[[Machine], float]
 _cases: dict[str, Case] = {}
+_floors: dict[str, Floor] = {}
 
 
 def pytest_addoption(parser):
@@ -32,7 +34,7 @@ def compare(probe, benchmark, request) -> Callable[..., None]:
     def run(
         name: str,
         calls: dict[str, Callable[[], object]],
-        floor: Callable[[Machine], float] | None = None,
+        floor: Floor | None = None,
         rounds: int = ROUNDS,
         graph: int = 0,
     ) -> None:
@@ -43,10 +45,12 @@ def compare(probe, benchmark, request) -> Callable[..., None]:
         seconds = interleave(calls | probe.calls, rounds)
         rates = probe.rates(seconds)
         extra_bytes = {who: peak_extra_bytes(call) for who, call in calls.items()}
-        measured = {f"{operation}: {name}": case(seconds, extra_bytes, floor and floor(rates), rates)}
-        _cases.update(measured)
+        name = f"{operation}: {name}"
+        _cases[name] = case(seconds, extra_bytes, floor and floor(rates), rates)
+        if floor:
+            _floors[name] = floor
         if file:
-            save(file, measured)
+            save(file, {name: _cases[name]})
         benchmark.pedantic(next(iter(calls.values())), rounds=3)
 
     return run
@@ -70,8 +74,14 @@ def on_each_backend(calls: dict[str, Callable[[], object]]) -> dict[str, Callabl
 def pytest_terminal_summary(terminalreporter):
     if not _cases:
         return
-    write = terminalreporter.write_line
+    write, file = terminalreporter.write_line, terminalreporter.config.getoption("--json-results")
+    # One case's rates vary more than a run's, of which there are many.
     rates = Machine(*(statistics.median(rate) for rate in zip(*(c.rates for c in _cases.values()), strict=True)))
+    for name, c in _cases.items():
+        floor = _floors[name](rates) if name in _floors else None
+        _cases[name] = c._replace(rates=rates, floor=floor)
+    if file:
+        save(file, _cases)
     write(f"\n{machine()}, " + ", ".join(f"{name} {version}" for name, version in versions().items()))
     write("GB/s: read {:.1f}, copy {:.1f}, fresh fill {:.1f};  matmul {:.0f}, bfloat16 {:.0f} GFLOP/s".format(*rates))
     write(f"\n{'case':68} {'who':28} {'ms':>9} {'of floor':>9} {'slower':>8} {'extra MB':>9}")

@@ -161,7 +161,7 @@ def token_rows(
         xt=xt,
         live=live,
         law=None,
-        exclude=torch.tensor(sorted(excluded), device=z.device) if excluded else None,
+        exclude=torch.stack([_filled(i, z.device) for i in sorted(excluded)]) if excluded else None,
         seed=resolve_seed(seed, generator, z.device),
         step=_one_step(step, z.device),
         sample_ids=sample_ids.long().unsqueeze(1).expand(xt.shape).contiguous(),
@@ -176,7 +176,12 @@ def token_rows(
 def _one_step(step: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(step, Tensor) and step.numel() != 1:
         raise ValueError(f"step: expected one number, got shape {tuple(step.shape)}")
-    return torch.as_tensor(step, dtype=torch.int64, device=device).reshape(())
+    return step.to(device, torch.int64).reshape(()) if isinstance(step, Tensor) else _filled(step, device)
+
+
+def _filled(number: int, device: torch.device) -> Tensor:
+    """A number on a device, which a copy from the host would wait for."""
+    return torch.full((), number, dtype=torch.int64, device=device)
 
 
 def check_temperature(temperature: float) -> float:

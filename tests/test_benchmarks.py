@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import report
+from measure import Machine
 from results import Call, Case, load, save
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +21,7 @@ def run(*command):
 
 def a_case(seconds=0.002):
     calls = {"fastdiff": Call(seconds, 0.001, 0.003, 0), "other": Call(0.2, 0.1, 0.3, 5_000_000)}
-    return Case(calls, 0.0005, report.Machine(1.0, 2.0, 3.0, 4.0, 5.0), "a machine", {"torch": "2.13.0"}, "abcd")
+    return Case(calls, 0.0005, Machine(1.0, 2.0, 3.0, 4.0, 5.0), "a machine", {"torch": "2.13.0"}, "abcd")
 
 
 def test_results_are_kept_case_by_case(tmp_path):

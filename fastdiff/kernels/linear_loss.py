@@ -56,8 +56,8 @@ def row_sums_kernel(
             z = softcap * (1 - 2 / (1 + tl.exp2(z * (2 * LOG2_E / softcap))))  # tanh
         is_x0 = ids[None, :] == x0[:, None]
         at_x0 += tl.sum(tl.where(is_x0, z, 0.0), 1)
-        left_out = tl.where((ids < num_ids) & (ids != excluded), 0.0, float("-inf"))
-        z = tl.where(is_x0, float("-inf"), z + left_out[None, :])
+        left_out = (ids >= num_ids) | (ids == excluded)
+        z = tl.where(is_x0 | left_out[None, :], float("-inf"), z)
         top = tl.maximum(m, tl.max(z, 1))
         s = s * tl.exp2((m - top) * LOG2_E) + tl.sum(tl.exp2((z - top[:, None]) * LOG2_E), 1)
         m = top

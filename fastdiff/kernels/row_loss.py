@@ -160,6 +160,7 @@ def dse_row(
     total = tl.zeros((BLOCK,), f32)
     for i in range(num_blocks(row, BLOCK, VEC)):
         total += dse_visit(block_of(row, i, BLOCK, VEC), row, constants, KIND, WITH_GRAD)
+    # In place, warps that come later find gradients at the edges, which all read; what is stored is the first's.
     edge = dse_visit(edge_of(row, VEC), row, constants, KIND, WITH_GRAD)
     if WITH_GRAD:
         store_apart(row, (weight * slope_x0).to(f32), 0.0)

@@ -121,7 +121,7 @@ _uniform_tokens = define(
 
 
 # ---------------------------------------------------------------------------------------------------------
-# On a GPU. Nothing here waits for the device.
+# On a GPU. Nothing here waits for the device, but the first table of harmonic numbers of a size, which is copied there.
 
 
 def _token_noise(
@@ -169,7 +169,7 @@ def _harmonic_subset(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     xt, mask = torch.empty_like(x0), torch.empty_like(x0, dtype=torch.bool)
     counts, weight = torch.empty_like(steps), torch.empty_like(steps, dtype=torch.float64)
-    table = harmonic_table(x0.shape[-1], x0.device)
+    table = harmonic_table(1 << x0.shape[-1].bit_length(), x0.device)  # few different ones
     if counts.numel():
         kernels.launch_subset(x0, counts, maskable, cu_seqlens, seed, steps, ids, table, xt, mask, weight, mask_index)
     return xt, mask, counts, weight
@@ -178,7 +178,7 @@ def _harmonic_subset(
 @functools.cache
 def harmonic_table(longest: int, device: torch.device) -> Tensor:
     """H_0 .. H_longest, summed on the host in rising order, so that every device has the same bits."""
-    terms = 1 / torch.arange(longest + 1, dtype=torch.float64)
+    terms = 1 / torch.arange(longest + 1, dtype=torch.float64, device="cpu")
     terms[0] = 0
     return terms.cumsum(0).to(device)
 

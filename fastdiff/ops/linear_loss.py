@@ -271,13 +271,26 @@ class _Chunks:
         return fresh
 
     def _length(self, num_rows: int) -> int:
-        """Rows of a chunk, all alike, whose logits fit the tile. A softcap keeps two more copies, in float32."""
+        """Rows of a chunk, all alike, whose logits fit the tile; all of them if more chunks would need more memory.
+
+        A softcap keeps two more copies, in float32.
+        """
         num_ids, size = self.head.num_states, self.head.dtype.itemsize
         if self.head.shard.group:
             num_ids = self.head.shard.size  # the same on all ranks
         row = num_ids * (size if self.head.softcap == 0 else size + 8)
+        if num_rows * row <= self._sum_bytes():
+            return max(1, num_rows)
         most = max(1, TILE_BYTES[self.hidden.device.type] // row)
         return max(1, math.ceil(num_rows / max(1, math.ceil(num_rows / most))))
+
+    def _sum_bytes(self) -> int:
+        """What the sum of lm_head's gradient over chunks takes, if that needs a wider type; as if nothing over ranks,
+        which must cut the same chunks, also those that want no such gradient."""
+        weights = self.head.lm_head
+        if weights is None or not self.wanted[1] or weights.dtype == self.exact or self.head.shard.group:
+            return 0
+        return weights.numel() * self.exact.itemsize
 
     def _chunk(self, part: Tensor) -> Tensor:
         exists = part < len(self.hidden)

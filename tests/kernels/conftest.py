@@ -22,6 +22,8 @@ BACKENDS = [
     *(["triton"] if INTERPRETING or (DEVICE.type == "cuda" and TRITON_MISSING is None) else []),
     *(["cuda"] if EMULATING or (DEVICE.type == "cuda" and CUDA_MISSING is None) else []),
 ]
+if DEVICE.type == "cuda" and not BACKENDS:
+    raise RuntimeError(f"there is a GPU, and nothing to test on it: {TRITON_MISSING}; {CUDA_MISSING}")
 collect_ignore_glob = [] if BACKENDS else ["test_*"]
 
 if INTERPRETING:

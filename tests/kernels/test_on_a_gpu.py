@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import LOSSES, assert_near, linear_problem, loss_and_grad, loss_and_grads, loss_of, problem
 
-from fastdiff import Uniform, corrupt, dce_loss, harmonic_mask, mask_exactly, mask_tokens
+from fastdiff import Uniform, corrupt, dce_loss, harmonic_mask, mask_exactly, mask_tokens, sample_tokens
 from fastdiff.backends import EMULATING, INTERPRETING
 
 if not torch.cuda.is_available() or INTERPRETING or EMULATING:
@@ -129,6 +129,7 @@ def test_nothing_waits_for_the_device(monkeypatch):
         mask_exactly(x0, counts, mask_index=M, seed=1)
         harmonic_mask(x0, mask_index=M, seed=1)
         corrupt(x0, p["sigma"], Uniform(M + 1), seed=1)
+        sample_tokens(p["z"], p["xt"], seed=1)
         for name in LOSSES:
             for reduction in ("none", "mean"):
                 loss_and_grad(name, p, reduction=reduction)

@@ -32,3 +32,9 @@ def test_evaluation_without_a_scored_row(device):
     p["xt"] = p["x0"]
     for capacity in (None, 3):
         assert not loss_of("dce", p, backend="triton", capacity=capacity).any()
+
+
+def test_the_excluded_id_is_not_looked_at(device):
+    p = linear_problem((2, 3), 50, torch.float16, bias=False, device=device)
+    p["lm_head"][49] = torch.nan
+    assert loss_of("dce", p, backend="triton").isfinite().all()

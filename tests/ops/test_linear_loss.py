@@ -17,6 +17,7 @@ SLACK = {torch.float64: 1, torch.float32: 4, torch.bfloat16: 4, torch.float16: 8
 @pytest.fixture(params=[1, 10**9], ids=["many chunks", "one chunk"])
 def chunked(request, monkeypatch):
     monkeypatch.setitem(op.TILE_BYTES, "cpu", request.param)
+    monkeypatch.setattr(op._Chunks, "_sum_bytes", lambda chunks: 0)
     monkeypatch.setitem(op.IDS, "cpu", 20)
 
 
@@ -130,6 +131,21 @@ def test_logits_fit_the_tile(monkeypatch):
     hidden, lm_head = p["hidden"].requires_grad_(), p["lm_head"]
     linear_dce_loss(hidden, lm_head, p["x0"], exclude_mask=False, reduction="sum")
     assert [tuple(z.shape) for z in seen] == [(4, 27)] * 3 + [(3, 27)]
+
+
+@pytest.mark.parametrize(
+    ("trains", "dtype", "chunks"), [(True, torch.bfloat16, 1), (False, torch.bfloat16, 4), (True, torch.float32, 4)]
+)
+def test_one_chunk_where_a_sum_over_chunks_would_take_more_memory(trains, dtype, chunks, monkeypatch):
+    """15 rows of 27 logits are less than 27 x 16 float32 numbers, which 16-bit weights would need."""
+    seen = []
+    row_losses_ = op.row_losses_
+    monkeypatch.setattr(op, "row_losses_", lambda rows, *args: seen.append(rows.z) or row_losses_(rows, *args))
+    monkeypatch.setitem(op.TILE_BYTES, "cpu", 27 * 4 * dtype.itemsize)
+    p = linear_problem((3, 5), 27, dtype)
+    hidden, lm_head = p["hidden"].requires_grad_(), p["lm_head"].requires_grad_(trains)
+    linear_dce_loss(hidden, lm_head, p["x0"], exclude_mask=False, reduction="sum")
+    assert len(seen) == chunks
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
