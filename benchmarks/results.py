@@ -43,7 +43,7 @@ class Case(NamedTuple):
 def case(seconds: dict[str, list[float]], extra_bytes: dict[str, int], floor: float | None, rates: Machine) -> Case:
     """A case measured here and now."""
     calls = {who: Call(*_quartiles(seconds[who]), extra) for who, extra in extra_bytes.items()}
-    return Case(calls, floor, rates, machine(), versions(), sources())
+    return Case(calls, floor, rates, machine(), versions(), sources(DEVICE.type))
 
 
 def load(file: Path) -> dict[str, Case]:
@@ -75,9 +75,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: installed[name] for name in PACKAGES if name in installed}
 
 
-def sources() -> str:
-    """A hash of the sources of the kernels that run here: results say which they are of."""
-    kernels = ["csrc/cuda/*", "fastdiff/kernels/*.py"] if DEVICE.type == "cuda" else ["csrc/cpu/*"]
+def sources(device: str) -> str:
+    """A hash of the sources of the kernels for the CPU or for GPUs ("cuda"): results say which they are of."""
+    kernels = ["csrc/cuda/*", "fastdiff/kernels/*.py"] if device == "cuda" else ["csrc/cpu/*"]
     files = sorted(file for pattern in ("csrc/*.h", *kernels) for file in ROOT.glob(pattern))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
