@@ -38,11 +38,13 @@ def compare(probe, benchmark, request) -> Callable[..., None]:
         rounds: int = ROUNDS,
         graph: int = 0,
     ) -> None:
-        calls = on_each_backend(calls)
+        calls, graphs = on_each_backend(calls), {}
         if graph and DEVICE.type == "cuda":
             ours = {who: call for who, call in calls.items() if who.startswith("fastdiff")}
-            calls |= {f"{who}, {graph} in a graph": in_graph(call, graph) for who, call in ours.items()}
+            graphs = {f"{who}, one of {graph} in a graph": in_graph(call, graph) for who, call in ours.items()}
+        calls |= graphs
         seconds = interleave(calls | probe.calls, rounds)
+        seconds |= {who: [s / graph for s in seconds[who]] for who in graphs}
         rates = probe.rates(seconds)
         extra_bytes = {who: peak_extra_bytes(call) for who, call in calls.items()}
         name = f"{operation}: {name}"

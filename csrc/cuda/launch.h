@@ -54,7 +54,8 @@ void launch(void (*kernel)(Parameters...), const Tensor& tensor, const Grid& gri
   if (aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) != AOTI_TORCH_SUCCESS)
     throw std::runtime_error("fastdiff: CUDA: there is no current stream");
   if (grid.shared > kWithoutAsking)  // as much as there is, or another thread's launch might be left with less
-    checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limits().shared)));
+    checked(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limits().shared)));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
   config.blockDim = dim3(static_cast<unsigned>(grid.threads));

@@ -285,8 +285,10 @@ class _Chunks:
         return max(1, math.ceil(num_rows / max(1, math.ceil(num_rows / most))))
 
     def _sum_bytes(self) -> int:
-        """What the sum of lm_head's gradient over chunks takes, if that needs a wider type; as if nothing over ranks,
-        which must cut the same chunks, also those that want no such gradient."""
+        """What the sum of lm_head's gradient over chunks takes, if that needs a wider type.
+
+        0 over ranks: they must cut the same chunks, and one may want no such gradient.
+        """
         weights = self.head.lm_head
         if weights is None or not self.wanted[1] or weights.dtype == self.exact or self.head.shard.group:
             return 0
