@@ -50,8 +50,7 @@ def test_every_kernel_can_be_called():
 
 def test_a_benchmark_leaves_its_cases(tmp_path):
     file = tmp_path / "results.json"
-    options = ("--benchmark-only", "-q", "-p", "no:cacheprovider", f"--json-results={file}")
-    shown = run("-m", "pytest", "benchmarks/bench_corrupt.py", *options)
+    shown = run("-m", "pytest", "-p", "no:cacheprovider", "benchmarks/bench_corrupt.py", f"--json-results={file}")
     cases = load(file)
     assert list(cases) == ["corrupt: mask_tokens", "corrupt: harmonic_mask"]
     assert all(name in shown for name in cases)
