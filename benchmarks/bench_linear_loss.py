@@ -11,7 +11,7 @@ import peers
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import DEVICE
+from measure import DEVICE, both_ways
 
 from fastdiff import dce_loss, linear_dce_loss, linear_dse_loss
 
@@ -74,11 +74,6 @@ def dse_absorb(b):
     return partial(linear_dse_loss, h, w, sigma, xt, x0), formulas, ("every row",)
 
 
-def both_ways(b, call):
-    b["hidden"].grad = b["lm_head"].grad = None
-    call().backward()
-
-
 def floor(b, products, rates):
     rate = rates.matmul_bf16 if b["hidden"].dtype == torch.bfloat16 else rates.matmul
     return products * 2 * b["scored"] * WIDTH * NUM_STATES / rate / 1e9
@@ -93,7 +88,7 @@ def test_forward_and_backward(case, batch, compare):
     calls = {"fastdiff": partial(loss, reduction="sum"), "fastdiff, none": lambda: loss().sum(), **formulas}
     if COMPILED:
         calls |= {f"{who}, compiled": torch.compile(formulas[who]) for who in compiled}
-    calls = {who: partial(both_ways, batch, call) for who, call in calls.items()}
+    calls = {who: partial(both_ways, call, batch["hidden"], batch["lm_head"]) for who, call in calls.items()}
     name = f"linear {case.__name__}, forward + backward, {str(batch['hidden'].dtype).removeprefix('torch.')}"
     compare(name, calls, partial(floor, batch, 3), ROUNDS)
 

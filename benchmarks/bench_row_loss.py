@@ -12,7 +12,7 @@ import libraries
 import peers
 import pytest
 import torch
-from measure import DEVICE
+from measure import DEVICE, both_ways
 
 from fastdiff import dce_loss, dse_loss
 
@@ -54,13 +54,7 @@ def calls_of(b, loss, formulas):
     }
     if COMPILED:
         losses |= {f"{who}, compiled": torch.compile(formula) for who, formula in formulas.items()}
-
-    return {who: partial(both_ways, b["z"], call) for who, call in losses.items()}
-
-
-def both_ways(z, call):
-    z.grad = None
-    call().backward()
+    return {who: partial(both_ways, loss, b["z"]) for who, loss in losses.items()}
 
 
 @torch.no_grad()
@@ -167,6 +161,6 @@ def test_many_rows(case, num_states, share, compare):
     if case is dce:
         z, labels = b["z"].detach().clone().flatten(0, 1), b["x0"].where(b["xt"] != b["x0"], -100).flatten()
         for who, call in libraries.cross_entropies(z.requires_grad_(), labels).items():
-            calls[who] = partial(both_ways, z, call)
+            calls[who] = partial(both_ways, call, z)
     name = f"{case.__name__}, forward + backward, bfloat16, 32768 x {num_states}, {share:.0%} masked"
     compare(name, calls, partial(floor, b, rows, read="copy", write="copy"))

@@ -9,7 +9,7 @@ import peers
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import DEVICE
+from measure import DEVICE, both_ways
 
 from fastdiff import dce_loss, linear_dce_loss
 
@@ -35,13 +35,8 @@ def leaf(*shape):
 
 
 def run(compare, what, batch, losses, leaves):
-    def both_ways(loss):
-        for x in leaves:
-            x.grad = None
-        loss().backward()
-
     masked = (batch["xt"] != batch["x0"]).double().mean().item()
-    calls = {who: partial(both_ways, loss) for who, loss in losses.items()}
+    calls = {who: partial(both_ways, loss, *leaves) for who, loss in losses.items()}
     compare(f"{what}, V = {batch['num_states']}, {masked:.0%} masked", calls, rounds=5)
 
 

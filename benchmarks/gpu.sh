@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a GPU must show, in steps that run one by one, each in under ten minutes on an H100:
+# What a GPU must show, in steps that run one by one:
 #
 #   benchmarks/gpu.sh build tests sanitize profile bench_row_loss bench_corrupt ...
 #

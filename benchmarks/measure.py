@@ -73,6 +73,13 @@ def interleave(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str,
     return seconds
 
 
+def both_ways(loss: Callable[[], torch.Tensor], *leaves: torch.Tensor) -> None:
+    """A loss and its gradients, into leaves that have none yet."""
+    for leaf in leaves:
+        leaf.grad = None
+    loss().backward()
+
+
 def in_graph(call: Callable[[], object], times: int) -> Callable[[], object]:
     """The kernels of so many calls, captured as a CUDA graph."""
     call()
