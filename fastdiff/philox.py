@@ -69,3 +69,14 @@ def draw32(seed: Names, purpose: Names, step: Names, sample: Names, row: Names, 
 def uniform(seed: Names, purpose: Names, step: Names, sample: Names, row: Names, index: Names) -> Tensor:
     """Float64 uniforms in (0, 1): (draw32 + 1/2) 2^-32."""
     return (draw32(seed, purpose, step, sample, row, index).double() + 0.5) * 2.0**-32
+
+
+def scaled(draw: Tensor, size: Names) -> Tensor:
+    """floor(size draw / 2^32), of [0, size) uniformly, for any size of 63 bits: two products, of its halves."""
+    return draw * (size >> 32) + (((draw * (size & _MASK32)) >> 32) & _MASK32)
+
+
+def scaled_in_stratum(draw: Tensor, j: Names, n: int, size: Names) -> Tensor:
+    """floor(size (j + draw / 2^32) / n), of the j-th of n strata of [0, size), j < n <= 2^31, size < 2^62."""
+    whole, rest = size // n, size % n
+    return j * whole + (j * rest + scaled(draw, size)) // n

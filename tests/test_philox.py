@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastdiff.philox import Purpose, draw32, philox4x32, uniform
+from fastdiff.philox import Purpose, draw32, philox4x32, scaled, scaled_in_stratum, uniform
 
 ONES = 0xFFFFFFFF
 # Known answers of philox4x32-10 from Random123: (key, counter, words).
@@ -63,3 +63,23 @@ def test_uniforms_are_uniform_and_inside_the_open_interval():
     assert 60 < ((counts - 1000) ** 2 / 1000).sum() < 150  # chi-square, 99 degrees of freedom
     assert u.min() > 0
     assert u.max() < 1
+
+
+SIZES = [1, 2, 1000, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 1, 2**32, 2**32 + 1, 2**45 + 12345, 2**62 - 1]
+DRAWS = [0, 1, 0x7FFFFFFF, 0x80000000, 0x9E3779B9, ONES]
+
+
+def test_scaled_draws_are_exact_where_the_product_has_more_than_63_bits():
+    for size in SIZES:
+        want = [draw * size >> 32 for draw in DRAWS]
+        assert scaled(torch.tensor(DRAWS), size).tolist() == want
+        assert scaled(torch.tensor(DRAWS), torch.tensor(size)).tolist() == want
+
+
+def test_draws_in_strata_are_exact_where_the_product_has_more_than_63_bits():
+    for size in SIZES:
+        for n in (1, 3, 70_000, 2**31):
+            for j in {0, n // 3, n - 1}:
+                want = [((j << 32) + draw) * size // (n << 32) for draw in DRAWS]
+                assert scaled_in_stratum(torch.tensor(DRAWS), j, n, torch.tensor(size)).tolist() == want
+                assert scaled_in_stratum(torch.tensor(DRAWS), torch.tensor(j), n, size).tolist() == want
