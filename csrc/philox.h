@@ -87,4 +87,10 @@ FASTDIFF_HD uint64_t threshold(double p) {
   return bits & 0xFFFFFFFFFFFFF;
 }
 
+// floor(draw * size / 2^32), for any size.
+FASTDIFF_HD int64_t scaled(uint32_t draw, int64_t size) {
+  const auto low = static_cast<uint32_t>(size), high = static_cast<uint32_t>(size >> 32);
+  return static_cast<int64_t>(uint64_t{draw} * high + (uint64_t{draw} * low >> 32));
+}
+
 }  // namespace fastdiff

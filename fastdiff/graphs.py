@@ -134,4 +134,4 @@ class Uniform(Graph):
         flat = torch.arange(torch.Size(shape[1:]).numel(), device=device)
         sample = torch.arange(shape[0], device=device).unsqueeze(1)
         draws = philox.draw32(seed, philox.Purpose.LIMIT, 0, sample, 0, flat)
-        return ((draws * self.num_states) >> 32).view(shape)
+        return philox.scaled(draws, self.num_states).view(shape)

@@ -20,7 +20,7 @@ from fastdiff.checks import (
     values_are_checked,
 )
 from fastdiff.ops import corrupt as ops
-from fastdiff.philox import Purpose, draw32, uniform
+from fastdiff.philox import Purpose, draw32, scaled, scaled_in_stratum, uniform
 
 if TYPE_CHECKING:
     from fastdiff.graphs import Graph
@@ -179,10 +179,9 @@ def sample_mask_counts(
     draws = draw32(seed, Purpose.COUNT, steps.unsqueeze(1), sample_ids.unsqueeze(1), 0, j)
     size = rows.unsqueeze(1)
     if proposal == "harmonic":
-        counts, weights = ops.harmonic_counts(draws, size.expand(draws.shape), int(rows.max()))
+        counts, weights = ops.harmonic_counts(draws, rows, int(rows.max()))
     else:
-        # floor of L times a uniform, or of L times a uniform in stratum j of n, in exact integers
-        counts = 1 + ((draws * size) >> 32 if proposal == "uniform" else ((j << 32) + draws) * size // (n << 32))
+        counts = 1 + (scaled(draws, size) if proposal == "uniform" else scaled_in_stratum(draws, j, n, size))
         weights = size.double() / counts
     shape = (*lengths.shape, n)
     return counts.view(shape), weights.reshape(shape)

@@ -94,10 +94,7 @@ FASTDIFF_HD void redraw_row(const TokenNoise& op, int64_t b, int64_t num_states)
     op.compare(draws, b, first, n, hit);
     draw_block(replace, first, n, draws);
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const auto redrawn = static_cast<int64_t>(uint64_t{draws[i]} * static_cast<uint64_t>(num_states) >> 32);
-      xt[i] = hit[i] ? redrawn : x0[i];
-    }
+    for (int64_t i = 0; i < n; ++i) xt[i] = hit[i] ? scaled(draws[i], num_states) : x0[i];
   }
 }
 

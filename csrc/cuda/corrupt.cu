@@ -91,8 +91,7 @@ __global__ void __launch_bounds__(kNoiseThreads) token_noise_kernel(const __grid
     const int64_t position = in_tile(first, i), at = b * op.length + position;
     if (position >= op.length) break;
     const bool hit = allowed[i] && draws.w[i] < threshold(p[i]);
-    const auto redrawn = static_cast<int64_t>(uint64_t{others.w[i]} * static_cast<uint64_t>(op.number) >> 32);
-    op.xt[at] = !hit ? tokens[i] : op.mask ? op.number : redrawn;
+    op.xt[at] = !hit ? tokens[i] : op.mask ? op.number : scaled(others.w[i], op.number);
     if (op.mask) op.mask[at] = hit;
   }
 }

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.philox import draw, stream, threshold
+from fastdiff.kernels.philox import draw, scaled, stream, threshold
 from fastdiff.philox import Purpose
 
 MASK = tl.constexpr(int(Purpose.MASK))
@@ -58,8 +58,8 @@ def token_noise_kernel(
         tl.store(XT + at, tl.where(hit, number, x0), mask=exists)
     else:
         k0, k1, sample, purpose_step = load_names(SEED, STEPS, SAMPLE_IDS, b, REPLACE)
-        redrawn = (draw(k0, k1, sample, purpose_step, first, BLOCK).to(tl.uint64) * number) >> 32
-        tl.store(XT + at, tl.where(hit, redrawn.to(tl.int64), x0), mask=exists)
+        redrawn = scaled(draw(k0, k1, sample, purpose_step, first, BLOCK), number)
+        tl.store(XT + at, tl.where(hit, redrawn, x0), mask=exists)
 
 
 # ---------------------------------------------------------------------------------------------------------

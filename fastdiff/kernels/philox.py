@@ -58,3 +58,10 @@ def threshold(p):
     """round(p 2^32) to the nearest even, as int64: a draw below it has probability p."""
     magic = 4503599627370496.0  # 2^52: in the sum the integer is the low bits
     return (p * 4294967296.0 + magic).to(tl.int64, bitcast=True) & 0xFFFFFFFFFFFFF
+
+
+@triton.jit
+def scaled(draw_, size):
+    """floor(draw size / 2^32), as int64, for any size."""
+    draw_, size = draw_.to(tl.uint64), size.to(tl.uint64)
+    return (draw_ * (size >> 32) + ((draw_ * (size & 0xFFFFFFFF)) >> 32)).to(tl.int64)

@@ -393,7 +393,7 @@ def row_sample_kernel(
     tl.store(TOKENS + r, token)
     if STATS is not None:
         tl.store(ARGMAX + r, argmax)
-        rows = tl.num_programs(0)
+        rows = tl.num_programs(0).to(tl.int64)
         tl.store(STATS + r, probability)
         tl.store(STATS + rows + r, gap)
         tl.store(STATS + 2 * rows + r, negentropy)

@@ -10,7 +10,7 @@ from fastdiff.backends import resolve
 from fastdiff.checks import check_values
 from fastdiff.ops.gpu import define_launch, implement_on_gpus
 from fastdiff.ops.library import define
-from fastdiff.philox import Purpose, draw32
+from fastdiff.philox import Purpose, draw32, scaled
 
 # x0 int64 [B, L], or packed [T] with cu_seqlens int64 [B + 1]; p float64 [B, L] with any strides; maskable bool as x0;
 # seed int64 []; steps, sample_ids and counts int64 [B]. xt and mask are shaped as x0. The draws are
@@ -62,8 +62,8 @@ def harmonic_mask(
     places = _Places(x0, maskable, cu_seqlens)
     length, (seed, steps, sample_ids) = places.num_maskable, names
     check_values("maskable", length, length == 0, "at least one position in each sequence")
-    draws = draw32(seed, Purpose.COUNT, steps, sample_ids, 0, 0)
-    counts, weight = harmonic_counts(draws, length, x0.shape[-1])
+    draws = draw32(seed, Purpose.COUNT, steps, sample_ids, 0, 0).unsqueeze(1)
+    counts, weight = (column.squeeze(1) for column in harmonic_counts(draws, length, x0.shape[-1]))
     return *_masked(x0, places.subset(counts, names), mask_index), counts, weight
 
 
@@ -71,17 +71,16 @@ def uniform_tokens(x0: Tensor, p: Tensor, names: Names, num_states: int, backend
     """Redraws each token from all num_states with probability p; it may stay."""
     if (kernels := resolve(backend, x0.device, "uniform_tokens", x0.shape[-1])) != "reference":
         return _uniform_tokens[kernels](x0, p, *names, num_states)
-    redrawn = (_draws(Purpose.REPLACE, x0, names) * num_states) >> 32
+    redrawn = scaled(_draws(Purpose.REPLACE, x0, names), num_states)
     return torch.where(_draws(Purpose.MASK, x0, names) < _threshold(p), redrawn, x0)
 
 
 def harmonic_counts(draws: Tensor, length: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """The first m with draw < round(2^32 H_m / H_L), and the weight H_L: shapes of `draws` and `length` broadcast."""
-    harmonic = torch.cumsum(1 / torch.arange(1, longest + 1, dtype=torch.float64, device=draws.device), 0)
-    norm = harmonic[length - 1]
-    table = torch.round(harmonic / norm.unsqueeze(-1) * 2.0**32)
-    counts = 1 + (table <= draws.unsqueeze(-1)).sum(-1)
-    return counts, norm.expand(counts.shape)
+    """The first m with draw < round(2^32 H_m / H_L), and the weight H_L: [B, n] each, of draws [B, n], lengths [B]."""
+    harmonic = harmonic_numbers(longest, draws.device)
+    norm = harmonic[length].unsqueeze(1)
+    table = torch.round(harmonic / norm * 2.0**32)
+    return torch.searchsorted(table, draws.double(), right=True), norm.expand(draws.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -169,18 +168,20 @@ def _harmonic_subset(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     xt, mask = torch.empty_like(x0), torch.empty_like(x0, dtype=torch.bool)
     counts, weight = torch.empty_like(steps), torch.empty_like(steps, dtype=torch.float64)
-    table = harmonic_table(1 << x0.shape[-1].bit_length(), x0.device)  # few different ones
+    table = _kept_numbers(1 << x0.shape[-1].bit_length(), x0.device)  # few different ones
     if counts.numel():
         kernels.launch_subset(x0, counts, maskable, cu_seqlens, seed, steps, ids, table, xt, mask, weight, mask_index)
     return xt, mask, counts, weight
 
 
-@functools.cache
-def harmonic_table(longest: int, device: torch.device) -> Tensor:
+def harmonic_numbers(longest: int, device: torch.device) -> Tensor:
     """H_0 .. H_longest, summed on the host in rising order, so that every device has the same bits."""
     terms = 1 / torch.arange(longest + 1, dtype=torch.float64, device="cpu")
     terms[0] = 0
     return terms.cumsum(0).to(device)
+
+
+_kept_numbers = functools.cache(harmonic_numbers)
 
 
 define_launch(

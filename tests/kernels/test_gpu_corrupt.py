@@ -69,6 +69,12 @@ def test_masks_of_packed_documents(backend, device):
     equal(backend, lambda b, to: harmonic_mask(to(x0), **options(b, to)), device)
 
 
+@pytest.mark.parametrize("num_states", [2**32 - 1, 2**33 + 5, 2**62])
+def test_redrawn_in_any_number_of_states(num_states, backend, device):
+    x0 = torch.zeros(2, 1100, dtype=torch.long)
+    equal(backend, lambda b, to: corrupt(to(x0), 1.0, Uniform(num_states), seed=1, backend=b), device)
+
+
 @pytest.mark.parametrize("p", [0.0, 1.0, 2.0**-33, 1 - 2.0**-34])
 def test_extreme_probabilities(p, backend, device):
     x0 = torch.arange(8).view(2, 4)

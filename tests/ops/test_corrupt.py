@@ -18,6 +18,7 @@ from fastdiff import (
     sample_mask_counts,
     sample_times,
 )
+from fastdiff.philox import Purpose, draw32
 
 M = 50
 
@@ -191,6 +192,17 @@ def test_uniform_noise_law():
     assert torch.equal(corrupt(x0, 0.0, Uniform(5), seed=7), x0)
 
 
+@pytest.mark.parametrize("num_states", [2**32 - 1, 2**33 + 5, 2**62])
+def test_redrawn_tokens_are_exact_in_any_number_of_states(num_states):
+    draws = draw32(7, Purpose.REPLACE, 0, torch.arange(3).unsqueeze(1), 0, torch.arange(1100)).tolist()
+    expected = torch.tensor([[draw * num_states >> 32 for draw in row] for row in draws])
+    x0 = torch.zeros(3, 1100, dtype=torch.long)
+    for backend in ("cpu", "reference"):
+        assert torch.equal(corrupt(x0, 50.0, Uniform(num_states), seed=7, backend=backend), expected)
+    draws = draw32(7, Purpose.LIMIT, 0, 0, 0, torch.arange(1100)).tolist()
+    assert Uniform(num_states).sample_limit(1, 1100, seed=7)[0].tolist() == [draw * num_states >> 32 for draw in draws]
+
+
 def test_absorbing_noise_is_masking():
     x0, sigma = tokens(6, 40), torch.linspace(0.1, 3, 6)
     p = -torch.expm1(-sigma.double())
@@ -243,6 +255,23 @@ def test_stratified_counts():
     counts = torch.bincount(many.flatten(), minlength=13)[1:].double()
     assert (counts / counts.mean() - 1).abs().max() < 0.15
     torch.testing.assert_close(sample_mask_counts(5, 12, seed=3)[1], 12 / many[3].double())
+
+
+@pytest.mark.parametrize(("n", "length"), [(70_000, 32_768), (1000, 2**31 + 7), (3, 2**61)])
+def test_counts_are_exact_at_any_size(n, length):
+    draws = draw32(1, Purpose.COUNT, 0, 0, 0, torch.arange(n)).tolist()
+    expected = [1 + ((j << 32) + draw) * length // (n << 32) for j, draw in enumerate(draws)]
+    assert sample_mask_counts(n, length, seed=1)[0].tolist() == expected
+    expected = [1 + (draw * length >> 32) for draw in draws]
+    assert sample_mask_counts(n, length, proposal="uniform", seed=1)[0].tolist() == expected
+
+
+def test_many_harmonic_counts_of_long_sequences_need_little_memory():
+    """A table of harmonic numbers for each sequence, not for each count."""
+    counts, weights = sample_mask_counts(100_000, 100_000, proposal="harmonic", seed=1)
+    assert counts.min() == 1
+    assert 0 < counts.max() <= 100_000
+    assert weights.shape == counts.shape
 
 
 def test_harmonic_mask_and_sample_mask_counts_draw_alike():
