@@ -69,7 +69,7 @@ class Text:
     def batch(self, step: int, n: int) -> Tensor:
         """n windows at uniform places of the training text, int64 [n, length]."""
         starts = len(self.train_bytes) - self.length + 1
-        draws = draw32(self.seed, Purpose.DATA, step, torch.arange(n), 0, 0)
+        draws = draw32(self.seed, Purpose.DATA, step, torch.arange(n, device="cpu"), 0, 0)
         return _windows(self.train_bytes, (draws * starts) >> 32, self.length)
 
     def validation(self, n: int) -> Tensor:
@@ -101,7 +101,7 @@ class Table:
             if value is not None:
                 _check_table(name, value, num_tokens)
         if probs is None:
-            probs = torch.ones(len(tokens))
+            probs = torch.ones(len(tokens), dtype=torch.float64, device=tokens.device)
         if probs.shape != tokens.shape[:1] or not (probs >= 0).all() or not 0 < probs.sum() < torch.inf:
             raise ValueError(f"probs: expected {len(tokens)} numbers >= 0 with a finite sum > 0, got {probs}")
         cumulative = probs.double().cumsum(0)
@@ -110,7 +110,7 @@ class Table:
 
     def batch(self, step: int, n: int) -> Tensor:
         """n rows drawn with the given probabilities, int64 [n, L]."""
-        u = uniform(self.seed, Purpose.DATA, step, torch.arange(n), 0, 0)
+        u = uniform(self.seed, Purpose.DATA, step, torch.arange(n, device=self.tokens.device), 0, 0)
         return self.tokens[torch.searchsorted(self._cumulative, u, right=True)]
 
     def validation(self, n: int) -> Tensor:
@@ -164,12 +164,12 @@ def even_windows(text: Tensor, length: int, n: int) -> Tensor:
         raise ValueError(f"n: expected at least 1 window, got {n}")
     available = len(text) // length
     n = min(n, available)
-    return _windows(text, torch.arange(n) * available // n * length, length)
+    return _windows(text, torch.arange(n, device=text.device) * available // n * length, length)
 
 
 def encode(text: str) -> Tensor:
     """The UTF-8 bytes of a text, int64 [number of bytes]."""
-    return torch.tensor(list(text.encode()), dtype=torch.int64)
+    return torch.tensor(list(text.encode()), dtype=torch.int64, device="cpu")
 
 
 def decode(tokens: Tensor) -> str:
@@ -192,7 +192,7 @@ def _split(documents: list[bytes], held_out: float) -> tuple[list[bytes], list[b
 
 
 def _windows(text: Tensor, starts: Tensor, length: int) -> Tensor:
-    return text[starts.unsqueeze(1) + torch.arange(length)].long()
+    return text[starts.unsqueeze(1) + torch.arange(length, device=text.device)].long()
 
 
 def _standard_library() -> list[bytes]:

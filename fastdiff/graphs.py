@@ -118,8 +118,8 @@ class Absorbing(Graph):
         object.__setattr__(self, "mask_index", vocabulary_index("mask_index", self.mask_index, self.num_states))
 
     def sample_limit(self, *shape: int, device: torch.device | None = None) -> Tensor:
-        """Tokens at infinite noise: all masks, int64 of the given shape."""
-        return torch.full(shape, self.mask_index, device=device)
+        """Tokens at infinite noise: all masks, int64 of the given shape, on a device (None: CPU)."""
+        return torch.full(shape, self.mask_index, device=device or "cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,8 @@ class Uniform(Graph):
     name: ClassVar[str] = "uniform"
 
     def sample_limit(self, *shape: int, seed: int | Tensor | None = None, device: torch.device | None = None) -> Tensor:
-        """Tokens at infinite noise: uniform draws, int64 of the given shape [samples, ...]."""
+        """Tokens at infinite noise: uniform draws, int64 of the given shape [samples, ...], on a device (None: CPU)."""
+        device = device or torch.device("cpu")
         seed = noising.resolve_seed(seed, None, device)
         flat = torch.arange(torch.Size(shape[1:]).numel(), device=device)
         sample = torch.arange(shape[0], device=device).unsqueeze(1)

@@ -53,6 +53,7 @@ class DiffusionTransformer(nn.Module):
     Time-free (`sigma_conditioned=False`): `model(xt)` gives logits of the conditionals p(x_0 | x_t), for
     `dce_loss` and `time_free_nll`. Sigma-conditioned: `model(xt, sigma)` sees log sigma through every norm
     (adaLN), for `dse_loss` with `parametrization="scale_by_sigma"`. Before training all outputs are 0.
+    Parameters are made in torch's default type on its default device, as those of any module.
     """
 
     rotary: Tensor
@@ -67,7 +68,8 @@ class DiffusionTransformer(nn.Module):
         self.norm = _Norm(config)
         self.lm_head = nn.Linear(config.dim, config.num_states, bias=False)
         half = config.dim // config.heads // 2
-        angle = torch.outer(torch.arange(config.max_length), 10000 ** -(torch.arange(half) / half))
+        frequency = 10000 ** -(torch.arange(half, dtype=torch.float32) / half)
+        angle = torch.outer(torch.arange(config.max_length), frequency)
         self.register_buffer("rotary", torch.stack((angle.cos(), angle.sin())), persistent=False)
         for name, parameter in self.named_parameters():
             if "modulate" in name or name in ("embed_position.weight", "lm_head.weight"):
@@ -125,7 +127,8 @@ class DiffusionTransformer(nn.Module):
         safetensors = _safetensors()
         config = read_config(folder)
         try:
-            model = cls(ModelConfig(**config["model"]))
+            with torch.device("cpu"):
+                model = cls(ModelConfig(**config["model"])).float()
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{Path(folder) / 'config.json'}: not a model's configuration: {error}") from error
         path = Path(folder) / "model.safetensors"
@@ -207,7 +210,7 @@ class _SigmaEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2 * _FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
 
     def forward(self, sigma: Tensor) -> Tensor:
-        frequency = torch.exp(torch.linspace(-3, 3, _FREQUENCIES, device=sigma.device))
+        frequency = torch.exp(torch.linspace(-3, 3, _FREQUENCIES, dtype=torch.float32, device=sigma.device))
         angle = sigma.float().log().unsqueeze(-1) * frequency
         features = torch.cat((angle.cos(), angle.sin()), -1)
         return self.mlp(features.to(next(self.parameters()).dtype)).unsqueeze(1)

@@ -169,7 +169,7 @@ def sample_mask_counts(
     check_choice("proposal", proposal, ("stratified", "uniform", "harmonic"))
     if n < 1:
         raise ValueError(f"n: expected at least 1, got {n}")
-    lengths = torch.as_tensor(length)
+    lengths = length if isinstance(length, Tensor) else torch.tensor(length, device="cpu")
     if lengths.dtype != torch.int64 or lengths.dim() > 1:
         raise ValueError(f"length: expected a number or int64 [B], got {length}")
     check_values("length", lengths, lengths < 1, "at least 1")
@@ -242,6 +242,7 @@ def sample_times(
         eps: the smallest time.
         seed, step, generator: what names the draws; ranks need a common seed.
         rank, world_size: which n of the n * world_size times to return.
+        device: where they are; None is the CPU.
     """
     check_choice("method", method, ("iid", "antithetic", "stratified"))
     if n < 1 or not 0 <= eps < 1 or not 0 <= rank < world_size:
@@ -249,6 +250,7 @@ def sample_times(
             "n, eps, rank: expected n >= 1, 0 <= eps < 1, 0 <= rank < world_size, "
             f"got {n}, {eps}, {rank} of {world_size}"
         )
+    device = device or torch.device("cpu")
     index = torch.arange(rank * n, (rank + 1) * n, device=device)
     seed = resolve_seed(seed, generator, device)
     if method == "antithetic":
@@ -261,10 +263,11 @@ def sample_times(
 
 
 def resolve_seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device | None) -> Tensor:
-    """The seed as an int64 tensor on the device; None draws one from the generator."""
+    """The seed as an int64 tensor on the device (None: its own, or the CPU); None draws one from the generator."""
     if seed is None:
+        device = device or torch.device("cpu")
         drawn_on = device if generator is None else generator.device
-        return torch.randint(2**63 - 1, (), generator=generator, device=drawn_on).to(device or "cpu")
+        return torch.randint(2**63 - 1, (), generator=generator, device=drawn_on).to(device)
     if generator is not None:
         raise ValueError("generator: expected one of seed and generator, got both")
     if isinstance(seed, Tensor):
@@ -273,7 +276,7 @@ def resolve_seed(seed: int | Tensor | None, generator: torch.Generator | None, d
         return seed.reshape(()).to(device or seed.device)
     if not isinstance(seed, int):
         raise TypeError(f"seed: expected an int, an int64 tensor or None, got {type(seed).__name__}")
-    return torch.full((), seed, dtype=torch.int64, device=device)
+    return torch.full((), seed, dtype=torch.int64, device=device or "cpu")
 
 
 def _check(

@@ -35,7 +35,7 @@ Names = int | Tensor
 def philox4x32(key: tuple[Names, Names], counter: tuple[Names, Names, Names, Names]) -> tuple[Tensor, ...]:
     """Ten Philox rounds (Salmon et al., SC 2011) on int64 tensors that hold 32-bit words."""
     k0, k1 = key
-    c0, c1, c2, c3 = (torch.as_tensor(c, dtype=torch.int64) for c in counter)
+    c0, c1, c2, c3 = (c.long() if isinstance(c, Tensor) else _on_host(c) for c in counter)
     for _ in range(10):
         # The products wrap modulo 2^64 in int64, so the masked halves are those of the unsigned product.
         p0, p1 = c0 * _MULTIPLIER[0], c2 * _MULTIPLIER[1]
@@ -51,7 +51,7 @@ def draw32(seed: Names, purpose: Names, step: Names, sample: Names, row: Names, 
     Steps from 2^24 and samples from 2^32 on go through one more Philox call that derives another key.
     """
     named = [x for x in (seed, step, sample, row, index) if isinstance(x, Tensor)]
-    device = named[0].device if named else None
+    device = named[0].device if named else "cpu"
     seed, step, sample, index = (
         torch.as_tensor(x, dtype=torch.int64, device=device) for x in (seed, step, sample, index)
     )
@@ -64,6 +64,10 @@ def draw32(seed: Names, purpose: Names, step: Names, sample: Names, row: Names, 
     lanes = torch.stack(torch.broadcast_tensors(*philox4x32(key, (index >> 2, row, sample & _MASK32, word3))))
     lane = (index & 3).expand(lanes.shape[1:])
     return lanes.gather(0, lane.unsqueeze(0)).squeeze(0)
+
+
+def _on_host(number: int) -> Tensor:
+    return torch.tensor(number, dtype=torch.int64, device="cpu")
 
 
 def uniform(seed: Names, purpose: Names, step: Names, sample: Names, row: Names, index: Names) -> Tensor:

@@ -150,8 +150,8 @@ def sigma_shift(sigma: Tensor, num_states: int) -> Tensor:
 
 def subsets(length: int) -> tuple[Tensor, Tensor]:
     """All non-empty masks, bool [2^L - 1, L], and their weights 1 / (m C(L, m)) on the summed loss."""
-    codes = torch.arange(1, 2**length)
-    masks = (codes.unsqueeze(1) >> torch.arange(length)) & 1 == 1
+    codes = torch.arange(1, 2**length, device="cpu")
+    masks = (codes.unsqueeze(1) >> torch.arange(length, device="cpu")) & 1 == 1
     return masks, subset_weight(torch.full_like(codes, length), masks.sum(1))
 
 
@@ -164,7 +164,7 @@ def subset_weight(length: Tensor, m: Tensor) -> Tensor:
 
 def count_law(length: int, proposal: str) -> Tensor:
     """q(m) for m = 1..L, float64: 1/(m H_L) for "harmonic", 1/L for "uniform". The weight is 1/(m q(m))."""
-    m = torch.arange(1, length + 1, dtype=torch.float64)
+    m = torch.arange(1, length + 1, dtype=torch.float64, device="cpu")
     return (1 / m) / (1 / m).sum() if proposal == "harmonic" else torch.full_like(m, 1 / length)
 
 

@@ -168,7 +168,7 @@ def _given(
     if length is None or length < 1:
         raise ValueError(f"length: expected at least 1, got {length}")
     if prompt is None:
-        return torch.full((num_samples, length), -1)
+        return torch.full((num_samples, length), -1, device="cpu")
     check_tokens("prompt", prompt, None)
     if prompt.dim() not in (1, 2) or prompt.shape[-1] > length or prompt.shape[:-1] not in ((), (num_samples,)):
         raise ValueError(f"prompt: expected shape [P] or [{num_samples}, P], P <= {length}, got {tuple(prompt.shape)}")

@@ -117,7 +117,9 @@ def linear_sample_tokens(
     z = hidden.new_empty(()).expand(*hidden.shape[:-1], len(lm_head))
     rows = token_rows(z, xt, mask, mask_index, exclude_mask, exclude, (seed, step, sample_ids, generator))
     _set_law(rows, temperature, top_k, top_p, return_stats)
-    whole = Drawn(rows.xt.clone(), rows.xt.clone(), torch.zeros(3, *rows.xt.shape, device=xt.device))
+    whole = Drawn(
+        rows.xt.clone(), rows.xt.clone(), torch.zeros(3, *rows.xt.shape, dtype=torch.float32, device=xt.device)
+    )
     length = max(1, TILE_BYTES[hidden.device.type] // (len(lm_head) * hidden.element_size()))
     for part in rows.live.nonzero().split(length):
         at = part.unbind(1)

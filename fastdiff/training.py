@@ -193,7 +193,7 @@ def noise(x0: Tensor, loss: str, num_states: int, *, seed: int, step: int) -> No
     n, length = x0.shape
     mask_index = num_states - 1
     names: dict[str, Any] = {"seed": seed, "step": step}
-    nothing = torch.zeros(n, device=x0.device)
+    nothing = torch.zeros(n, dtype=torch.float32, device=x0.device)
     if loss == "dce-k":
         counts, weight = (drawn.to(x0.device) for drawn in sample_mask_counts(n, length, **names))
         xt = mask_exactly(x0, counts, mask_index=mask_index, **names).xt
@@ -254,7 +254,7 @@ class _Trainer:
         self.config, self.model, self.source, self.step = config, model.train(), source, 0
         self.device = model.lm_head.weight.device
         self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
-        self.held_out = torch.empty(0, 0)
+        self.held_out = torch.empty(0, 0, dtype=torch.int64, device=self.device)
         if config.eval_every:
             self.held_out = source.validation(config.eval_sequences).to(self.device)
             if len(self.held_out) < 2:

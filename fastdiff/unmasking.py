@@ -60,7 +60,7 @@ class Move(NamedTuple):
 
 def moves_back(schedule: Schedule, steps: int, euler: bool) -> list[Move]:
     """Steps evenly spaced in time, of which the last goes to no noise at all: the final denoise, also for Euler."""
-    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu")
     sigma, dsigma = (values.tolist() for values in schedule(times))
     moves = [Move(sigma[i], dsigma[i] / steps if euler else sigma[i + 1], euler) for i in range(steps)]
     return moves[:-1] + [Move(last.sigma, 0.0, False) for last in moves[-1:]]

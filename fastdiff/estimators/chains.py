@@ -78,8 +78,8 @@ def look_probabilities(length: int, looks: int) -> Tensor:
     by m^(-1/2), by (length - m)^(-3/4) and evenly, 1 : 3 : 1.
     """
     if looks == length - 1:
-        return torch.ones(length - 1, dtype=torch.float64)
-    m = torch.arange(1, length, dtype=torch.float64)
+        return torch.ones(length - 1, dtype=torch.float64, device="cpu")
+    m = torch.arange(1, length, dtype=torch.float64, device="cpu")
     parts = ((1, m**-0.5), (3, (length - m) ** -0.75), (1, torch.ones_like(m)))
     density = torch.stack([share * part / part.sum() for share, part in parts]).sum(0)
     rho = looks * density / density.sum()
@@ -171,7 +171,9 @@ def _fit(*moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean_loss, mean_seen = loss * per_weight, seen * per_weight.unsqueeze(-1)
     products = products - seen.unsqueeze(-1) * mean_seen.unsqueeze(-2)
     with_loss = with_loss - seen * mean_loss.unsqueeze(-1)
-    ridge = (_RIDGE * weight.sum(2) / number.sum(2))[..., None, None] * torch.eye(seen.shape[-1]).to(seen)
+    ridge = (_RIDGE * weight.sum(2) / number.sum(2))[..., None, None] * torch.eye(
+        seen.shape[-1], dtype=seen.dtype, device=seen.device
+    )
     common = torch.linalg.solve(products.sum(2) + ridge, with_loss.sum(2)).unsqueeze(2)
     own = with_loss - (products @ common.unsqueeze(-1)).squeeze(-1)
     return mean_loss, mean_seen, common + torch.linalg.solve(products + ridge.unsqueeze(2), own)

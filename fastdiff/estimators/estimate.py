@@ -39,12 +39,12 @@ class NLLEstimate:
     @property
     def bits_per_token(self) -> Tensor:
         """nll / (num_tokens log 2): [B]."""
-        return self.nll / (self.num_tokens * math.log(2))
+        return self.nll / self.num_tokens / math.log(2)
 
     @property
     def bits_per_token_stderr(self) -> Tensor:
         """Standard error of `bits_per_token`: [B]."""
-        return self.stderr / (self.num_tokens * math.log(2))
+        return self.stderr / self.num_tokens / math.log(2)
 
     @property
     def perplexity(self) -> Tensor:

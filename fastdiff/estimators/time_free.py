@@ -251,7 +251,7 @@ def run_replicates(
     if proposal == "systematic":
         shift = draw32(seed, Purpose.COUNT, step, sample_ids, 0, 0).unsqueeze(1)
         counts = 1 + ((passes << 32) + shift) * n.unsqueeze(1) // (num_samples << 32)  # in exact integers
-        weight = n.unsqueeze(1) / counts
+        weight = n.unsqueeze(1).double() / counts
     else:
         counts, weight = sample_mask_counts(
             num_samples, n, proposal=proposal, seed=seed, step=step, sample_ids=sample_ids

@@ -74,7 +74,7 @@ def time_integral_nll(
         num_tokens=score.num_tokens,
         num_forwards=torch.full_like(score.num_tokens, num_samples),
         degrees_of_freedom=freedom,
-        bias=-eps * score.num_tokens * _loss_of_few(level, loss, counts),
+        bias=-eps * score.num_tokens.double() * _loss_of_few(level, loss, counts),
     )
 
 

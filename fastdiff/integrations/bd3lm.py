@@ -74,7 +74,7 @@ class Diffusion:
         sigma, block = self._sigma_from_p(move_chance), x[:, -self.block_size :]
         if p_x0 is None:
             p_x0 = _logits(self, block if sampling.kv_cache else x, sigma, sample_mode=True)[:, -self.block_size :]
-        masked, u = block == self.mask_index, torch.rand(block.shape, device=x.device)
+        masked, u = block == self.mask_index, torch.rand(block.shape, dtype=torch.float32, device=x.device)
         if sampling.first_hitting:
             first = u.masked_fill(~masked, -1).argmax(-1, keepdim=True)
             revealed = masked & (torch.arange(block.shape[1], device=x.device) == first)

@@ -115,8 +115,9 @@ def _compute_loss(
     x0, labels = inputs["input_ids"], inputs["labels"]
     maskable, counts = labels != -100, (labels != -100).sum(1)
     check_values("labels", labels, maskable & (labels != x0), "input_ids or -100")
-    t = trainer.time_epsilon + (1 - trainer.time_epsilon) * torch.rand(len(x0), device=x0.device)
-    p_mask, uniforms = 1 - trainer.scheduler(t), torch.rand(x0.shape, device=x0.device)
+    made: dict[str, Any] = dict(dtype=torch.float32, device=x0.device)
+    t = trainer.time_epsilon + (1 - trainer.time_epsilon) * torch.rand(len(x0), **made)
+    p_mask, uniforms = 1 - trainer.scheduler(t), torch.rand(x0.shape, **made)
     xt, mask = mask_tokens(x0, p_mask, mask_index=tokenizer.mask_token_id, maskable=maskable, uniforms=uniforms)
     outputs = model(**arguments(trainer, model, xt, inputs))
     weight = trainer._compute_loss_weights(t=t, inputs=inputs, masked_mask=mask)

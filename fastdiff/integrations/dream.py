@@ -63,7 +63,7 @@ def sft_loss(logits: Tensor, labels: Tensor, loss_mask: Tensor, t: Tensor, diffu
 def _cart(masked: Tensor, p: float) -> Tensor:
     if not 0 < p <= 1:
         raise ValueError(f"p: expected a number in (0, 1], got {p}")
-    decay = (1 - p) ** torch.arange(masked.shape[1] - 1, dtype=torch.float64)
+    decay = (1 - p) ** torch.arange(masked.shape[1] - 1, dtype=torch.float64, device=masked.device)
     decay = decay[decay > 2**-60]
-    kernel = p / 2 * torch.cat([decay.flip(0), decay.new_zeros(1), decay]).to(masked.device)
+    kernel = p / 2 * torch.cat([decay.flip(0), decay.new_zeros(1), decay])
     return F.conv1d((~masked).double().unsqueeze(1), kernel.view(1, 1, -1), padding=len(decay)).squeeze(1) * masked

@@ -39,7 +39,7 @@ class Bytes:
         return encode(text).tolist()
 
     def decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
-        return decode(torch.tensor([token for token in tokens if token < NUM_BYTES]))
+        return decode(torch.tensor([token for token in tokens if token < NUM_BYTES], device="cpu"))
 
 
 class _Scored(NamedTuple):
@@ -174,7 +174,7 @@ class FastdiffLM(LM):
         scored: dict[int, _Scored] = {}
         with tqdm(total=len(pairs), desc="Likelihoods", disable=quiet) as bar:
             for _, group in groupby(sorted(range(len(pairs)), key=lengths), lengths):
-                for rows in torch.tensor(list(group)).split(_TOGETHER):
+                for rows in torch.tensor(list(group), device="cpu").split(_TOGETHER):
                     which = rows.tolist()
                     context, target = (self._tensor([pairs[k][side] for k in which]) for side in (0, 1))
                     options: dict[str, Any] = dict(sample_ids=self._tensor([names[k] for k in which]), seed=self.seed)

@@ -72,7 +72,8 @@ class Diffusion:
         t = t.reshape(-1, 1)
         sigma, sigma_next = self.noise(t)[0], self.noise((t - dt).clamp_min(0))[0]
         logits = _logits(self, x, sigma) if p_x0 is None else p_x0
-        stays = torch.rand(x.shape, device=x.device) * torch.expm1(-sigma) > torch.expm1(-sigma_next)  # both are < 0
+        u = torch.rand(x.shape, dtype=torch.float32, device=x.device)
+        stays = u * torch.expm1(-sigma) > torch.expm1(-sigma_next)  # both are < 0
         revealed = (x == self.mask_index) & ~stays
         return logits, sample_tokens(logits, x, mask=revealed, mask_index=self.mask_index)
 

@@ -8,6 +8,7 @@ The losses normalise by themselves, so that `RADD.forward = RADD.logits` may sav
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +40,9 @@ def Batch_Uniform_Sampler(B: int, type: str = "naive", device: torch.device | st
     """For `losses.Batch_Uniform_Sampler`: [B] numbers in [0, 1), independent ("naive"), evenly spaced from one random
     start ("vdm"), or one in each of B strata ("decoupled")."""
     check_choice("type", type, ("naive", "vdm", "decoupled"))
-    u = torch.rand(1 if type == "vdm" else B, device=device)
-    return u if type == "naive" else (torch.arange(B, device=device) / B + (u if type == "vdm" else u / B)) % 1
+    made: dict[str, Any] = dict(dtype=torch.float32, device=device)
+    u = torch.rand(1 if type == "vdm" else B, **made)
+    return u if type == "naive" else (torch.arange(B, **made) / B + (u if type == "vdm" else u / B)) % 1
 
 
 def get_loss_fn(

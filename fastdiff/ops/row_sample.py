@@ -169,7 +169,7 @@ def _reference(rows: SampleRows) -> Drawn:
         tokens[live] = _jump(rows, reference.reverse_weights(z, xt, rows.law[live]), xt)
     if not rows.with_stats:
         return Drawn(tokens, tokens.new_empty(0), z.new_empty(0, dtype=torch.float32))
-    argmax, stats = rows.xt.clone(), torch.zeros(3, *tokens.shape, device=z.device)
+    argmax, stats = rows.xt.clone(), torch.zeros(3, *tokens.shape, dtype=torch.float32, device=z.device)
     argmax[live] = z.argmax(-1)
     stats[:, live] = _stats(z, tokens[live]).float()
     return Drawn(tokens, argmax, stats)
