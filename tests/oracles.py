@@ -6,11 +6,11 @@ The mask's own column holds a large number, so that a softmax that fails to leav
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from dna import dna_strings, markov_transition
-from torch import Tensor
+from torch import Tensor, nn
 
 MASK_LOGIT = 9.0
 
@@ -138,6 +138,45 @@ class OrderMarkov(MarkovChain):
         return torch.nn.functional.pad(torch.stack(columns[::-1], 1).log(), (0, 1))
 
 
+@dataclass
+class AbsorbingScores:
+    """The true scores of an oracle whose mask is the last state; keeps the noise it was asked about."""
+
+    oracle: Oracle
+    parametrization: str = "log_score"
+    asked: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, xt: Tensor, sigma: Tensor) -> Tensor:
+        self.asked.append(sigma)
+        logits = self.oracle(xt)
+        if self.parametrization == "logits":
+            return logits
+        log_c, num_states = logits[..., :-1].log_softmax(2), logits.shape[2]
+        log_e1 = sigma.double().expm1().log().view(-1, 1, 1)
+        tail = {"log_score": -log_e1, "scale_by_sigma": math.log(num_states - 1)}[self.parametrization]
+        return nn.functional.pad(log_c + tail, (0, 1))
+
+
+@dataclass
+class UniformScores:
+    """The true scores p_sigma(x with another token) / p_sigma(x) of a mixture of products, noised uniformly.
+
+    Such a mixture stays one: each factor p becomes alpha p + (1 - alpha) / N.
+    """
+
+    mixture: Mixture
+    asked: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, xt: Tensor, sigma: Tensor) -> Tensor:
+        self.asked.append(sigma)
+        p = self.mixture.log_probs.exp()[..., :-1]  # without the mask
+        alpha = torch.exp(-sigma.double()).view(-1, 1, 1, 1)
+        p = alpha * p + (1 - alpha) / p.shape[2]  # [b, Z, L, N]
+        seen = p.gather(3, xt[:, None, :, None].expand(-1, p.shape[1], -1, 1)).squeeze(3)
+        posterior = (self.mixture.log_weights + seen.log().sum(2)).softmax(1)
+        return torch.einsum("bz,bzlv->blv", posterior, p / seen.unsqueeze(3)).log()
+
+
 def mixture(length: int, num_tokens: int, components: int = 3, mask_index: int = -1, seed: int = 0) -> Mixture:
     """A random mixture over num_tokens tokens and the mask, which may sit anywhere among the ids."""
     generator = torch.Generator().manual_seed(seed)
@@ -152,6 +191,25 @@ def markov_chain(num_tokens: int, *, seed: int = 0, sharpness: float = 2.0) -> M
     generator = torch.Generator().manual_seed(seed)
     logits = sharpness * torch.randn(num_tokens + 1, num_tokens, dtype=torch.float64, generator=generator)
     return MarkovChain(logits[0].softmax(0), logits[1:].softmax(1))
+
+
+def skewed_chain() -> MarkovChain:
+    """Two letters that seldom change: most strings' losses are tiny but for a few masks, so nothing is near normal."""
+    initial, transition = torch.tensor([0.5, 0.5]), torch.tensor([[0.98, 0.02], [0.03, 0.97]])
+    return MarkovChain(initial.double(), transition.double())
+
+
+class Tabled:
+    """The logits of a model on all strings of one length, made once, for tests that ask it very often."""
+
+    def __init__(self, model: Oracle, length: int) -> None:
+        base = model.mask_index + 1
+        self.powers = base ** torch.arange(length)
+        strings = torch.arange(base**length).unsqueeze(1) // self.powers % base
+        self.table = model(strings)
+
+    def __call__(self, xt: Tensor) -> Tensor:
+        return self.table[xt @ self.powers]
 
 
 def order_markov(order: int, num_tokens: int = 4, *, seed: int = 0, sharpness: float = 1.5) -> OrderMarkov:

@@ -25,25 +25,39 @@ from fastdiff.philox import Purpose, uniform
 
 _LOOKS = 3  # beside the one at the full mask: longer chains leave too few of them to fit the control on
 _FOLDS = 16  # groups of chains that share one fit, made on the others
+_GROUPS = 4  # of folds, that share how much of the control is subtracted; more gain nothing (docs/estimators.md)
 _RIDGE = 2.0  # observations of a token that count as much as what is common to all
 _SHARED = 5  # measured: docs/estimators.md
 
 
 class Replicates(NamedTuple):
-    """Independent unbiased estimates [K, R] of K sequences' NLL, and controls [K, R] whose expectation is 0."""
+    """R independent estimates of each of K sequences' NLL, and controls whose expectation is 0.
+
+    Chains fall into folds, and folds into groups. `values` and `controls` [K, G, R] hold, at (g, r), what replicate r
+    gives when fitted on all folds but its own; where r is not of group g, on those outside group g alone.
+    """
 
     values: Tensor
     controls: Tensor
 
     def mean(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, standard error and degrees of freedom, [K] each; the controls' share is fitted on other replicates.
+        """Mean, standard error and degrees of freedom, [K] each; controls are subtracted by a fitted share.
+
+        It is unbiased. Replicate r of group g is v - s c, where v = raw - sum_i (times_i - E times_i) a_i and c = sum_i
+        b_i (seen_i - E seen_i). The a_i and b_i come from folds other than r's; the share s from replicates outside
+        g, whose own a_i and b_i come from outside g as well. So no coefficient depends on a chain of r's fold. Given
+        all other folds they are numbers, times_i and seen_i have the expectations that are taken off, and what is left
+        is E raw, the NLL. (With a share fitted on replicates whose fits contain r, E s c is not 0.)
 
         Replicates share a little through their fits, which take from each what they give to all others. Their spread
         misses that; the standard error allows for it as if for `_SHARED` parameters.
         """
-        share = _slope_of_others(self.values.detach(), self.controls).clamp(0, 1).nan_to_num(0.0)
-        mean, stderr, freedom = mean_of_independent(self.values - share * self.controls)
-        return mean, stderr * math.sqrt(1 + _SHARED / (self.values.shape[1] - 1)), freedom
+        chains, device = self.values.shape[2], self.values.device
+        group = torch.arange(chains, device=device) % _FOLDS % _GROUPS
+        own = group == torch.arange(self.values.shape[1], device=device).unsqueeze(1)
+        share = _slope(self.values.detach(), self.controls, ~own).clamp(0, 1).nan_to_num(0.0)
+        mean, stderr, freedom = mean_of_independent(torch.where(own, self.values - share * self.controls, 0).sum(1))
+        return mean, stderr * math.sqrt(1 + _SHARED / (chains - 1)), freedom
 
 
 def plan(num_samples: int, length: int) -> tuple[int, int]:
@@ -107,20 +121,37 @@ def _replicates(loss: Tensor, mask: Tensor, weight: Tensor, target: Tensor) -> R
     """From losses and masks [K, R, Q, L], weights [K, R, Q] and the target [K, L]."""
     revealed = mask & ~torch.cat([mask[:, :, 1:], torch.zeros_like(mask[:, :, :1])], 2)
     scored = weight.unsqueeze(3) * revealed / revealed.sum(3, keepdim=True).clamp(min=1)
-    values = torch.where(scored > 0, scored * loss, 0.0).sum((2, 3))
+    raw = torch.where(scored > 0, scored * loss, 0.0).sum((2, 3))
 
     # An infinite loss makes the estimate infinite, not NaN. Any fit leaves it unbiased, so float32 will do.
     known = loss.detach().nan_to_num(0.0, 0.0, 0.0).float()
     seen = _neighbours_seen(mask)
     observed = (weight / mask.sum(3)).float().unsqueeze(3) * mask
     fold = torch.arange(loss.shape[1], device=loss.device) % _FOLDS
-    mean_loss, mean_seen, slope = _fit(*(_by_fold(sums, fold) for sums in _moments(known, seen, observed)))
-
+    moments = [_by_fold(sums, fold) for sums in _moments(known, seen, observed)]
     times_scored = scored.sum(2)  # [K, R, L], on average 1 for a target token
-    values = values - ((times_scored - target.unsqueeze(1).double()) * mean_loss[:, fold]).sum(2)
-    was_seen = (scored.float().unsqueeze(4) * seen).sum(2) - times_scored.float().unsqueeze(3) * mean_seen[:, fold]
-    on_average = target[:, None, :, None] * (_mean_neighbours_seen(target).unsqueeze(1) - mean_seen)[:, fold]
-    return Replicates(values, (slope[:, fold] * (was_seen - on_average)).sum((2, 3)).double())
+    excess = times_scored - target.unsqueeze(1).double()
+    was_seen, on_average = (scored.float().unsqueeze(4) * seen).sum(2), _mean_neighbours_seen(target).unsqueeze(1)
+
+    def fitted_on(folds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Chains [r] of some folds, their values and controls [K, r], each fitted on the others of these folds."""
+        chains = torch.isin(fold, folds).nonzero().squeeze(1)
+        own = torch.searchsorted(folds, fold[chains])
+        mean_loss, mean_seen, slope = _fit(*(sums[:, folds] for sums in moments))
+        values = raw[:, chains] - (excess[:, chains] * mean_loss[:, own]).sum(2)
+        # sum_i slope_i (was_seen_i - times_i mean_seen_i - its expectation)
+        along = (slope * mean_seen).sum(3)
+        expected = (target.unsqueeze(1) * (slope * on_average).sum(3)).sum(2)
+        control = (slope[:, own] * was_seen[:, chains]).sum((2, 3)) - expected[:, own]
+        return chains, values, control.double() - (excess[:, chains] * along[:, own]).sum(2)
+
+    folds = torch.arange(len(moments[0][0]), device=loss.device)
+    _, values, controls = fitted_on(folds)
+    layers = []
+    for group in range(min(_GROUPS, len(folds))):
+        others, v, c = fitted_on(folds[folds % _GROUPS != group])
+        layers.append((values.index_copy(1, others, v.detach()), controls.index_copy(1, others, c)))
+    return Replicates(*(torch.stack(x, 1) for x in zip(*layers, strict=True)))
 
 
 def _at(x: Tensor, offset: int) -> Tensor:
@@ -171,16 +202,14 @@ def _fit(*moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean_loss, mean_seen = loss * per_weight, seen * per_weight.unsqueeze(-1)
     products = products - seen.unsqueeze(-1) * mean_seen.unsqueeze(-2)
     with_loss = with_loss - seen * mean_loss.unsqueeze(-1)
-    ridge = (_RIDGE * weight.sum(2) / number.sum(2))[..., None, None] * torch.eye(
-        seen.shape[-1], dtype=seen.dtype, device=seen.device
-    )
+    observation = (weight.sum(2) / number.sum(2)).nan_to_num(1.0)  # with no other fold nothing is subtracted
+    ridge = _RIDGE * observation[..., None, None] * torch.eye(seen.shape[-1], dtype=seen.dtype, device=seen.device)
     common = torch.linalg.solve(products.sum(2) + ridge, with_loss.sum(2)).unsqueeze(2)
     own = with_loss - (products @ common.unsqueeze(-1)).squeeze(-1)
     return mean_loss, mean_seen, common + torch.linalg.solve(products + ridge.unsqueeze(2), own)
 
 
-def _slope_of_others(y: Tensor, x: Tensor) -> Tensor:
-    """Least-squares slope of y on x [K, R], for each replicate from the R - 1 others: [K, R]."""
-    n = y.shape[1] - 1
-    mean_x, mean_y, mean_xy, mean_xx = ((v.sum(1, keepdim=True) - v) / n for v in (x, y, x * y, x * x))
-    return (mean_xy - mean_x * mean_y) / (mean_xx - mean_x**2)
+def _slope(y: Tensor, x: Tensor, which: Tensor) -> Tensor:
+    """Least-squares slope of y on x [..., R] over the replicates `which` [..., R]: [..., 1]."""
+    x, y = (v - torch.where(which, v, 0).sum(-1, keepdim=True) / which.sum(-1, keepdim=True) for v in (x, y))
+    return (which * x * y).sum(-1, keepdim=True) / (which * x * x).sum(-1, keepdim=True)

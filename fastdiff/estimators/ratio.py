@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from fastdiff.checks import check_choice, check_tokens
 from fastdiff.estimators.chains import Replicates, plan
-from fastdiff.estimators.estimate import LogRatioEstimate, mean_of_independent, mean_of_strata
+from fastdiff.estimators.estimate import LogRatioEstimate
 from fastdiff.estimators.scoring import Model, Scorer, equal_rows
 from fastdiff.estimators.time_free import (
     PROPOSALS,
@@ -17,6 +17,7 @@ from fastdiff.estimators.time_free import (
     draw_names,
     enumerate_subsets,
     fits,
+    mean_over,
     run_replicates,
 )
 
@@ -114,7 +115,7 @@ def _ratio(
     sides, passes = [], 0
     for row, n, few in zip(rows, sizes, enumerated, strict=True):
         if few:
-            nll = enumerate_subsets(score, row).nll.unsqueeze(1)
+            nll = enumerate_subsets(score, row).nll.view(-1, 1, 1)
             sides.append(Replicates(nll, torch.zeros_like(nll)))
             passes += 2**n - 1
         else:
@@ -125,11 +126,8 @@ def _ratio(
     forwards = torch.full_like(which, passes)
     if all(enumerated):
         zero = torch.zeros_like(which, dtype=torch.float64)
-        return difference.values.squeeze(1), zero, forwards, zero + math.inf
-    if proposal == "stratified":
-        mean, stderr, freedom = difference.mean()
-    else:
-        mean, stderr, freedom = (mean_of_strata if proposal == "systematic" else mean_of_independent)(difference.values)
+        return difference.values.flatten(), zero, forwards, zero + math.inf
+    mean, stderr, freedom = mean_over(difference, proposal)
     return mean, stderr.detach(), forwards, freedom.detach()
 
 

@@ -21,7 +21,7 @@ from fastdiff.estimators.chains import Replicates, plan, run_chains
 from fastdiff.estimators.estimate import NLLEstimate, mean_of_independent, mean_of_strata, student_t
 from fastdiff.estimators.scoring import Model, Scorer
 from fastdiff.noising import Masked, resolve_seed, sample_mask_counts
-from fastdiff.philox import Purpose, draw32
+from fastdiff.philox import Purpose, draw32, scaled_in_stratum
 from fastdiff.reference import subset_weight
 
 PROPOSALS = ("stratified", "systematic", "uniform", "harmonic")
@@ -244,20 +244,28 @@ def run_replicates(
     sample_ids: Tensor,
     step: int,
 ) -> Replicates:
-    """The values that are averaged over: one from each chain, or, for the other proposals, from each pass."""
+    """What is averaged over: a value from each chain, or, for the other proposals, from each pass."""
     if proposal == "stratified":
         return run_chains(score, which, *chains_and_looks, seed, sample_ids, step)
     n, passes = score.num_tokens[which], torch.arange(num_samples, device=which.device)
     if proposal == "systematic":
         shift = draw32(seed, Purpose.COUNT, step, sample_ids, 0, 0).unsqueeze(1)
-        counts = 1 + ((passes << 32) + shift) * n.unsqueeze(1) // (num_samples << 32)  # in exact integers
+        counts = 1 + scaled_in_stratum(shift, passes, num_samples, n.unsqueeze(1))
         weight = n.unsqueeze(1).double() / counts
     else:
         counts, weight = sample_mask_counts(
             num_samples, n, proposal=proposal, seed=seed, step=step, sample_ids=sample_ids
         )
     loss, _ = score.draw(which, counts, step + passes, seed, sample_ids)
-    return Replicates(weight * loss.sum(2), torch.zeros_like(weight))
+    values = (weight * loss.sum(2)).unsqueeze(1)
+    return Replicates(values, torch.zeros_like(values))
+
+
+def mean_over(replicates: Replicates, proposal: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, standard error and degrees of freedom, [K] each, of what `run_replicates` gives."""
+    if proposal == "stratified":
+        return replicates.mean()
+    return (mean_of_strata if proposal == "systematic" else mean_of_independent)(replicates.values[:, 0])
 
 
 def _estimate(
@@ -283,10 +291,8 @@ def _sampled(
 ) -> NLLEstimate:
     chains, looks = plan(num_samples, int(score.num_tokens[which[0]]))
     values = run_replicates(score, which, (chains, looks), num_samples, proposal, seed, sample_ids, step)
-    if proposal == "stratified":
-        return _of_group(score, which, values.mean(), 1 + chains * looks)
-    mean = mean_of_strata if proposal == "systematic" else mean_of_independent
-    return _of_group(score, which, mean(values.values), num_samples)
+    passes = 1 + chains * looks if proposal == "stratified" else num_samples
+    return _of_group(score, which, mean_over(values, proposal), passes)
 
 
 def _of_group(

@@ -88,12 +88,32 @@ def test_controls_have_no_mean_and_take_out_what_neighbours_tell() -> None:
     x0 = oracle.sample(1, 32, seed=1).expand(300, -1)
     score = Scorer(oracle, x0, 8)
     with score.evaluating(300 * 64):
-        values, controls = chains.run_chains(score, torch.arange(300), 21, 3, torch.tensor(0), torch.arange(300), 0)
-    z = controls.mean() / (controls.mean(1).std() / math.sqrt(300))
-    assert abs(z.item()) < 3.5
-    assert (values - controls).mean(1).var() < 0.5 * values.mean(1).var()
-    shared = chains.Replicates(values, controls).mean()[0]
-    assert shared.var() < 0.55 * values.mean(1).var()
+        replicates = chains.run_chains(score, torch.arange(300), 21, 3, torch.tensor(0), torch.arange(300), 0)
+    none = torch.zeros_like(replicates.controls)
+    without, control = (chains.Replicates(v, none).mean()[0] for v in replicates)
+    assert abs(control.mean() / (control.std() / math.sqrt(300))) < 3.5
+    assert (without - control).var() < 0.5 * without.var()
+    assert replicates.mean()[0].var() < 0.55 * without.var()
+
+
+def test_what_a_replicate_is_multiplied_by_depends_on_no_chain_of_its_fold() -> None:
+    """All losses of chain r are changed: the others' part in its estimate, taken from its slope in r's, is not."""
+    network, x0 = RandomNetwork(20), random_tokens(3, 20)
+    score = Scorer(network, x0, 4)
+    counts, steps = torch.tensor([20, *[15, 9, 2] * 21]).expand(3, -1), torch.arange(64).sub(1).clamp(min=0) // 3
+    with score.evaluating(64):
+        loss, mask = score.draw(torch.arange(3), counts, steps, torch.tensor(0), torch.arange(3))
+    loss, mask = chains._by_chain(loss, 21).clone(), chains._by_chain(mask, 21)
+    weight, target = torch.ones(3, 21, 4, dtype=torch.float64), torch.ones_like(x0, dtype=torch.bool)
+    before = chains._replicates(loss, mask, weight, target)
+    loss[:, 5] += torch.rand_like(loss[:, 5]) * mask[:, 5]
+    after = chains._replicates(loss, mask, weight, target)
+    group = 5 % 4
+    others = torch.arange(21) % 4 != group
+    for x, y in zip(before, after, strict=True):
+        torch.testing.assert_close(x[:, group, others], y[:, group, others], rtol=0, atol=0)  # what the share sees
+        assert (x[:, group, ~others] != y[:, group, ~others]).any()
+    torch.testing.assert_close(before.controls[:, :, 5], after.controls[:, :, 5], rtol=0, atol=1e-4)
 
 
 def test_an_infinite_loss_leaves_the_other_sequences_alone() -> None:

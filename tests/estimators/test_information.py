@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import mixture
-from test_score_entropy import AbsorbingScores, UniformScores
+from oracles import AbsorbingScores, UniformScores, mixture
 from torch import Tensor
 
 from fastdiff.estimators.information import InformationCurve, mutual_information

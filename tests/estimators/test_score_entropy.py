@@ -1,12 +1,11 @@
 import itertools
 import math
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
 import torch
 from networks import z_score
-from oracles import Mixture, Oracle, markov_chain, mixture
+from oracles import AbsorbingScores, UniformScores, markov_chain, mixture
 from torch import Tensor, nn
 
 from fastdiff.estimators.estimate import NLLEstimate
@@ -26,45 +25,6 @@ SCHEDULES = [
 ]
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 each_density = pytest.mark.parametrize("density", DENSITIES)
-
-
-@dataclass
-class AbsorbingScores:
-    """The true scores of an oracle whose mask is the last state; keeps the noise it was asked about."""
-
-    oracle: Oracle
-    parametrization: str = "log_score"
-    asked: list[Tensor] = field(default_factory=list)
-
-    def __call__(self, xt: Tensor, sigma: Tensor) -> Tensor:
-        self.asked.append(sigma)
-        logits = self.oracle(xt)
-        if self.parametrization == "logits":
-            return logits
-        log_c, num_states = logits[..., :-1].log_softmax(2), logits.shape[2]
-        log_e1 = sigma.double().expm1().log().view(-1, 1, 1)
-        tail = {"log_score": -log_e1, "scale_by_sigma": math.log(num_states - 1)}[self.parametrization]
-        return nn.functional.pad(log_c + tail, (0, 1))
-
-
-@dataclass
-class UniformScores:
-    """The true scores p_sigma(x with another token) / p_sigma(x) of a mixture of products, noised uniformly.
-
-    Such a mixture stays one: each factor p becomes alpha p + (1 - alpha) / N.
-    """
-
-    mixture: Mixture
-    asked: list[Tensor] = field(default_factory=list)
-
-    def __call__(self, xt: Tensor, sigma: Tensor) -> Tensor:
-        self.asked.append(sigma)
-        p = self.mixture.log_probs.exp()[..., :-1]  # without the mask
-        alpha = torch.exp(-sigma.double()).view(-1, 1, 1, 1)
-        p = alpha * p + (1 - alpha) / p.shape[2]  # [b, Z, L, N]
-        seen = p.gather(3, xt[:, None, :, None].expand(-1, p.shape[1], -1, 1)).squeeze(3)
-        posterior = (self.mixture.log_weights + seen.log().sum(2)).softmax(1)
-        return torch.einsum("bz,bzlv->blv", posterior, p / seen.unsqueeze(3)).log()
 
 
 SMALL = mixture(4, 3)
