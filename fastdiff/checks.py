@@ -1,5 +1,7 @@
 """Checks of public arguments. Each raises an error that names the argument, what came and what was expected."""
 
+import numbers
+import operator
 import os
 
 import torch
@@ -12,6 +14,20 @@ CHECKED = os.environ.get("FASTDIFF_CHECK") == "1"  # look at values on every dev
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_integer(name: str, value: object, least: int | None = None) -> int:
+    """An integer of any kind, NumPy's and a tensor of one too, but no bool, as an int."""
+    if type(value) is not int:  # of what torch.compile traces nothing more must be asked
+        try:
+            if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+                raise TypeError
+            value = operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            raise TypeError(f"{name}: expected an int, got {value!r}") from None
+    if least is not None and value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    return value
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -48,7 +64,7 @@ def per_token(name: str, value: Number | Tensor, shape: torch.Size, device: torc
     [B] against [B, L] is one value per sequence, also when B == L; [B, 1] and [B, L] broadcast as given.
     """
     if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
         return torch.full(shape, value, dtype=torch.float64, device=device)
     if value.requires_grad and torch.is_grad_enabled():
@@ -81,6 +97,7 @@ def check_values(name: str, value: Tensor, wrong: Tensor, expected: str) -> None
 
 def vocabulary_index(name: str, index: int, num_states: int) -> int:
     """A token id, negative ones counted from the end."""
+    index = check_integer(name, index)
     if not -num_states <= index < num_states:
         raise ValueError(f"{name}: expected an id in [-{num_states}, {num_states}), got {index}")
     return index % num_states

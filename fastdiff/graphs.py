@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from fastdiff import losses, noising, philox
-from fastdiff.checks import check_rows, check_tensor, check_tokens, check_values, per_token, vocabulary_index
+from fastdiff.checks import (
+    check_integer,
+    check_rows,
+    check_tensor,
+    check_tokens,
+    check_values,
+    per_token,
+    vocabulary_index,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +27,7 @@ class Graph:
     mask_index: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
-        if self.num_states < 2:
-            raise ValueError(f"num_states: expected at least 2, got {self.num_states}")
+        object.__setattr__(self, "num_states", check_integer("num_states", self.num_states, 2))
 
     def sample_transition(self, x0: Tensor, sigma: float | Tensor, **names: Any) -> Tensor:
         """Tokens noised to sigma, as `fastdiff.corrupt` (its seed, step, sample_ids, generator)."""

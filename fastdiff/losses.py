@@ -9,6 +9,7 @@ from fastdiff.checks import (
     Number,
     check_bool,
     check_choice,
+    check_integer,
     check_rows,
     check_tokens,
     per_token,
@@ -168,6 +169,7 @@ def dce_rows(
     """The checked arguments of a cross-entropy over rows z, of which only type, shape and device are looked at."""
     if xt is not None and mask is not None:
         raise ValueError("mask: expected one of xt and mask, got both")
+    mask_index, ignore_index = check_integer("mask_index", mask_index), check_integer("ignore_index", ignore_index)
     if exclude_mask or (xt is not None and mask_index < 0):
         mask_index = vocabulary_index("mask_index", mask_index, z.shape[-1])
     rows = _rows("dce", z, x0, mask_index=mask_index, exclude_mask=exclude_mask, ignore_index=ignore_index)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.checks import check_tensor, check_tokens
+from fastdiff.checks import check_integer, check_tensor, check_tokens
 
 _FREQUENCIES = 64  # Fourier features of log sigma
 
@@ -38,11 +38,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_states", "max_length", "dim", "depth", "heads"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: expected an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), 1))
         if self.dim % (2 * self.heads):
             raise ValueError(f"dim: expected a multiple of 2 x heads = {2 * self.heads}, got {self.dim}")
 

@@ -13,6 +13,7 @@ from fastdiff.checks import (
     Number,
     check_bool,
     check_choice,
+    check_integer,
     check_tensor,
     check_tokens,
     check_values,
@@ -167,9 +168,8 @@ def sample_mask_counts(
         counts int64 and weights float64.
     """
     check_choice("proposal", proposal, ("stratified", "uniform", "harmonic"))
-    if n < 1:
-        raise ValueError(f"n: expected at least 1, got {n}")
-    lengths = length if isinstance(length, Tensor) else torch.tensor(length, device="cpu")
+    n = check_integer("n", n, 1)
+    lengths = length if isinstance(length, Tensor) else torch.tensor(check_integer("length", length), device="cpu")
     if lengths.dtype != torch.int64 or lengths.dim() > 1:
         raise ValueError(f"length: expected a number or int64 [B], got {length}")
     check_values("length", lengths, lengths < 1, "at least 1")
@@ -245,6 +245,8 @@ def sample_times(
         device: where they are; None is the CPU.
     """
     check_choice("method", method, ("iid", "antithetic", "stratified"))
+    n, rank, world_size = map(check_integer, ("n", "rank", "world_size"), (n, rank, world_size))
+    step = step if isinstance(step, Tensor) else check_integer("step", step)
     if n < 1 or not 0 <= eps < 1 or not 0 <= rank < world_size:
         raise ValueError(
             "n, eps, rank: expected n >= 1, 0 <= eps < 1, 0 <= rank < world_size, "
@@ -274,9 +276,7 @@ def resolve_seed(seed: int | Tensor | None, generator: torch.Generator | None, d
         if seed.numel() != 1 or seed.dtype != torch.int64:
             raise ValueError(f"seed: expected one int64, got {seed.dtype} {tuple(seed.shape)}")
         return seed.reshape(()).to(device or seed.device)
-    if not isinstance(seed, int):
-        raise TypeError(f"seed: expected an int, an int64 tensor or None, got {type(seed).__name__}")
-    return torch.full((), seed, dtype=torch.int64, device=device or "cpu")
+    return torch.full((), check_integer("seed", seed), dtype=torch.int64, device=device or "cpu")
 
 
 def _check(
@@ -298,7 +298,7 @@ def _check(
             raise ValueError(
                 f"cu_seqlens: expected [B + 1] offsets into x0 [T], got {tuple(cu_seqlens.shape)} and {tuple(x0.shape)}"
             )
-    if mask_index < 0:
+    if check_integer("mask_index", mask_index) < 0:
         raise ValueError(f"mask_index: expected an id >= 0 (the vocabulary size is not known here), got {mask_index}")
     if maskable is not None:
         check_bool("maskable", maskable, x0.shape, x0.device)
@@ -318,7 +318,7 @@ def _names(
         check_tokens("step", step, rows.shape, device)
         steps = step.long().contiguous()
     else:
-        steps = torch.full((batch,), step, dtype=torch.int64, device=device)
+        steps = torch.full((batch,), check_integer("step", step), dtype=torch.int64, device=device)
     if sample_ids is None:
         sample_ids = torch.arange(batch, device=device)
     check_tokens("sample_ids", sample_ids, rows.shape, device)

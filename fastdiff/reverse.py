@@ -1,10 +1,12 @@
 """One step of the noise process run backwards: the law of each token, as a draw or as a row of probabilities."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from fastdiff import reference
-from fastdiff.checks import Number, check_choice, check_rows, check_values, per_token
+from fastdiff.checks import Number, check_choice, check_rows, check_values, per_token, vocabulary_index
 from fastdiff.losses import PARAMETRIZATIONS
 from fastdiff.ops.row_sample import SampleRows, reverse_rows, row_sample
 from fastdiff.tokens import Names, check_temperature, token_rows
@@ -20,6 +22,7 @@ def reverse_step(
     graph: str = "absorb",
     mask_index: int = -1,
     parametrization: str = "log_score",
+    exclude: Iterable[int] = (),
     temperature: float = 1.0,
     seed: int | Tensor | None = None,
     step: int | Tensor = 0,
@@ -39,7 +42,7 @@ def reverse_step(
         xt: [B, L] int64 tokens.
         sigma: total noise > 0, a number or a tensor over a prefix of [B, L], or one that broadcasts to it.
         sigma_next: total noise in [0, sigma), likewise. step_size: dt dsigma > 0, likewise. One of the two is given.
-        graph: "absorb" or "uniform". mask_index: the mask's id (absorb).
+        graph: "absorb" or "uniform". mask_index: the mask's id (absorb). exclude: ids never to draw (absorb).
         temperature: >= 0; the law of the token that replaces x_t is raised to 1 / temperature; whether it is replaced
             does not change.
         seed, step, sample_ids, generator, backend: as in `sample_tokens`.
@@ -52,7 +55,7 @@ def reverse_step(
         BackendUnavailable: the backend named cannot run here.
     """
     names = (seed, step, sample_ids, generator)
-    rows, law = _rows(log_score, xt, sigma, sigma_next, step_size, graph, mask_index, parametrization, names)
+    rows, law = _rows(log_score, xt, sigma, sigma_next, step_size, graph, mask_index, parametrization, exclude, names)
     rows.law, rows.temperature = law, check_temperature(temperature)
     return row_sample(rows, backend).tokens
 
@@ -74,7 +77,7 @@ def reverse_probs(
     Args, Raises: as `reverse_step`.
     """
     nameless = (0, 0, None, None)
-    rows, law = _rows(log_score, xt, sigma, sigma_next, step_size, graph, mask_index, parametrization, nameless)
+    rows, law = _rows(log_score, xt, sigma, sigma_next, step_size, graph, mask_index, parametrization, (), nameless)
     return reverse_rows(rows, law, backend)
 
 
@@ -87,11 +90,18 @@ def _rows(
     graph: str,
     mask_index: int,
     parametrization: str,
+    exclude: Iterable[int],
     names: Names,
 ) -> tuple[SampleRows, Tensor]:
     check_rows("log_score", log_score)
     check_choice("graph", graph, ("absorb", "uniform"))
-    rows = token_rows(log_score, xt, None, mask_index if graph == "absorb" else None, False, (), names)
+    exclude, mask = tuple(exclude), None
+    if graph == "absorb":
+        mask = vocabulary_index("mask_index", mask_index, log_score.shape[-1])
+    elif exclude:
+        raise ValueError(f"exclude: needs graph='absorb', got {exclude}")
+    # Where ids are excluded so is the mask, which nothing turns into: one id is to be left.
+    rows = token_rows(log_score, xt, None, mask, bool(exclude), exclude, names)
     return rows, reverse_law(graph, parametrization, rows.xt, log_score.shape[-1], sigma, sigma_next, step_size)
 
 

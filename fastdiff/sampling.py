@@ -1,13 +1,13 @@
 """Generation: the noise process run backwards, or masks revealed by confidence, with draws that are named."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checks import check_choice, check_tokens
+from fastdiff.checks import check_choice, check_integer, check_tokens
 from fastdiff.evaluating import Model, evaluating
 from fastdiff.graphs import Absorbing, Uniform
 from fastdiff.losses import PARAMETRIZATIONS
@@ -50,6 +50,7 @@ def sample(  # type: ignore[misc]  # the overloads only tell apart what comes ba
     top_k: int | None = None,
     top_p: float | None = None,
     exclude_mask: bool = True,
+    exclude: Iterable[int] = (),
     seed: int = 0,
     return_trajectory: bool = False,
     backend: str | None = None,
@@ -92,6 +93,7 @@ def sample(  # type: ignore[misc]  # the overloads only tell apart what comes ba
         temperature: >= 0; the law of the token that replaces x_t is raised to 1 / temperature; 0 takes the likeliest.
         top_k, top_p, exclude_mask: see `sample_tokens`, for conditionals of the absorbing graph. A mask that is drawn
             stays one.
+        exclude: other ids never to draw, such as those that fill a vocabulary up; for the absorbing graph.
         seed: names the draws.
         return_trajectory: give a `Generated`.
         backend: None for the best that can run, else "cpu", "triton" or "reference".
@@ -105,16 +107,20 @@ def sample(  # type: ignore[misc]  # the overloads only tell apart what comes ba
     """
     check_choice("parametrization", parametrization, PARAMETRIZATIONS)
     check_choice("sampler", sampler, tuple(SAMPLERS))
-    graph = _graph(model, graph, mask_index)
+    graph, exclude = _graph(model, graph, mask_index), tuple(exclude)
+    num_samples, seed = check_integer("num_samples", num_samples, 1), check_integer("seed", seed)
+    length, steps = _at_least_one("length", length), _at_least_one("steps", steps)
     given = _given(num_samples, length, prompt, infill, graph.mask_index)
     start = 0 if prompt is None else prompt.shape[-1]
     _check_plan(sampler, given.shape[1] - start, steps=steps, block_length=block_length, schedule=schedule)
     options: dict[str, Any] = dict(mask_index=graph.mask_index, temperature=check_temperature(temperature))
-    options |= dict(seed=seed, backend=backend)
+    options |= dict(exclude=exclude, seed=seed, backend=backend)
     by_sigma = graph.name == "uniform" or parametrization not in ("logits", "log_probs")
     if by_sigma:
         only = dict(guidance=guidance or None, top_k=top_k, top_p=top_p, exclude_mask=None if exclude_mask else False)
         _check_by_sigma(model, sampler, **only)
+    if exclude and graph.name == "uniform":
+        raise ValueError(f"exclude: needs the absorbing graph, got {exclude}")
     if not math.isfinite(guidance):
         raise ValueError(f"guidance: expected a finite number, got {guidance}")
 
@@ -159,14 +165,12 @@ def _given(
     num_samples: int, length: int | None, prompt: Tensor | None, infill: Tensor | None, mask_index: int | None
 ) -> Tensor:
     """Tokens that are given, and -1 elsewhere: int64 [num_samples, length]."""
-    if num_samples < 1:
-        raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
     if infill is not None:
         if prompt is not None:
             raise ValueError("prompt, infill: expected one of the two; an infill may begin with a prompt")
         return _spread_infill(infill, num_samples, length, mask_index)
-    if length is None or length < 1:
-        raise ValueError(f"length: expected at least 1, got {length}")
+    if length is None:
+        raise ValueError("length: expected at least 1, got None")
     if prompt is None:
         return torch.full((num_samples, length), -1, device="cpu")
     check_tokens("prompt", prompt, None)
@@ -177,6 +181,10 @@ def _given(
     given = torch.full((num_samples, length), -1, device=prompt.device)
     given[:, : prompt.shape[-1]] = prompt
     return given
+
+
+def _at_least_one(name: str, value: int | None) -> int | None:
+    return None if value is None else check_integer(name, value, 1)
 
 
 def _spread_infill(infill: Tensor, num_samples: int, length: int | None, mask_index: int | None) -> Tensor:
@@ -196,11 +204,9 @@ def _check_plan(sampler: str, positions: int, **options: Any) -> None:
         if value is not None and name not in SAMPLERS[sampler].takes:
             raise ValueError(f"{name}: the sampler {sampler!r} takes none, got {value!r}")
     steps, block_length = options["steps"], options["block_length"]
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {steps}")
     if block_length is None:
         return
-    if block_length < 1 or positions % block_length:
+    if check_integer("block_length", block_length) < 1 or positions % block_length:
         raise ValueError(f"block_length: expected a divisor of the {positions} positions to fill, got {block_length}")
     if steps is not None and positions and steps % (positions // block_length):
         raise ValueError(f"steps: expected a multiple of the {positions // block_length} blocks, got {steps}")
@@ -227,7 +233,7 @@ def _graph(model: AnyModel, graph: str | Absorbing | Uniform, mask_index: int | 
         return Uniform(_num_states(model, "graph"))
     if mask_index is None:
         return Absorbing(_num_states(model, "mask_index"))
-    if mask_index < 0:
+    if check_integer("mask_index", mask_index) < 0:
         raise ValueError(f"mask_index: expected an id >= 0, got {mask_index}")
     return Absorbing(mask_index + 2, mask_index)  # how many ids there are, the model will tell; here it does not matter
 

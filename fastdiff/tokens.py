@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.checks import check_bool, check_rows, check_tokens, vocabulary_index
+from fastdiff.checks import check_bool, check_integer, check_rows, check_tokens, vocabulary_index
 from fastdiff.noising import resolve_seed
 from fastdiff.ops.linear_loss import TILE_BYTES
 from fastdiff.ops.row_sample import Drawn, SampleRows, row_sample
@@ -62,9 +62,9 @@ def sample_tokens(  # type: ignore[misc]  # the overloads only tell apart what c
         logits: [B, L, V] float32, float64, bfloat16 or float16, with any strides before the last.
         xt: [B, L] int64 tokens.
         mask: [B, L] bool, where to draw; None means where xt is the mask.
-        mask_index: the mask's id, in [-V, V).
+        mask_index: the mask's id, in [-V, V); with exclude_mask=False also one for which there are no logits.
         exclude_mask: never draw the mask. exclude: other ids never to draw.
-        temperature: >= 0; 0 takes the largest, of equal ones the first.
+        temperature: >= 0; 0, and what is below 1e-6, takes the largest, of equal ones the first.
         top_k, top_p: keep the top_k largest, then the fewest of largest probability that have top_p of it; ties stay.
         return_stats: also how sure the model is, from the same read.
         seed, step, sample_ids, generator: what names the draws, see `mask_tokens`; step is one number for all.
@@ -146,7 +146,7 @@ def token_rows(
     check_tokens("xt", xt, z.shape[:-1], z.device)
     xt = xt.long().contiguous()
     excluded = {vocabulary_index("exclude", i, num_states) for i in exclude}
-    if mask_index is not None:
+    if mask_index is not None and (exclude_mask or check_integer("mask_index", mask_index) < 0):
         mask_index = vocabulary_index("mask_index", mask_index, num_states)
         excluded |= {mask_index} if exclude_mask else set()
     if len(excluded) == num_states:
@@ -178,7 +178,9 @@ def token_rows(
 def _one_step(step: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(step, Tensor) and step.numel() != 1:
         raise ValueError(f"step: expected one number, got shape {tuple(step.shape)}")
-    return step.to(device, torch.int64).reshape(()) if isinstance(step, Tensor) else _filled(step, device)
+    if isinstance(step, Tensor):
+        return step.to(device, torch.int64).reshape(())
+    return _filled(check_integer("step", step), device)
 
 
 def _filled(number: int, device: torch.device) -> Tensor:
@@ -187,18 +189,19 @@ def _filled(number: int, device: torch.device) -> Tensor:
 
 
 def check_temperature(temperature: float) -> float:
+    """A temperature that float32 can divide by, or 0. Beyond 1e-6 and 1e30 the law is at its limit."""
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
-    return float(temperature)
+    return min(float(temperature), 1e30) if temperature >= 1e-6 else 0.0
 
 
 def _set_law(rows: SampleRows, temperature: float, top_k: int | None, top_p: float | None, with_stats: bool) -> None:
-    if top_k is not None and top_k < 1:
+    if top_k is not None and check_integer("top_k", top_k) < 1:
         raise ValueError(f"top_k: expected at least 1 or None, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1] or None, got {top_p}")
     rows.temperature, rows.with_stats = check_temperature(temperature), with_stats
-    rows.top_k, rows.top_p = top_k or 0, 1.0 if top_p is None else float(top_p)
+    rows.top_k, rows.top_p = 0 if top_k is None else int(top_k), 1.0 if top_p is None else float(top_p)
 
 
 def _result(drawn: Drawn, return_stats: bool) -> Tensor | tuple[Tensor, TokenStats]:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.checks import check_choice
+from fastdiff.checks import check_choice, check_integer
 from fastdiff.data import TokenSource
 from fastdiff.estimators import time_free_nll
 from fastdiff.estimators.scoring import Model
@@ -76,7 +76,7 @@ class TrainConfig:
         seed: the randomness of the noise.
 
     Raises:
-        ValueError: a value out of range, named.
+        ValueError, TypeError: a value out of range or of another type, named.
     """
 
     loss: str = "dce-k"
@@ -99,9 +99,7 @@ class TrainConfig:
         check_choice("loss", self.loss, LOSSES)
         check_choice("dtype", self.dtype, tuple(_DTYPES))
         for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), least))
         whole = self.batch_size % self.accumulation == 0
         expected = {
             "lr": ("a number > 0", 0 < self.lr < math.inf),

@@ -2,6 +2,7 @@ import itertools
 import math
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from networks import RandomNetwork, random_tokens
@@ -242,6 +243,36 @@ def test_likeliest_tokens(sampler):
     assert torch.equal(sample(network, top_k=1, **options), greedy)
     assert torch.equal(sample(network, top_p=1e-6, **options), greedy)
     assert not torch.equal(sample(network, **options), greedy)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_excluded_ids_are_never_drawn(sampler):
+    """The law is that of the others; from an iterator too, which every step needs anew."""
+    options = dict(num_samples=2000, length=3, mask_index=4, sampler=sampler)
+    rest = P.index_fill(1, torch.tensor([0, 3]), 0)
+    x = sample(product, exclude=iter([0, -2]), **options)
+    assert set(x.unique().tolist()) == {1, 2}
+    if sampler in TIMED:
+        scores = dict(options, parametrization="scale_by_sigma")
+        assert set(sample(product_scores, exclude=[0, 3], **scores).unique().tolist()) == {1, 2}
+    if sampler not in RANKED:  # whose orders prefer some tokens
+        assert agrees(x, independent(rest / rest.sum(1, keepdim=True)), 4)
+
+
+def test_a_head_without_a_row_for_the_mask():
+    options = dict(num_samples=2000, length=3, mask_index=4, exclude_mask=False)
+    for sampler in ("tweedie", "first_hitting"):
+        x = sample(lambda xt: P.log().expand(len(xt), -1, -1), sampler=sampler, **options)
+        assert agrees(x, independent(P), 4)
+    x = sample((lambda xt: torch.eye(3).expand(len(xt), -1, -1), P.T.log()), **options)
+    assert agrees(x, independent(P), 4)
+
+
+def test_numbers_of_any_integer_type():
+    numbers = dict(num_samples=2, length=3, steps=2, mask_index=4, top_k=3, seed=3)
+    expected = sample(product, **numbers)
+    for kind in (numpy.int64, numpy.uint8, torch.tensor):
+        assert torch.equal(sample(product, **{name: kind(number) for name, number in numbers.items()}), expected)
 
 
 # ------------------------------------------------------------------------------------- orders and steps
@@ -575,6 +606,17 @@ SCORES = {"parametrization": "scale_by_sigma"}
         ({"mask_index": -1}, ValueError, "mask_index: expected an id >= 0, got -1"),
         ({"mask_index": 5}, ValueError, r"mask_index: expected an id in \[-5, 5\), got 5"),
         ({"num_samples": 0}, ValueError, "num_samples: expected at least 1, got 0"),
+        ({"num_samples": True}, TypeError, "num_samples: expected an int, got True"),
+        ({"seed": 0.5}, TypeError, "seed: expected an int, got 0.5"),
+        ({"steps": 2.0}, TypeError, "steps: expected an int, got 2.0"),
+        ({"exclude": range(5)}, ValueError, "exclude: expected to leave one of 5 ids, got all"),
+        ({"exclude": [7]}, ValueError, r"exclude: expected an id in \[-5, 5\), got 7"),
+        ({"exclude": [0.0]}, TypeError, "exclude: expected an int, got 0.0"),
+        (
+            {"graph": Uniform(5), "mask_index": None, "exclude": [1]},
+            ValueError,
+            r"exclude: needs the absorbing graph, got \(1,\)",
+        ),
         ({"length": 0}, ValueError, "length: expected at least 1, got 0"),
         ({"length": None}, ValueError, "length: expected at least 1, got None"),
         ({"steps": 0}, ValueError, "steps: expected at least 1, got 0"),

@@ -252,19 +252,19 @@ def test_nothing_to_resume_and_nothing_overwritten(tmp_path):
     [
         ({"loss": "dce"}, "loss: expected one of 'dce-t'.*got 'dce'"),
         ({"dtype": "float16"}, "dtype: expected one of 'float32', 'bfloat16', got 'float16'"),
-        ({"steps": 0}, "steps: expected an integer of at least 1, got 0"),
-        ({"batch_size": 2.0}, "batch_size: expected an integer of at least 1, got 2.0"),
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"batch_size": 2.0}, "batch_size: expected an int, got 2.0"),
         ({"accumulation": 3}, "batch_size: expected a multiple of accumulation = 3, got 4"),
         ({"lr": 0.0}, "lr: expected a number > 0, got 0.0"),
         ({"lr": math.nan}, "lr: expected a number > 0, got nan"),
         ({"weight_decay": -0.1}, "weight_decay: expected a number >= 0"),
         ({"grad_clip": 0.0}, "grad_clip: expected a number > 0"),
         ({"ema": 1.0}, r"ema: expected a decay in \[0, 1\), got 1.0"),
-        ({"eval_sequences": 1}, "eval_sequences: expected an integer of at least 2, got 1"),
+        ({"eval_sequences": 1}, "eval_sequences: expected at least 2, got 1"),
     ],
 )
 def test_bad_config(changes, text):
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises((ValueError, TypeError), match=text):
         TrainConfig(**(SETTINGS | changes))
 
 

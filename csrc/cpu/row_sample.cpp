@@ -92,7 +92,7 @@ FASTDIFF_HD Jumps<Acc<T>> jumps_of(const RowSample& op, Numbers<T>& numbers, Sum
 template <typename T>
 FASTDIFF_HD int64_t jump(const RowSample& op, Numbers<T>& numbers, Sums<Acc<T>>& sums, int64_t r) {
   using C = Acc<T>;
-  const auto [stay, jumps, weight] = jumps_of(op, numbers, sums, r);
+  auto [stay, jumps, weight] = jumps_of(op, numbers, sums, r);
   const double all = stay + jumps;
   if (!std::isfinite(all)) return -1;
   const uint32_t draw = Stream(op.seed, kStep, op.step, op.sample_ids[r], 0)(static_cast<uint32_t>(op.positions[r]));
@@ -100,7 +100,10 @@ FASTDIFF_HD int64_t jump(const RowSample& op, Numbers<T>& numbers, Sums<Acc<T>>&
   if (op.temperature == 0) return largest(numbers).first;
   const Stream stream = op.race_stream(r);
   if (op.law[r].theta == 0) return race(numbers, Weight<C>(op.temperature, sums.shift), sums, stream);
-  if (op.temperature != 1) read_again(numbers, weight, -kInfinity<C>, sums);
+  if (op.temperature != 1) {
+    weight.largest = weight.jump(*std::max_element(numbers.block_max.begin(), numbers.block_max.end()));
+    read_again(numbers, weight, -kInfinity<C>, sums);
+  }
   return race(numbers, weight, sums, stream);
 }
 

@@ -114,12 +114,12 @@ struct Weight {
   }
 };
 
-// (exp(z - shift) - subtracted)+, and that to the power 1 / temperature; nothing for NaN. Where less than nothing is
-// subtracted, a number of -inf has a weight, so that what is absent must be told apart.
+// (exp(z - shift) - subtracted)+, and its share of the largest to the power 1 / temperature; nothing for NaN. Where
+// less than nothing is subtracted, a number of -inf has a weight, so that what is absent must be told apart.
 template <typename C>
 struct JumpWeight {
   Weight<C> whole;
-  C subtracted, power;
+  C subtracted, power, largest = 1;
 
   FASTDIFF_HD JumpWeight(C shift, double subtracted_, double temperature)
       : whole(1, shift), subtracted(static_cast<C>(subtracted_)), power(static_cast<C>(1 / temperature)) {}
@@ -127,7 +127,7 @@ struct JumpWeight {
     const C w = whole(x) - subtracted;
     return w > 0 ? w : C(0);
   }
-  FASTDIFF_HD C operator()(C x) const { return power == 1 ? jump(x) : std::pow(jump(x), power); }
+  FASTDIFF_HD C operator()(C x) const { return power == 1 ? jump(x) : std::pow(jump(x) / largest, power); }
 };
 
 // Sums over a row: of each class's weights, and at temperature 1 of e = exp(z - shift) and e (z - shift).

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -278,6 +279,41 @@ def test_harmonic_mask_and_sample_mask_counts_draw_alike():
     x0 = torch.zeros(500, 20, dtype=torch.long)
     counts = sample_mask_counts(1, torch.full((500,), 20), proposal="harmonic", seed=2)[0][:, 0]
     assert torch.equal(counts, harmonic_mask(x0, mask_index=M, seed=2).counts)
+
+
+def test_numbers_of_any_integer_type():
+    x0, names = tokens(), dict(mask_index=M, seed=3, step=2)
+    expected = mask_tokens(x0, 0.5, **names)
+    for kind in (numpy.int64, numpy.uint8, torch.tensor):
+        given = {name: kind(number) for name, number in names.items()}
+        given["step"] = given["step"] if kind is not torch.tensor else torch.full((3,), 2)
+        assert torch.equal(mask_tokens(x0, 0.5, **given).xt, expected.xt)
+    for p in (numpy.int64(1), numpy.float32(0.5)):
+        assert torch.equal(mask_tokens(x0, p, **names).xt, mask_tokens(x0, float(p), **names).xt)
+    three, nine = numpy.int32(3), numpy.int64(9)
+    assert torch.equal(sample_mask_counts(three, nine, seed=three)[0], sample_mask_counts(3, 9, seed=3)[0])
+    assert torch.equal(sample_times(three, seed=three, step=nine), sample_times(3, seed=3, step=9))
+    assert Uniform(nine) == Uniform(9)
+    assert Absorbing(nine, numpy.int8(-1)) == Absorbing(9)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: mask_tokens(tokens(), 0.5, mask_index=True), "mask_index"),
+        (lambda: mask_tokens(tokens(), 0.5, mask_index=M, seed=True), "seed"),
+        (lambda: mask_tokens(tokens(), 0.5, mask_index=M, seed=1, step=0.5), "step"),
+        (lambda: mask_tokens(tokens(), 0.5, mask_index=torch.tensor(True)), "mask_index"),
+        (lambda: sample_mask_counts(2.0, 9), "n"),
+        (lambda: sample_mask_counts(2, True), "length"),
+        (lambda: sample_times(2, rank=numpy.bool_(False)), "rank"),
+        (lambda: Uniform(5.0), "num_states"),
+        (lambda: Absorbing(5, mask_index=2.0), "mask_index"),
+    ],
+)
+def test_what_is_no_integer(call, name):
+    with pytest.raises(TypeError, match=f"^{name}: expected an int, got "):
+        call()
 
 
 def test_times():

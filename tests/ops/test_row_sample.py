@@ -81,6 +81,64 @@ def test_reverse_steps_agree_with_the_reference(graph, parametrization, step, te
                 )
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.6}, {"exclude": [3]}], ids=str)
+def test_temperatures_without_bounds(options, backend):
+    """Cold ones take the largest; of hot ones all ids with a finite logit are alike."""
+    options = dict(options, seed=1, backend=backend)
+    for dtype in DTYPES:
+        z, xt = rows(2600, dtype)
+        z[..., 5] = -math.inf
+        cold = sample_tokens(z, xt, **options | {"temperature": 0})
+        for temperature in (1e-7, 1e-39, 5e-324):
+            assert torch.equal(sample_tokens(z, xt, **options | {"temperature": temperature}), cold)
+        hot = sample_tokens(z, xt, **options | {"temperature": 1e9})
+        for temperature in (1e20, 1e39, 1e300):
+            assert torch.equal(sample_tokens(z, xt, **options | {"temperature": temperature}), hot)
+
+
+@pytest.mark.parametrize("parametrization", ["log_score", "logits"])
+def test_cold_steps_of_the_uniform_graph_jump_to_likely_tokens(parametrization):
+    """Also where all jumps are so unlikely that their powers underflow."""
+    z, xt = rows(27, batch=40)
+    z = z - 5.0 * (parametrization == "log_score")
+    for step in ({"sigma_next": 0.4}, {"sigma_next": 0.0}, {"step_size": 0.3}):
+        for temperature in (0.03, 1e-3, 1e-5, 1e-9, 1e300):
+            options = dict(graph="uniform", parametrization=parametrization, temperature=temperature, seed=5, **step)
+            tokens = reverse_step(z, xt, 0.9, **options)
+            assert torch.equal(tokens, reverse_step(z, xt, 0.9, backend="reference", **options))
+
+
+@pytest.mark.parametrize("parametrization", ["log_score", "scale_by_sigma", "logits"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_excluded_ids_are_never_jumped_to(backend, parametrization):
+    n, z = 4000, rows(7, batch=1, length=1)[0]
+    z[..., [1, 4]] = 5.0
+    z = z.expand(n, 1, 7) - 5.0 * (parametrization == "log_score")
+    xt, options = torch.full((n, 1), 6), dict(sigma_next=0.4, parametrization=parametrization)
+    tokens = reverse_step(z, xt, 0.9, exclude=[1, -3], seed=2, backend=backend, **options).flatten()
+    law = reverse_probs(z[:1].index_fill(-1, torch.tensor([1, 4]), -math.inf), xt[:1], 0.9, **options).flatten()
+    value, freedom = chi_square(tokens, law)
+    assert value < freedom + 4 * math.sqrt(2 * freedom) + 8
+    with pytest.raises(ValueError, match="exclude: needs graph='absorb'"):
+        reverse_step(z, xt, 0.9, graph="uniform", exclude=[1], backend=backend, **options)
+    with pytest.raises(ValueError, match="exclude: expected to leave one of 7 ids, got all"):
+        reverse_step(z, xt, 0.9, exclude=range(6), backend=backend, **options)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_head_without_a_row_for_the_mask(backend):
+    z, xt = rows(27)
+    xt[xt == 26] = 27
+    options = dict(exclude_mask=False, seed=0, backend=backend, return_stats=True)
+    tokens, stats = sample_tokens(z, xt, mask_index=27, **options)
+    expected, expected_stats = sample_tokens(z, xt, mask=xt == 27, mask_index=0, **options)
+    assert torch.equal(tokens, expected)
+    assert torch.equal(stats.probability, expected_stats.probability)
+    with pytest.raises(ValueError, match=r"mask_index: expected an id in \[-27, 27\), got 27"):
+        sample_tokens(z, xt, mask_index=27, **options | {"exclude_mask": True})
+
+
 def chi_square(tokens, law):
     """Of draws against a law, ids that are expected less than 5 times taken together; and its degrees of freedom."""
     expected = law.double() * len(tokens)
@@ -231,6 +289,10 @@ def test_rows_without_a_law(backend, bad):
         ({"exclude": [27]}, ValueError, r"exclude: expected an id in \[-27, 27\), got 27"),
         ({"mask_index": 27}, ValueError, r"mask_index: expected an id in \[-27, 27\), got 27"),
         ({"mask": torch.ones(4, 5)}, TypeError, "mask: expected a bool tensor"),
+        ({"seed": True}, TypeError, "seed: expected an int, got True"),
+        ({"step": 1.0}, TypeError, "step: expected an int, got 1.0"),
+        ({"top_k": 2.0}, TypeError, "top_k: expected an int, got 2.0"),
+        ({"mask_index": False}, TypeError, "mask_index: expected an int, got False"),
         ({"step": torch.arange(4)}, ValueError, r"step: expected one number, got shape \(4,\)"),
         ({"sample_ids": torch.arange(5)}, ValueError, r"sample_ids: expected shape \(4,\), got \(5,\)"),
         ({"xt": torch.zeros(4, 4).long()}, ValueError, r"xt: expected shape \(4, 5\), got \(4, 4\)"),
