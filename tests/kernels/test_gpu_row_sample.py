@@ -104,15 +104,15 @@ def test_laws(name, temperature, backend, device):
 @pytest.mark.parametrize("name", ["uniform", "uniform, conditionals"])
 def test_cold_laws(name, backend, device):
     theta, kappa, lam, log_here = LAWS[name]
-    law = torch.tensor([theta / 27, kappa * 27, lam, log_here], dtype=torch.float64).expand(1, 8, 4).contiguous()
-    for temperature in (0.03, 1e-3, 1e-5):
-        both(backend, problem((1, 8), 27, F32, device, temperature=temperature, law=law))
+    law = torch.tensor([theta / 27, kappa * 27, lam, log_here], dtype=torch.float64).expand(1, 4, 4).contiguous()
+    for temperature in (0.03, 1e-5):
+        both(backend, problem((1, 4), 27, F32, device, temperature=temperature, law=law))
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e30])
 def test_extreme_temperatures(temperature, backend, device):
-    both(backend, problem((1, 6), 1030, F32, device, [1], temperature=temperature, with_stats=True))
-    both(backend, problem((1, 6), 27, F16, device, temperature=temperature, top_k=4, top_p=0.9))
+    both(backend, problem((1, 3), 27, F32, device, [1], temperature=temperature, with_stats=True))
+    both(backend, problem((1, 2), 27, F16, device, temperature=temperature, top_k=4, top_p=0.9))
 
 
 def both_rows(backend, rows, law):
