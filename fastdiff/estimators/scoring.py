@@ -60,7 +60,8 @@ class Scorer:
         self.exclude_mask, self.batch_size, self.backend = exclude_mask, batch_size, backend
         self.differentiable = differentiable
         self.lengths, self.num_tokens = inside.sum(1), target.sum(1)
-        self._largest_id = max([mask_index, *x0.where(inside, 0).amax(1).tolist()])
+        # what the model must give a logit of; the mask only to leave it out
+        self._largest_id = max([mask_index if exclude_mask else 0, *x0.where(target, 0).amax(1).tolist()])
         self._advance: Callable[[int], None] = lambda num_rows: None
 
     def groups(self, *columns: Tensor) -> list[Tensor]:
@@ -78,7 +79,7 @@ class Scorer:
 
     def __call__(self, which: Tensor, masked: Masked) -> Tensor:
         """Losses [b, L], float64, of the sequences `which` [b] masked as given; 0 where nothing is masked."""
-        output, x0 = self.body(masked.xt), self.x0[which, : masked.xt.shape[1]]
+        output, x0 = self.body(masked.xt), self.x0[which, : masked.xt.shape[1]].where(masked.mask, 0)
         options: dict[str, Any] = dict(mask_index=self.mask_index, exclude_mask=self.exclude_mask)
         options |= dict(mask=masked.mask, backend=self.backend)
         if self.lm_head is None:
@@ -131,7 +132,9 @@ class Scorer:
     def _set_sizes(self, num_states: int, width: int) -> None:
         """What the first output tells: whether all ids exist, and how many sequences fit a batch."""
         if self._largest_id >= num_states:
-            raise ValueError(f"x0, mask_index: expected ids in [0, V={num_states}), got {self._largest_id}")
+            no_mask = self.exclude_mask and self.mask_index >= num_states
+            hint = "; a model without a logit of the mask needs exclude_mask=False" if no_mask else ""
+            raise ValueError(f"x0, mask_index: expected ids in [0, V={num_states}), got {self._largest_id}{hint}")
         if self.batch_size is None:
             width = max(width, _LEAST_VOCABULARY)
             self.batch_size = max(1, _LOGITS_PER_BATCH // (self.x0.shape[1] * width))

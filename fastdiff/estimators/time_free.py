@@ -193,8 +193,10 @@ def conditional_nll(
     if len(prompt) != len(response):
         raise ValueError(f"response: expected as many as prompts, {len(prompt)}, got {len(response)}")
     joined = [torch.cat([p, r]).long() for p, r in zip(prompt, response, strict=True)]
-    x0 = pad_sequence(joined, batch_first=True)
-    begin, lengths = (torch.tensor([len(row) for row in rows], device=x0.device) for rows in (prompt, joined))
+    x0 = pad_sequence(joined, batch_first=True) if joined else torch.zeros(0, 1, dtype=torch.long)
+    begin, lengths = (
+        torch.tensor([len(row) for row in rows], dtype=torch.long, device=x0.device) for rows in (prompt, joined)
+    )
     at = torch.arange(x0.shape[1], device=x0.device)
     target = (at >= begin.unsqueeze(1)) & (at < lengths.unsqueeze(1))
     return time_free_nll(model, x0, mask_index=mask_index, target=target, lengths=lengths, **options)

@@ -85,6 +85,20 @@ def test_the_module_of_a_method_is_evaluated_too() -> None:
     assert not any(model.had_grad)
 
 
+def test_a_head_may_lack_a_row_for_the_mask() -> None:
+    """An unknown token, masked and no target, is none of the head's either."""
+    network, x0, head = RandomNetwork(6), random_tokens(2, 6), nn.Linear(5, 4).double().requires_grad_(False)
+    x0[0, 5] = 4
+    expected = exact_nll(lambda xt: nn.functional.pad(head(network(xt)), (0, 1)), x0, mask_index=4, target=x0 < 4)
+    for model in (lambda xt: head(network(xt)), (network, head)):
+        estimate = exact_nll(model, x0, mask_index=4, target=x0 < 4, exclude_mask=False)
+        torch.testing.assert_close(estimate.nll, expected.nll)
+        with pytest.raises(ValueError, match=r"\[0, V=4\), got 4; .*without a logit of the mask .*exclude_mask=False"):
+            exact_nll(model, x0, mask_index=4, target=x0 < 4)
+    with pytest.raises(ValueError, match=r"\[0, V=4\), got 4$"):
+        exact_nll((network, head), random_tokens(2, 6) % 2 + 3, mask_index=0, exclude_mask=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_of_lower_precision_give_float64_estimates(dtype: torch.dtype) -> None:
     network, x0 = RandomNetwork(6), random_tokens(2, 6)
