@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import groupby, islice, takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from lm_eval.api.instance import Instance
@@ -132,15 +132,17 @@ class FastdiffLM(LM):
     ) -> None:
         super().__init__()
         check_choice("proposal", proposal, PROPOSALS)
-        self.likelihood = dict(proposal=proposal) | _parsed(float, 0, tolerance=tolerance)
+        self.likelihood = dict(proposal=proposal) | _parsed(float | None, 0, tolerance=tolerance)
         self.likelihood |= _parsed(int, 1, num_samples=num_samples, max_samples=max_samples)
-        self.plan = _parsed(int, 1, steps=steps, block_length=block_length)
+        self.plan = _parsed(int | None, 1, steps=steps, block_length=block_length)
+        own = _parsed(int, 1, max_gen_toks=max_gen_toks) | _parsed(int, 0, seed=seed)
+        own |= _parsed(bool, 0, is_check_greedy=is_check_greedy)
+        self.max_gen_toks, self.seed, self.is_check_greedy = own.values()
         batch_size = None if str(batch_size).startswith("auto") else batch_size
-        self.max_gen_toks, self.batch_size = _parsed(int, 1, max_gen_toks=max_gen_toks, batch_size=batch_size).values()
-        given = _parsed(int, 1, max_length=max_length) | _parsed(int, 0, mask_index=mask_index, seed=seed)
-        flags = dict(is_check_greedy=is_check_greedy, add_bos_token=add_bos_token)
-        given |= _parsed(bool, 0, exclude_mask=exclude_mask, shift=shift, **flags)
-        self.seed, self.is_check_greedy = given.pop("seed"), given.pop("is_check_greedy")
+        self.batch_size = _parsed(int | None, 1, batch_size=batch_size)["batch_size"]
+        add_bos_token = _parsed(bool | None, 0, add_bos_token=add_bos_token)["add_bos_token"]
+        given = _parsed(int | None, 1, max_length=max_length) | _parsed(int | None, 0, mask_index=mask_index)
+        given |= _parsed(bool | None, 0, exclude_mask=exclude_mask, shift=shift)
 
         self._device = _place(pretrained, device)
         if isinstance(pretrained, str | os.PathLike):
@@ -152,7 +154,6 @@ class FastdiffLM(LM):
             self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=True)
         if given["mask_index"] is None:
             known["mask_index"] = agreed_mask_index(known["mask_index"], getattr(self.tokenizer, "mask_token_id", None))
-        add_bos_token = given.pop("add_bos_token")
         given = {name: known[name] if value is None else value for name, value in given.items()}
         for name, value in (("tokenizer", self.tokenizer), *given.items()):
             if value is None:
@@ -294,18 +295,18 @@ def _sum(parts: list[_Scored]) -> _Scored:
     return _Scored(nll, stderr, sum(p.num_tokens for p in parts), sum(p.num_forwards for p in parts), False)
 
 
-def _parsed(kind: type, least: int, **options: Any) -> dict[str, Any]:
-    """Options, of which strings mean what they mean in --model_args; None stays."""
+def _parsed(kind: Any, least: int, **options: Any) -> dict[str, Any]:
+    """Options of a type, or of it and None; strings mean what they mean in --model_args."""
+    kinds = get_args(kind) or (kind,)
     parsed = {}
     for name, value in options.items():
         number = handle_arg_string(value) if isinstance(value, str) else value
-        if kind is int and isinstance(number, float) and number.is_integer():  # 1e3
+        if int in kinds and isinstance(number, float) and number.is_integer():  # 1e3
             number = int(number)
-        if kind is float and type(number) is int:
+        if float in kinds and type(number) is int:
             number = float(number)
-        fits = type(number) is kind
-        if number is not None and not (fits and number >= least):
-            what = "True or False" if kind is bool else f"{kind.__name__} >= {least}"
+        if type(number) not in kinds or not (number is None or number >= least):
+            what = "True or False" if bool in kinds else f"{kinds[0].__name__} >= {least}"
             raise ValueError(f"{name}: expected {what}, got {value!r}")
         parsed[name] = number
     return parsed

@@ -178,7 +178,10 @@ class MaskedDiffusionTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         """Trainer's, of the labels that something predicts."""
         if self.shift:
-            batch_samples = [{**batch, "labels": batch["labels"][:, 1:]} for batch in batch_samples]
+            batch_samples = [
+                {name: value[:, 1:] if name == "labels" else value for name, value in batch.items()}
+                for batch in batch_samples
+            ]
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def _names(self, training: bool) -> dict[str, Any]:

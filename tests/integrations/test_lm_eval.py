@@ -488,6 +488,7 @@ def test_options_that_are_strings():
         ("num_samples", 0, "int >= 1, got 0"),
         ("mask_index", "-1", "int >= 0, got '-1'"),
         ("seed", "0.5", "int >= 0, got '0.5'"),
+        ("seed", "none", "int >= 0, got 'none'"),
         ("max_samples", math.inf, "int >= 1, got inf"),
         ("tolerance", "half", "float >= 0, got 'half'"),
         ("tolerance", "nan", "float >= 0, got 'nan'"),

@@ -267,6 +267,9 @@ def test_wrong_calls(tmp_path):
     trainer = trainer_of(model, tmp_path, data(2))
     with pytest.raises(ValueError, match=r"inputs: expected labels.* got input_ids, attention_mask"):
         trainer.compute_loss(model, {k: v for k, v in data(1)[0].items() if k != "labels"})
+    rows = [{k: v for k, v in row.items() if k != "labels"} for row in data(2)]
+    with pytest.raises(ValueError, match="inputs: expected labels"):
+        trainer_of(model, tmp_path, rows, options=dict(shift=True)).train()
 
 
 def test_who_says_which_id_is_the_mask(tmp_path):
