@@ -357,8 +357,8 @@ def _front(tokenizer: Any, add_bos_token: bool | None) -> list[int]:
             raise ValueError("add_bos_token: expected a tokenizer that has a BOS")
         return [bos] if add_bos_token else []
     text, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
-    for start in range(len(whole)):
-        if text and whole[start : start + len(text)] == text:
+    for start in range(len(whole) - len(text) + 1):
+        if whole[start : start + len(text)] == text and (text or not whole):
             return whole[:start]
     raise ValueError(f"tokenizer: expected the tokens {text} of a text among those with special ones, got {whole}")
 
