@@ -69,7 +69,8 @@ def dce_loss(  # type: ignore[misc]  # the overloads only tell apart what comes 
         weight: w, a number or a tensor over a prefix of the token shape ([B] is one per sequence), or one that
             broadcasts to it. It has no gradient.
         mask_index: the mask's id, negative from the end.
-        exclude_mask: leave v = mask_index out of the sum over v (SEDD, RADD, MDLM, Duo) or keep it (LLaDA).
+        exclude_mask: leave v = mask_index out of the sum over v (SEDD, RADD, MDLM, Duo) or keep it (LLaDA). False is
+            for vocabularies without a mask, too: True would leave out their last id.
         z_loss: adds z_loss * logsumexp_v(z_v)^2 to what w weighs, which keeps logits from drifting; 1e-4 is usual.
         reduction: "none" for [...] losses, "sum", or "mean" over the scored tokens (0 if there are none).
         num_items: with "mean", divide the sum by this number (or tensor of one element) instead.

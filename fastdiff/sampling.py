@@ -81,7 +81,8 @@ def sample(  # type: ignore[misc]  # the overloads only tell apart what comes ba
             into evaluation mode meanwhile.
         num_samples, length: sequences, tokens in each (those of the prompt too). An infill has a length.
         steps: None means as many as there are positions after the prompt.
-        mask_index: id of the mask (absorbing graph); None means the last of `model.config.num_states`.
+        mask_index: id of the mask (absorbing graph); None means `model.config.mask_token_id` where there is one, else
+            the last of `model.config.num_states`.
         graph: "absorb", or "uniform" for a model that has `config.num_states`; or an `Absorbing` or `Uniform`.
         parametrization: what the model gives: "logits" ("log_probs"), or "log_score", "scale_by_sigma", see `dse_loss`.
         sampler: one of the above.
@@ -231,6 +232,8 @@ def _graph(model: AnyModel, graph: str | Absorbing | Uniform, mask_index: int | 
     check_choice("graph", graph, ("absorb", "uniform"))
     if graph == "uniform":
         return Uniform(_num_states(model, "graph"))
+    if mask_index is None:
+        mask_index = getattr(getattr(model, "config", None), "mask_token_id", None)
     if mask_index is None:
         return Absorbing(_num_states(model, "mask_index"))
     if check_integer("mask_index", mask_index) < 0:

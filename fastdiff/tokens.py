@@ -63,7 +63,7 @@ def sample_tokens(  # type: ignore[misc]  # the overloads only tell apart what c
         xt: [B, L] int64 tokens.
         mask: [B, L] bool, where to draw; None means where xt is the mask.
         mask_index: the mask's id, in [-V, V); with exclude_mask=False also one for which there are no logits.
-        exclude_mask: never draw the mask. exclude: other ids never to draw.
+        exclude_mask: never draw the mask; False where the vocabulary has none. exclude: other ids never to draw.
         temperature: >= 0; 0, and what is below 1e-6, takes the largest, of equal ones the first.
         top_k, top_p: keep the top_k largest, then the fewest of largest probability that have top_p of it; ties stay.
         return_stats: also how sure the model is, from the same read.

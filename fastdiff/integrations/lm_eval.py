@@ -7,27 +7,34 @@ or, from Python, `simple_evaluate(model=FastdiffLM(model, tokenizer, mask_index=
 
 import math
 import os
-from itertools import groupby
+from collections import Counter
+from collections.abc import Callable
+from itertools import groupby, islice, takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
-from torch import Tensor
+from lm_eval.utils import handle_arg_string
+from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer
 
+from fastdiff.checks import check_choice, check_tensor
 from fastdiff.data import NUM_BYTES, decode, encode
 from fastdiff.estimators import conditional_nll
 from fastdiff.estimators.scoring import Model
-from fastdiff.model import DiffusionTransformer, read_config
+from fastdiff.estimators.time_free import PROPOSALS
+from fastdiff.integrations.transformers import agreed_mask_index, logits_are_shifted  # names FastdiffForMaskedLM
+from fastdiff.model import DiffusionTransformer, ModelConfig, read_config
 from fastdiff.sampling import sample
 from fastdiff.training import time_free
 
 _TOGETHER = 64  # requests of equal lengths
-_WINDOWS = 2**20  # more than a text has
+_PARTS = 2**20  # more than a document has windows or repeats
 
 
 class Bytes:
@@ -35,11 +42,25 @@ class Bytes:
 
     eos_token_id = None
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return encode(text).tolist()
 
     def decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
         return decode(torch.tensor([token for token in tokens if token < NUM_BYTES], device="cpu"))
+
+
+class _Shifted(nn.Module):
+    """What a body gives at i - 1, at i: logits ("logits") or hidden states ("last_hidden_state")."""
+
+    def __init__(self, body: Any, what: str) -> None:
+        super().__init__()
+        self.body, self.what = body, what
+
+    def forward(self, xt: Tensor) -> Tensor:
+        output = self.body(xt)
+        output = getattr(output, self.what, output)
+        check_tensor(f"model's {self.what}", output)
+        return torch.cat([output[:, :1], output[:, :-1]], 1)  # the first is there for the shape: nothing predicts it
 
 
 class _Scored(NamedTuple):
@@ -59,23 +80,32 @@ class FastdiffLM(LM):
     named by the document: its answers share them, which leaves less noise in which is likelier, and neither the order
     nor the batches of requests change a number.
 
+    What the tokenizer puts in front of a text (BOS, [CLS]) is in front of every context and never scored; what it
+    appends is left out. Scored are all tokens with a part of the continuation in them.
+
     Args:
         pretrained: a model as `time_free_nll` takes it; or a folder, of `fastdiff train` or of a model of transformers
             whose output has logits (it may run code of its own, as LLaDA's and Dream's do).
-        tokenizer: with encode(text) and decode(tokens, skip_special_tokens=True); None means that of the folder.
-        mask_index: the mask's id; None means what the folder says.
+        tokenizer: as of transformers, with encode(text, add_special_tokens=) and decode(tokens, skip_special_tokens=);
+            or the folder of one; None means that of the model's folder.
+        mask_index: the mask's id; None means what the folder, the model's config or the tokenizer says.
         max_length: longest sequence of the model; None means what its config says. Contexts lose tokens at their start.
-        exclude_mask: leave the mask out of the softmax; None means yes for a folder of `fastdiff train` and no
+        exclude_mask: leave the mask out of the softmax; None means yes for a model of `fastdiff train` and no
             otherwise (LLaDA, Dream).
+        shift: the logits at i predict token i + 1; None means yes for Dream, by its config, and no otherwise.
+        add_bos_token: put the tokenizer's BOS in front of a text, or nothing; None means what the tokenizer does.
+        num_samples, proposal, tolerance, max_samples: as in `time_free_nll`.
         seed: names all draws.
         is_check_greedy: find out whether a target is what is generated greedily, a pass for each of its tokens.
         steps, block_length, max_gen_toks: of generation by confidence, see `sample`; steps None reveals one at a time.
         batch_size: sequences in a network pass; None or "auto" means what `time_free_nll` finds.
-        device: where tokens go, and the model of a folder; None means a GPU, and the CPU is taken where there is none.
-        likelihood: further options of `time_free_nll`: num_samples, proposal, tolerance, max_samples.
+        device: where tokens go, and the model of a folder; None means where the model is, or for a folder a GPU, and
+            the CPU is taken where there is none.
 
     Raises:
-        ValueError: what None means cannot be found; a target or a text to generate longer than the model takes.
+        ValueError: what None means cannot be found, or config and tokenizer disagree; an option is of no use, be it
+            a number or, as from --model_args, a string; a target or a text to generate longer than the model takes;
+            shifted logits and no token in front of a target; a folder that several processes load.
     """
 
     def __init__(
@@ -86,6 +116,12 @@ class FastdiffLM(LM):
         mask_index: int | None = None,
         max_length: int | None = None,
         exclude_mask: bool | None = None,
+        shift: bool | None = None,
+        add_bos_token: bool | None = None,
+        num_samples: int = 64,
+        proposal: str = "stratified",
+        tolerance: float | None = None,
+        max_samples: int = 4096,
         seed: int = 0,
         is_check_greedy: bool = True,
         steps: int | None = None,
@@ -93,62 +129,77 @@ class FastdiffLM(LM):
         max_gen_toks: int = 256,
         batch_size: int | str | None = None,
         device: str | None = None,
-        **likelihood: Any,
     ) -> None:
         super().__init__()
-        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):  # the harness's default
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._device = torch.device(device)
+        check_choice("proposal", proposal, PROPOSALS)
+        self.likelihood = dict(proposal=proposal) | _parsed(float | None, 0, tolerance=tolerance)
+        self.likelihood |= _parsed(int, 1, num_samples=num_samples, max_samples=max_samples)
+        self.plan = _parsed(int | None, 1, steps=steps, block_length=block_length)
+        own = _parsed(int, 1, max_gen_toks=max_gen_toks) | _parsed(int, 0, seed=seed)
+        own |= _parsed(bool, 0, is_check_greedy=is_check_greedy)
+        self.max_gen_toks, self.seed, self.is_check_greedy = own.values()
+        batch_size = None if str(batch_size).startswith("auto") else batch_size
+        self.batch_size = _parsed(int | None, 1, batch_size=batch_size)["batch_size"]
+        add_bos_token = _parsed(bool | None, 0, add_bos_token=add_bos_token)["add_bos_token"]
+        given = _parsed(int | None, 1, max_length=max_length) | _parsed(int | None, 0, mask_index=mask_index)
+        given |= _parsed(bool | None, 0, exclude_mask=exclude_mask, shift=shift)
+
+        self._device = _place(pretrained, device)
         if isinstance(pretrained, str | os.PathLike):
-            self.model, known = _load(Path(pretrained), self._device)
+            model, known = _load(Path(pretrained), self._device)
         else:
-            self.model, known = pretrained, _of_config(getattr(pretrained, "config", None))
-        given = dict(tokenizer=tokenizer, max_length=max_length, mask_index=mask_index, exclude_mask=exclude_mask)
-        given = {name: known.get(name) if value is None else value for name, value in given.items()}
-        for name, value in given.items():
+            model, known = pretrained, _of_config(getattr(pretrained, "config", None))
+        self.tokenizer = known.pop("tokenizer", None) if tokenizer is None else tokenizer
+        if isinstance(self.tokenizer, str | os.PathLike):
+            self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=True)
+        if given["mask_index"] is None:
+            known["mask_index"] = agreed_mask_index(known["mask_index"], getattr(self.tokenizer, "mask_token_id", None))
+        given = {name: known[name] if value is None else value for name, value in given.items()}
+        for name, value in (("tokenizer", self.tokenizer), *given.items()):
             if value is None:
                 raise ValueError(f"{name}: expected one, for the model comes with none")
-        self.tokenizer, self.max_length = given.pop("tokenizer"), int(given.pop("max_length"))
+        self.front = _front(self.tokenizer, add_bos_token)
+        self.max_length, self.shift = given.pop("max_length"), given.pop("shift")
         self.shared: dict[str, Any] = given  # mask_index and exclude_mask
-        self.seed, self.is_check_greedy = seed, is_check_greedy
-        self.plan, self.max_gen_toks = dict(steps=steps, block_length=block_length), max_gen_toks
-        self.batch_size = None if batch_size is None or batch_size == "auto" else int(batch_size)
-        self.likelihood, self.likelihoods = likelihood, list[dict[str, Any]]()
+        self.model = _shifted(model) if self.shift else model
+        self.likelihoods: list[dict[str, Any]] = []
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log p(target | context) in nats, whether the target is what greedy generation gives) of each request."""
+
+        def cache(k: int, one: _Scored) -> None:
+            self.cache_hook.add_partial("loglikelihood", requests[k].args, (-one.nll, one.is_greedy))
+
         pairs = [self._encode_pair(*request.args) for request in requests]
         names = [_name(k, request) for k, request in enumerate(requests)]
-        scored = self._score(pairs, names, disable_tqdm, self.is_check_greedy)
+        scored = self._score(pairs, names, disable_tqdm, self.is_check_greedy, cache)
         self._keep(requests, scored)
         return [(-one.nll, one.is_greedy) for one in scored]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """log p(text) in nats of each request; a long text in windows, of which the last has a context."""
-        texts = [self._windows(self.tokenizer.encode(*request.args)) for request in requests]
-        names = [_name(k, requests[k]) * _WINDOWS + j for k, windows in enumerate(texts) for j in range(len(windows))]
+        texts = [self._windows(self._encode(*request.args)) for request in requests]
+        names = [_name(k, requests[k]) * _PARTS + j for k, windows in enumerate(texts) for j in range(len(windows))]
         parts = iter(self._score([window for windows in texts for window in windows], names, disable_tqdm, False))
-        scored = []
-        for windows in texts:
-            nll, stderr, num_tokens, num_forwards, _ = zip(*(next(parts) for _ in windows), strict=True)
-            scored.append(_Scored(sum(nll), math.hypot(*stderr), sum(num_tokens), sum(num_forwards), False))
+        scored = [_sum(list(islice(parts, len(windows)))) for windows in texts]
         self._keep(requests, scored)
         return [-one.nll for one in scored]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text that follows each context, up to the first of its stop strings or the end of text."""
-        texts = []
+        texts, repeats = [], Counter[tuple[str | None, int]]()
         for k, request in enumerate(tqdm(requests, "Generating", disable=disable_tqdm)):
             context, options = request.args
             options = normalize_gen_kwargs(options, self.max_gen_toks)
-            length = options["max_gen_toks"]
-            if length >= self.max_length:
-                raise ValueError(f"max_gen_toks: expected less than max_length = {self.max_length}, got {length}")
-            prompt = self._tensor(self.tokenizer.encode(context)[-(self.max_length - length) :])
+            length, most = options["max_gen_toks"], self.max_length - len(self.front)
+            if length >= most:
+                raise ValueError(f"max_gen_toks: expected less than max_length = {most}, got {length}")
+            prompt = self._tensor(self._behind_front(self._encode(context), length))
+            name = (request.task_name, _name(k, request))
+            seed = self.seed + name[1] * _PARTS + repeats[name]  # a request that is repeated gets another text
+            repeats[name] += 1
             law = {name: options[name] for name in ("top_k", "top_p") if name in options}
-            law |= (
-                dict(temperature=options.get("temperature", 0.0)) | self.shared | self.plan | dict(seed=self.seed + k)
-            )  # a request that is repeated gets another text
+            law |= dict(temperature=options.get("temperature", 0.0), seed=seed) | self.shared | self.plan
             drawn = sample(self.model, prompt=prompt, length=len(prompt) + length, sampler="confidence", **law)
             tokens = drawn[0, len(prompt) :].tolist()
             if (end := getattr(self.tokenizer, "eos_token_id", None)) in tokens:
@@ -156,17 +207,23 @@ class FastdiffLM(LM):
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
             for stop in filter(None, options["until"]):
                 text = text.split(stop)[0]
+            self.cache_hook.add_partial("generate_until", request.args, text)
             texts.append(text)
         return texts
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes into config of its results."""
-        return dict(likelihoods=self.likelihoods, seed=self.seed, **self.shared, **self.likelihood)
+        return dict(likelihoods=self.likelihoods, seed=self.seed, shift=self.shift, **self.shared, **self.likelihood)
 
     def _score(
-        self, pairs: list[tuple[list[int], list[int]]], names: list[int], quiet: bool, check_greedy: bool
+        self,
+        pairs: list[tuple[list[int], list[int]]],
+        names: list[int],
+        quiet: bool,
+        check_greedy: bool,
+        done: Callable[[int, _Scored], None] = lambda k, one: None,
     ) -> list[_Scored]:
-        """Targets given their contexts, those of equal lengths together."""
+        """Targets given their contexts, those of equal lengths together; `done` is told of each as it comes."""
 
         def lengths(k: int) -> tuple[int, int]:
             return len(pairs[k][0]), len(pairs[k][1])
@@ -182,7 +239,9 @@ class FastdiffLM(LM):
                     e = conditional_nll(self.model, context, target, **options)
                     greedy = self._is_greedy(context, target) if check_greedy else [False] * len(which)
                     columns = [c.tolist() for c in (e.nll, e.stderr, e.num_tokens, e.num_forwards)]
-                    scored |= zip(which, map(_Scored, *columns, greedy), strict=True)
+                    for k, one in zip(which, map(_Scored, *columns, greedy), strict=True):
+                        scored[k] = one
+                        done(k, one)
                     bar.update(len(which))
         return [scored[k] for k in range(len(pairs))]
 
@@ -193,21 +252,34 @@ class FastdiffLM(LM):
         drawn = [sample(self.model, num_samples=len(c), prompt=c, **options) for c in context.split(size)]
         return (torch.cat(drawn)[:, context.shape[1] :] == target).all(1).tolist()
 
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of both; spaces at the end of the context go to the continuation, as everywhere in the harness."""
-        whole = self.tokenizer.encode(context + continuation)
-        start = len(self.tokenizer.encode(context.rstrip()))
-        if not 0 < len(whole) - start <= self.max_length:
-            raise ValueError(
-                f"continuation: expected 1 to max_length = {self.max_length} tokens, got {len(whole) - start}"
-            )
-        return whole[max(0, len(whole) - self.max_length) : start], whole[start:]
+        """Tokens of both; spaces at the end of the context go to the continuation, as everywhere in the harness.
+
+        So does a token that has characters of both: the continuation begins where the context alone has other tokens.
+        """
+        whole, alone = self._encode(context + continuation), self._encode(context.rstrip())
+        start = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(whole, alone, strict=False)))
+        most = self.max_length - len(self.front)
+        if not 0 < len(whole) - start <= most:
+            raise ValueError(f"continuation: expected 1 to max_length = {most} tokens, got {len(whole) - start}")
+        return self._behind_front(whole[:start], len(whole) - start), whole[start:]
 
     def _windows(self, tokens: list[int]) -> list[tuple[list[int], list[int]]]:
-        """Contexts and targets: windows of max_length, the last filled up with what comes before it."""
-        size = self.max_length
-        stops = [min(start + size, len(tokens)) for start in range(0, len(tokens), size)]
-        return [(tokens[max(0, stop - size) : k * size], tokens[k * size : stop]) for k, stop in enumerate(stops)]
+        """Contexts and targets: windows of what the model takes, the last filled up with what comes before it."""
+        size = self.max_length - len(self.front)
+        targets = [tokens[start : start + size] for start in range(0, len(tokens), size)]
+        return [(self._behind_front(tokens[: k * size], len(target)), target) for k, target in enumerate(targets)]
+
+    def _behind_front(self, context: list[int], length: int) -> list[int]:
+        """What is in front of every text, and as much of the end of a context as leaves room for length tokens."""
+        room = self.max_length - len(self.front) - length
+        context = self.front + context[max(0, len(context) - room) :]
+        if self.shift and not context:
+            raise ValueError("context: expected a token, for shifted logits predict no first one; see add_bos_token")
+        return context
 
     def _keep(self, requests: list[Instance], scored: list[_Scored]) -> None:
         for request, one in zip(requests, scored, strict=True):
@@ -218,27 +290,77 @@ class FastdiffLM(LM):
         return torch.tensor(numbers, dtype=torch.int64, device=self._device)
 
 
+def _sum(parts: list[_Scored]) -> _Scored:
+    nll, stderr = sum((part.nll for part in parts), 0.0), math.hypot(*(part.stderr for part in parts))
+    return _Scored(nll, stderr, sum(p.num_tokens for p in parts), sum(p.num_forwards for p in parts), False)
+
+
+def _parsed(kind: Any, least: int, **options: Any) -> dict[str, Any]:
+    """Options of a type, or of it and None; strings mean what they mean in --model_args."""
+    kinds = get_args(kind) or (kind,)
+    parsed = {}
+    for name, value in options.items():
+        number = handle_arg_string(value) if isinstance(value, str) else value
+        if int in kinds and isinstance(number, float) and number.is_integer():  # 1e3
+            number = int(number)
+        if float in kinds and type(number) is int:
+            number = float(number)
+        if type(number) not in kinds or not (number is None or number >= least):
+            what = "True or False" if bool in kinds else f"{kinds[0].__name__} >= {least}"
+            raise ValueError(f"{name}: expected {what}, got {value!r}")
+        parsed[name] = number
+    return parsed
+
+
+def _place(pretrained: Any, device: str | None) -> torch.device:
+    own = next(pretrained.parameters(), None) if isinstance(pretrained, nn.Module) else None
+    if device is None and own is not None:
+        return own.device
+    if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):  # the harness's default
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
 def _load(folder: Path, device: torch.device) -> tuple[Model, dict[str, Any]]:
     """The model of a folder, and what is known of it."""
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ValueError(f"WORLD_SIZE: expected 1, for one process evaluates, got {processes}")
     if folder.is_dir() and "model" in read_config(folder):
         thin = DiffusionTransformer.from_pretrained(folder).to(device)
         if thin.config.num_states != NUM_BYTES + 1:
             raise ValueError(f"pretrained: expected a model of bytes and a mask, got {thin.config}")
-        known = dict(tokenizer=Bytes(), mask_index=NUM_BYTES, exclude_mask=True)
-        return time_free(thin, NUM_BYTES), _of_config(thin.config) | known
-    from transformers import AutoModel, AutoTokenizer
-
-    import fastdiff.integrations.transformers  # noqa: F401  # names FastdiffForMaskedLM
-
-    options: dict[str, Any] = dict(trust_remote_code=True)
-    model = AutoModel.from_pretrained(folder, torch_dtype="auto", **options).to(device)
-    return model, _of_config(model.config) | dict(tokenizer=AutoTokenizer.from_pretrained(folder, **options))
+        return time_free(thin, NUM_BYTES), _of_config(thin.config) | dict(tokenizer=Bytes(), mask_index=NUM_BYTES)
+    model = AutoModel.from_pretrained(folder, dtype="auto", trust_remote_code=True).to(device)
+    return model, _of_config(model.config) | dict(tokenizer=folder)
 
 
 def _of_config(config: Any) -> dict[str, Any]:
-    lengths = (getattr(config, name, None) for name in ("max_length", "max_sequence_length", "max_position_embeddings"))
-    longest = next((length for length in lengths if length is not None), None)
-    return dict(mask_index=getattr(config, "mask_token_id", None), max_length=longest, exclude_mask=False)
+    """What a model's config says; max_length of one of transformers is a default of generation."""
+    ours = isinstance(config, ModelConfig)
+    names = ("max_length",) if ours else ("max_position_embeddings", "max_sequence_length")
+    longest = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+    mask_index, shift = getattr(config, "mask_token_id", None), logits_are_shifted(config)
+    return dict(mask_index=mask_index, max_length=longest, exclude_mask=ours, shift=shift)
+
+
+def _shifted(model: Model) -> Model:
+    if isinstance(model, tuple):
+        return _Shifted(model[0], "last_hidden_state"), model[1]
+    return _Shifted(model, "logits")
+
+
+def _front(tokenizer: Any, add_bos_token: bool | None) -> list[int]:
+    """What is put in front of every text."""
+    if add_bos_token is not None:
+        bos: Any = getattr(tokenizer, "bos_token_id", None)
+        if add_bos_token and bos is None:
+            raise ValueError("add_bos_token: expected a tokenizer that has a BOS")
+        return [bos] if add_bos_token else []
+    text, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    for start in range(len(whole) - len(text) + 1):
+        if whole[start : start + len(text)] == text and (text or not whole):
+            return whole[:start]
+    raise ValueError(f"tokenizer: expected the tokens {text} of a text among those with special ones, got {whole}")
 
 
 def _name(k: int, request: Instance) -> int:

@@ -7,6 +7,7 @@ trainer = MaskedDiffusionTrainer(model=model, args=args, train_dataset=dataset) 
 AutoModelForMaskedLM.from_config(FastdiffConfig(vocab_size=257, max_position_embeddings=128))
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -50,10 +51,12 @@ def masked_diffusion_loss(
         kwargs: what else a model hands on; not used.
 
     Raises:
-        ValueError, TypeError: vocab_size is not V, or as `dce_loss`.
+        ValueError, TypeError: vocab_size is not V, mask_index not in [0, V), or as `dce_loss`.
     """
     if logits.shape[-1] != vocab_size:
         raise ValueError(f"vocab_size: expected V of logits {tuple(logits.shape)}, got {vocab_size}")
+    if mask_index is not None and not 0 <= mask_index < vocab_size:
+        raise ValueError(f"mask_index: expected an id in [0, {vocab_size}) or None, got {mask_index}")
     labels = labels.to(logits.device)
     if shift:  # the tokens move and not the logits, which are large
         labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
@@ -70,6 +73,23 @@ def masked_diffusion_loss(
         reduction="mean",
         num_items=(labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch,
     )
+
+
+def agreed_mask_index(*said: int | None) -> int | None:
+    """The mask's id, where it is said by a model's config, its tokenizer or both; None where nobody says it.
+
+    Raises:
+        ValueError: they say different ids.
+    """
+    ids = {mask_index for mask_index in said if mask_index is not None}
+    if len(ids) > 1:
+        raise ValueError(f"mask_index: expected one, for config and tokenizer disagree: {sorted(ids)}")
+    return ids.pop() if ids else None
+
+
+def logits_are_shifted(config: Any) -> bool:
+    """Whether a model's logits at i predict token i + 1: those of Dream and what is made from it."""
+    return str(getattr(config, "model_type", None)).lower() == "dream"
 
 
 class _Labels(NamedTuple):
@@ -92,14 +112,15 @@ class MaskedDiffusionTrainer(Trainer):
     evaluation the same.
 
     Args:
-        mask_index: the mask's id; None means the model's config.mask_token_id.
+        mask_index: the mask's id; None means mask_token_id of the model's config and of the processing_class.
         schedule: the noise; None means `LogLinear()`.
-        shift: the logits at i predict token i + 1; then the first token is never masked.
+        shift: the logits at i predict token i + 1; then the first token is never masked, and its label not counted.
+            None means yes for Dream, by the model's config, and no otherwise.
         exclude_mask: leave the mask out of the softmax.
         args, kwargs: Trainer's.
 
     Raises:
-        ValueError: mask_index is None and the config has none; a batch without labels.
+        ValueError: mask_index is None and neither has one, or each another; a batch without labels.
     """
 
     def __init__(
@@ -107,19 +128,21 @@ class MaskedDiffusionTrainer(Trainer):
         *args: Any,
         mask_index: int | None = None,
         schedule: Schedule | None = None,
-        shift: bool = False,
+        shift: bool | None = None,
         exclude_mask: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **dict(compute_loss_func=self._loss, **kwargs))
         config = getattr(self.model, "config", None)
-        found = getattr(config, "mask_token_id", None) if mask_index is None else mask_index
-        if found is None:
-            raise ValueError("mask_index: expected an id, for the model's config has no mask_token_id")
-        self.mask_index: int = found
-        self.schedule, self.shift, self.exclude_mask = schedule or LogLinear(), shift, exclude_mask
+        if mask_index is None:
+            said = (getattr(source, "mask_token_id", None) for source in (config, self.processing_class))
+            mask_index = agreed_mask_index(*said)
+        if mask_index is None:
+            raise ValueError("mask_index: expected an id, for neither config nor processing_class has a mask_token_id")
+        self.mask_index, self.schedule, self.exclude_mask = mask_index, schedule or LogLinear(), exclude_mask
+        self.shift = logits_are_shifted(config) if shift is None else shift
         self.label_names = self.label_names or ["labels"]  # of models whose forward takes none
-        self._loss_shifts_labels = shift  # or it counts what a causal model predicts
+        self._loss_shifts_labels = False  # or it counts what a causal model predicts
         self._at: tuple[bool, int] | None = None  # training, and the step
         self._part = 0
 
@@ -152,6 +175,15 @@ class MaskedDiffusionTrainer(Trainer):
         self._at = None
         return super().evaluation_loop(*args, **kwargs)
 
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        """Trainer's, of the labels that something predicts."""
+        if self.shift:
+            batch_samples = [
+                {name: value[:, 1:] if name == "labels" else value for name, value in batch.items()}
+                for batch in batch_samples
+            ]
+        return super()._get_num_items_in_batch(batch_samples, device)
+
     def _names(self, training: bool) -> dict[str, Any]:
         """Names of the draws of the part of a batch that comes next."""
         at = (training, self.state.global_step)
@@ -181,6 +213,9 @@ class FastdiffConfig(PretrainedConfig):
         max_position_embeddings: longest sequence.
         hidden_size, num_hidden_layers, num_attention_heads: dim, depth and heads of `ModelConfig`.
         mask_token_id: None means the last of the vocabulary.
+
+    Raises:
+        ValueError: tie_word_embeddings, which the model cannot.
     """
 
     model_type = "fastdiff"
@@ -200,6 +235,8 @@ class FastdiffConfig(PretrainedConfig):
         self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.mask_token_id = vocab_size - 1 if mask_token_id is None else mask_token_id
+        if kwargs.setdefault("tie_word_embeddings", False):  # True is the default of transformers 4
+            raise ValueError("tie_word_embeddings: expected False, for the last layer has weights of its own")
         super().__init__(**kwargs)
 
 
@@ -233,6 +270,20 @@ class FastdiffForMaskedLM(PreTrainedModel):
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return MaskedLMOutput(loss=loss, logits=logits)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.transformer.embed
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """Also of another number of tokens, as in `resize_token_embeddings`."""
+        self.transformer.embed = value
+        self.transformer.config = dataclasses.replace(self.transformer.config, num_states=value.num_embeddings)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.transformer.lm_head
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        self.transformer.lm_head = new_embeddings
 
     def _init_weights(self, module: nn.Module) -> None:
         """What no checkpoint filled (the angles of the positions are in none), as the transformer begins."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from lm_eval import simple_evaluate  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: E402
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast  # noqa: E402
 
 from fastdiff import conditional_nll, exact_nll, sample, time_free_nll  # noqa: E402
 from fastdiff.data import encode  # noqa: E402
@@ -42,19 +45,45 @@ def requests(kind, *arguments, doc_ids=None):
     ]
 
 
+WORDS = ("[UNK]", "[CLS]", "[SEP]", "[MASK]", "sky", "grass", "is", "blue", "green", "never", "(", ")", "()")
+IDS = {word: k for k, word in enumerate(WORDS)}
+CHOICES = ("output_type: multiple_choice", 'doc_to_text: "{{question}}"', 'doc_to_choice: "{{choices}}"')
+CHOICES += ("doc_to_target: gold", "metric_list: [{metric: acc}, {metric: acc_norm}]")
+
+
+def words(template="$A"):
+    """A tokenizer of words that adds what the template says."""
+    tokenizer = Tokenizer(models.WordLevel(IDS, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = [(word, IDS[word]) for word in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=special)
+    names = dict(bos_token="[CLS]", eos_token="[SEP]", mask_token="[MASK]", unk_token="[UNK]")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def tokens(text):
+    return torch.tensor([IDS[word] for word in text.split()], dtype=torch.int64)
+
+
+def direct(model, context, target, name=0, **options):
+    """The nll of conditional_nll, as the harness is to name it."""
+    options = dict(mask_index=IDS["[MASK]"], num_samples=20, exclude_mask=False) | options
+    return conditional_nll(model, [context], [target], sample_ids=torch.tensor([name]), **options).nll.item()
+
+
 @pytest.fixture
 def evaluate(tmp_path, monkeypatch):
     """Evaluates a task of the given fields over documents of a local file."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
-    def run(lm, documents, *fields):
+    def run(lm, documents, *fields, **options):
         (tmp_path / "documents.json").write_text("\n".join(map(json.dumps, documents)))
         head = ("task: tiny", "dataset_path: json", f"dataset_kwargs: {{data_files: {tmp_path}/documents.json}}")
         text = (*head, "test_split: train", "num_fewshot: 0", *fields)
         (tmp_path / "tiny.yaml").write_text("\n".join(text) + "\n")
         tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
-        return simple_evaluate(lm, tasks=["tiny"], task_manager=tasks, bootstrap_iters=0)
+        return simple_evaluate(lm, tasks=["tiny"], task_manager=tasks, bootstrap_iters=0, **options)
 
     return run
 
@@ -157,7 +186,7 @@ def test_greedy_targets():
     class Numbers(Bytes):
         """Bytes that need not be text."""
 
-        def encode(self, text):
+        def encode(self, text, add_special_tokens=True):
             return list(text.encode("latin-1"))
 
     good = bytes(drawn.tolist()).decode("latin-1")
@@ -205,9 +234,6 @@ def test_folder_of_a_run(tmp_path, sigma_conditioned):
 
 
 def test_folder_of_transformers(tmp_path):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     letters = {letter: k for k, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(letters, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -233,3 +259,251 @@ def test_what_a_model_does_not_say():
         FastdiffLM(thin(), mask_index=M)
     with pytest.raises(ValueError, match="max_length: expected one"):
         FastdiffLM(thin().forward, Bytes(), mask_index=M)
+
+
+# -- tokenizers and models that have conventions of their own ------------------------------------------------
+
+
+@pytest.mark.parametrize("template", ["$A", "[CLS] $A", "$A [SEP]", "[CLS] $A [SEP]"])
+def test_what_a_tokenizer_adds_is_not_scored(template):
+    """In front it is context, behind it is left out."""
+    model = thin(len(WORDS))
+    front = tokens("[CLS]" if "[CLS]" in template else "")
+    lm = FastdiffLM(model, words(template), exclude_mask=False, num_samples=20)
+    assert lm.shared["mask_index"] == IDS["[MASK]"]
+    pairs = [("sky is", " blue"), ("grass", " is never blue"), ("", "grass is green")]
+    scored = lm.loglikelihood(requests("loglikelihood", *pairs))
+    for k, (context, target) in enumerate(pairs):
+        expected = direct(model, torch.cat([front, tokens(context)]), tokens(target), k)
+        assert scored[k][0] == pytest.approx(-expected, rel=1e-6)
+    text = " ".join(["sky is blue"] * 9)
+    size = L - len(front)
+    windows = (front, tokens(text)[:size]), (torch.cat([front, tokens(text)[27 - size : size]]), tokens(text)[size:])
+    expected = sum(direct(model, *window, name) for name, window in enumerate(windows))
+    (rolled,) = lm.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)))
+    assert rolled == pytest.approx(-expected, rel=1e-6)
+    assert lm.likelihoods[-1]["num_tokens"] == 27
+    (text,) = lm.generate_until(requests("generate_until", ("sky is", dict(until=[], max_gen_toks=4))))
+    prompt = torch.cat([front, tokens("sky is")])
+    options = dict(sampler="confidence", temperature=0, mask_index=IDS["[MASK]"], exclude_mask=False)
+    drawn = sample(model, prompt=prompt, length=len(prompt) + 4, **options)[0, len(prompt) :].tolist()
+    drawn = drawn[: drawn.index(IDS["[SEP]"])] if IDS["[SEP]"] in drawn else drawn
+    assert text == words().decode(drawn, skip_special_tokens=True)
+
+
+def test_a_bos_that_is_asked_for():
+    model, context, target = thin(len(WORDS)), tokens("sky is"), tokens("never blue")
+    for template, add_bos_token, front in (("$A", True, "[CLS]"), ("[CLS] $A", True, "[CLS]"), ("[CLS] $A", False, "")):
+        lm = FastdiffLM(model, words(template), exclude_mask=False, add_bos_token=add_bos_token)
+        (scored,) = lm.loglikelihood(requests("loglikelihood", ("sky is", " never blue")))
+        expected = direct(model, torch.cat([tokens(front), context]), target)
+        assert scored[0] == pytest.approx(-expected, rel=1e-6)
+    with pytest.raises(ValueError, match="add_bos_token: expected a tokenizer that has a BOS"):
+        harness(add_bos_token=True)
+
+
+def test_a_token_of_context_and_continuation_is_scored():
+    letters = {letter: k for k, letter in enumerate("xy()")} | {"()": 4}
+    merging = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(letters, [("(", ")")])))
+    model = thin(6)
+    lm = FastdiffLM(model, merging, mask_index=5)
+    (scored,) = lm.loglikelihood(requests("loglikelihood", ("xy(", ")x")))
+    expected = direct(model, torch.tensor([0, 1]), torch.tensor([4, 0]), mask_index=5, exclude_mask=True)
+    assert scored[0] == pytest.approx(-expected, rel=1e-6)
+
+
+class _DreamConfig(FastdiffConfig):
+    model_type = "Dream"
+
+    def __init__(self, **options):
+        super().__init__(**options)
+
+
+class _DreamModel(FastdiffForMaskedLM):
+    """As Dream's, the logits at i are of token i + 1."""
+
+    config_class = _DreamConfig
+
+    def forward(self, input_ids, **kwargs):
+        output = super().forward(input_ids, **kwargs)
+        output.logits = output.logits.roll(-1, 1)
+        return output
+
+
+AutoConfig.register("Dream", _DreamConfig)
+AutoModel.register(_DreamConfig, _DreamModel)
+
+
+@pytest.mark.parametrize("given", ["folder", "model", "pair"])
+def test_shifted_logits(given, tmp_path):
+    model, mask = thin(len(WORDS)), IDS["[MASK]"]
+    shape = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = _DreamConfig(vocab_size=len(WORDS), max_position_embeddings=L, mask_token_id=mask, **shape)
+    dream = _DreamModel(config)
+    dream.transformer.load_state_dict(model.state_dict())
+    dream.save_pretrained(tmp_path)
+    words().save_pretrained(tmp_path)
+    options = dict(exclude_mask=False, num_samples=20, device="cpu", max_gen_toks=4)
+    if given == "folder":
+        lm = FastdiffLM(str(tmp_path), **options)
+    elif given == "model":
+        lm = FastdiffLM(dream, words(), **options)
+    else:
+        body = (lambda xt: model.body(xt).roll(-1, 1)), model.lm_head
+        lm = FastdiffLM(body, words(), max_length=L, shift=True, **options)
+    context, target = tokens("sky is"), tokens("never blue")
+    (scored,) = lm.loglikelihood(requests("loglikelihood", ("sky is", " never blue")))
+    assert scored[0] == pytest.approx(-direct(model, context, target), rel=1e-6)
+    options = dict(sampler="confidence", temperature=0, mask_index=mask, exclude_mask=False)
+    drawn = sample(model, prompt=context, length=6, **options)[0, 2:].tolist()
+    assert lm.generate_until(requests("generate_until", ("sky is", dict(until=[])))) == [words().decode(drawn)]
+
+    for ask, kind, arguments in (
+        (lm.loglikelihood, "loglikelihood", ("", "sky")),
+        (lm.loglikelihood, "loglikelihood", ("is", " sky" * L)),
+        (lm.loglikelihood_rolling, "loglikelihood_rolling", ("sky",)),
+        (lm.generate_until, "generate_until", ("", dict(until=[]))),
+    ):
+        with pytest.raises(ValueError, match="context: expected a token, for shifted logits predict no first one"):
+            ask(requests(kind, arguments))
+    if given == "model":
+        lm = FastdiffLM(dream, words(), exclude_mask=False, add_bos_token=True)
+        (rolled,) = lm.loglikelihood_rolling(requests("loglikelihood_rolling", ("sky is",)))
+        assert rolled == pytest.approx(-direct(model, tokens("[CLS]"), tokens("sky is")), rel=1e-6)
+
+
+def test_what_a_model_says():
+    """And what it does not mean: max_length of transformers' configs is a default of generation."""
+    network, network_of_bytes = torch.nn.Linear(1, 1), thin()
+    lm = FastdiffLM(network_of_bytes, Bytes(), mask_index=M)
+    assert (lm.max_length, lm.shared["exclude_mask"], lm.shift) == (L, True, False)
+    network.config = SimpleNamespace(max_length=20, max_sequence_length=4096, mask_token_id=7, model_type="llada")
+    lm = FastdiffLM(network, Bytes())
+    assert (lm.max_length, lm.shared, lm.shift) == (4096, dict(mask_index=7, exclude_mask=False), False)
+    with pytest.raises(ValueError, match=r"mask_index: expected one, for config and tokenizer disagree: \[3, 7\]"):
+        FastdiffLM(network, words())
+    assert FastdiffLM(network, words(), mask_index=5).shared["mask_index"] == 5
+    network.config = SimpleNamespace(max_length=20, mask_token_id=7)
+    with pytest.raises(ValueError, match="max_length: expected one"):
+        FastdiffLM(network, Bytes())
+
+
+def test_tokens_go_where_the_model_is(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert FastdiffLM(thin(), Bytes(), mask_index=M).device.type == "cpu"
+    assert FastdiffLM(thin().forward, Bytes(), mask_index=M, max_length=L).device.type == "cuda"
+
+
+# -- the harness's runs ---------------------------------------------------------------------------------------
+
+QUESTIONS = [
+    dict(question=question, choices=["red", "green and blue", "no"], gold=gold)
+    for question, gold in (("Ruby", 2), ("Peas", 1), ("Snow", 2))
+]
+
+
+def test_accuracies_are_those_of_direct_scoring(evaluate):
+    results = evaluate(harness(batch_size="auto"), QUESTIONS, *CHOICES)["results"]["tiny"]
+    right = {"acc,none": 0, "acc_norm,none": 0}
+    for doc_id, doc in enumerate(QUESTIONS):
+        pairs = [(encode(doc["question"]), encode(" " + choice)) for choice in doc["choices"]]
+        nll = torch.tensor([direct(thin(), *pair, doc_id, mask_index=M, exclude_mask=True) for pair in pairs])
+        lengths = torch.tensor([len(choice) for choice in doc["choices"]])
+        right["acc,none"] += int(nll.argmin() == doc["gold"])
+        right["acc_norm,none"] += int((nll / lengths).argmin() == doc["gold"])
+    assert right["acc,none"] != right["acc_norm,none"]
+    assert {name: results[name] for name in right} == {name: n / len(QUESTIONS) for name, n in right.items()}
+
+
+def test_perplexities_are_those_of_direct_scoring(evaluate):
+    texts = ["a text that is longer than the model takes", "", "and one more"]
+    names = ("word_perplexity", "byte_perplexity", "bits_per_byte")
+    fields = (
+        'doc_to_text: ""',
+        'doc_to_target: "{{text}}"',
+        f"metric_list: [{', '.join(f'{{metric: {n}}}' for n in names)}]",
+    )
+    results = evaluate(harness(), [dict(text=text) for text in texts], "output_type: loglikelihood_rolling", *fields)
+    first, _, last = map(encode, texts)
+    windows = (first[:0], first[:L], 0), (first[42 - L : L], first[L:], 1), (last[:0], last, 2 * 2**20)
+    nll = sum(direct(thin(), *window, mask_index=M, exclude_mask=True) for window in windows)
+    per_byte, per_word = nll / sum(map(len, texts)), nll / sum(len(text.split(" ")) for text in texts)
+    expected = (math.exp(per_word), math.exp(per_byte), per_byte / math.log(2))
+    got = [results["results"]["tiny"][f"{name},none"] for name in names]
+    assert got == pytest.approx(expected, rel=1e-6)
+    assert [row["nll"] == 0 for row in results["config"]["likelihoods"]] == [False, True, False]
+
+
+def test_limit_and_a_resumed_run_change_no_number(evaluate, tmp_path):
+    whole = evaluate(harness(), QUESTIONS, *CHOICES)
+    part = evaluate(harness(), QUESTIONS, *CHOICES, limit=2)
+    rows = whole["config"]["likelihoods"]
+    assert part["config"]["likelihoods"] == [pytest.approx(row) for row in rows[:6]]
+
+    class Interrupted(FastdiffLM):
+        def _is_greedy(self, context, target):
+            if target.shape[1] > 4:
+                raise KeyboardInterrupt
+            return super()._is_greedy(context, target)
+
+    cache = dict(use_cache=str(tmp_path / "cache"))
+    options = dict(mask_index=M, exclude_mask=True, num_samples=20)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Interrupted(thin(), Bytes(), **options), QUESTIONS, *CHOICES, **cache)
+    resumed = evaluate(harness(), QUESTIONS, *CHOICES, **cache)
+    assert resumed["results"] == whole["results"]
+    assert resumed["config"]["likelihoods"] == [pytest.approx(row) for row in rows if row["num_tokens"] > 4]
+
+
+def test_generations_do_not_depend_on_their_order():
+    options = dict(until=[], do_sample=True, temperature=1.0, max_gen_toks=8)
+    asked = requests("generate_until", ("Q", options), ("A", options), ("A", options), doc_ids=[0, 1, 1])
+    lm = harness(steps=4)
+    one, first, second = lm.generate_until(asked)
+    assert first != second
+    assert lm.generate_until(asked[1:] + asked[:1]) == [first, second, one]
+
+
+def test_options_that_are_strings():
+    as_strings = "num_samples=20,seed=1e3,proposal=systematic,tolerance=2,max_samples=40,max_gen_toks=4,steps=none"
+    lm = FastdiffLM.create_from_arg_obj(
+        dict(option.split("=") for option in as_strings.split(",")) | dict(exclude_mask="True", mask_index=str(M)),
+        dict(pretrained=thin(), tokenizer=Bytes(), batch_size="auto:4", device="cpu"),
+    )
+    context, target, doc_id = encode("Q"), encode(" a long answer"), 3
+    options = dict(num_samples=20, seed=1000, proposal="systematic", tolerance=2.0, max_samples=40)
+    expected = direct(thin(), context, target, doc_id, mask_index=M, exclude_mask=True, **options)
+    (scored,) = lm.loglikelihood(requests("loglikelihood", ("Q", " a long answer"), doc_ids=[doc_id]))
+    assert scored[0] == pytest.approx(-expected, rel=1e-6)
+    info = dict(lm.get_model_info(), likelihoods=None)
+    assert info == dict(options, likelihoods=None, mask_index=M, exclude_mask=True, shift=False)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("num_samples", "many", "int >= 1, got 'many'"),
+        ("num_samples", 6.5, "int >= 1, got 6.5"),
+        ("num_samples", True, "int >= 1, got True"),
+        ("num_samples", 0, "int >= 1, got 0"),
+        ("mask_index", "-1", "int >= 0, got '-1'"),
+        ("seed", "0.5", "int >= 0, got '0.5'"),
+        ("seed", "none", "int >= 0, got 'none'"),
+        ("max_samples", math.inf, "int >= 1, got inf"),
+        ("tolerance", "half", "float >= 0, got 'half'"),
+        ("tolerance", "nan", "float >= 0, got 'nan'"),
+        ("batch_size", "big", "int >= 1, got 'big'"),
+        ("exclude_mask", "no", "True or False, got 'no'"),
+        ("is_check_greedy", 1, "True or False, got 1"),
+        ("proposal", "stratifed", "one of 'stratified', 'systematic', 'uniform', 'harmonic', got 'stratifed'"),
+    ],
+)
+def test_options_of_no_use(option, value, expected):
+    with pytest.raises(ValueError, match=f"{option}: expected {expected}"):
+        harness(**{option: value})
+
+
+def test_several_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE: expected 1, for one process evaluates, got 2"):
+        FastdiffLM(str(tmp_path))

@@ -7,13 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import assert_near
+from packaging import version
 from test_training_stack import launch
 
 from fastdiff import sample, time_free_nll
 
-transformers = pytest.importorskip("transformers", "5.23", reason="transformers 5.23 or newer is not installed")
+transformers = pytest.importorskip("transformers", "4.57", reason="transformers 4.57 or newer is not installed")
 pytest.importorskip("accelerate", reason="accelerate, which Trainer needs, is not installed")
 
+from tokenizers import Tokenizer, models  # noqa: E402
 from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments  # noqa: E402
 from transformers.loss.loss_utils import ForMaskedLMLoss  # noqa: E402
 
@@ -141,8 +143,19 @@ def test_nothing_to_predict_is_no_loss():
 
 
 def test_wrong_vocabulary():
+    given = torch.zeros(2, L, V), torch.zeros(2, L, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"vocab_size: expected V of logits \(2, 10, 13\), got 12"):
-        masked_diffusion_loss(torch.zeros(2, L, V), torch.zeros(2, L, dtype=torch.int64), 12)
+        masked_diffusion_loss(*given, 12)
+    for mask_index in (-1, V):
+        with pytest.raises(ValueError, match=rf"mask_index: expected an id in \[0, 13\) or None, got {mask_index}"):
+            masked_diffusion_loss(*given, V, mask_index=mask_index)
+
+
+def test_without_a_mask_every_id_counts():
+    """Also the last, which is a token like others where a vocabulary has no mask."""
+    z = torch.randn(2, L, V, generator=torch.Generator().manual_seed(0))
+    labels = torch.full((2, L), V - 1)
+    assert_near(masked_diffusion_loss(z, labels, V), ForMaskedLMLoss(z, labels, V), torch.float32, "loss")
 
 
 @pytest.mark.parametrize("name", ["ModernBert", "Llama"])
@@ -254,15 +267,39 @@ def test_wrong_calls(tmp_path):
     trainer = trainer_of(model, tmp_path, data(2))
     with pytest.raises(ValueError, match=r"inputs: expected labels.* got input_ids, attention_mask"):
         trainer.compute_loss(model, {k: v for k, v in data(1)[0].items() if k != "labels"})
+    rows = [{k: v for k, v in row.items() if k != "labels"} for row in data(2)]
+    with pytest.raises(ValueError, match="inputs: expected labels"):
+        trainer_of(model, tmp_path, rows, options=dict(shift=True)).train()
+
+
+def test_who_says_which_id_is_the_mask(tmp_path):
+    def found(**options):
+        return trainer_of(model, tmp_path, data(2), options=options).mask_index
+
+    model, vocabulary = make(), {f"[{k}]": k for k in range(V)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, "[0]"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="[4]")
+    assert found() == M
+    with pytest.raises(ValueError, match=r"mask_index: expected one, for config and tokenizer disagree: \[4, 12\]"):
+        found(processing_class=tokenizer)
+    assert found(processing_class=tokenizer, mask_index=3) == 3
     model.config.mask_token_id = None
-    with pytest.raises(ValueError, match="mask_index: expected an id"):
-        trainer_of(model, tmp_path, data(2))
-    assert trainer_of(model, tmp_path, data(2), options=dict(mask_index=3)).mask_index == 3
+    assert found(processing_class=tokenizer) == 4
+    with pytest.raises(ValueError, match="mask_index: expected an id, for neither config nor processing_class has"):
+        found()
+
+
+def test_dream_is_shifted(tmp_path):
+    model = make()
+    model.config.model_type = "Dream"
+    assert trainer_of(model, tmp_path, data(2)).shift
+    assert not trainer_of(model, tmp_path, data(2), options=dict(shift=False)).shift
 
 
 def test_over_ranks():
-    """DDP, as accelerate wraps it, and FSDP2."""
-    launch("trainer_ddp", "trainer_fsdp2")
+    """DDP, as accelerate wraps it, and FSDP2, which transformers shards from version 5.23."""
+    sharded = ["trainer_fsdp2"] if version.parse(transformers.__version__) >= version.parse("5.23") else []
+    launch("trainer_ddp", *sharded)
 
 
 # -- the model -------------------------------------------------------------------------------------------
@@ -278,9 +315,29 @@ def test_saved_and_loaded(tmp_path):
     x0 = data(1)[0]["input_ids"].unsqueeze(0) % 5
     assert torch.equal(loaded(x0).logits, model(x0).logits)
     assert torch.equal(loaded(x0, labels=x0).loss, masked_diffusion_loss(model(x0).logits, x0, V))
-    assert torch.equal(sample(loaded, mask_index=5, length=L), sample(model.transformer, mask_index=5, length=L))
+    assert torch.equal(sample(loaded, length=L), sample(model.transformer, mask_index=5, length=L))
     nll = [time_free_nll(m, x0, mask_index=5, num_samples=20).nll for m in (loaded, model.transformer)]
     assert torch.equal(*nll)
+
+
+def test_embeddings_are_found_and_resized(tmp_path):
+    """Where accelerate, PEFT and resize_token_embeddings look for them; they are not tied."""
+    model = make()
+    assert model.get_input_embeddings() is model.transformer.embed
+    assert model.get_output_embeddings() is model.transformer.lm_head
+    x0 = data(1)[0]["input_ids"].unsqueeze(0)
+    before = model(x0).logits
+    model.resize_token_embeddings(V + 3)
+    assert model(x0.fill_(V + 2)).logits.shape == (1, L, V + 3)
+    model.tie_weights()
+    x0 = data(1)[0]["input_ids"].unsqueeze(0)
+    assert torch.equal(model(x0).logits[..., :V], before)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert (loaded.config.mask_token_id, loaded.config.vocab_size) == (M, V + 3)
+    assert torch.equal(loaded(x0).logits, model(x0).logits)
+    with pytest.raises(ValueError, match="tie_word_embeddings: expected False"):
+        FastdiffConfig(V, L, 16, 1, 2, tie_word_embeddings=True)
 
 
 def test_what_a_checkpoint_lacks_begins_as_the_model_does(tmp_path):
