@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.checks import check_tokens
-from fastdiff.philox import Purpose, draw32, uniform
+from fastdiff.philox import Purpose, draw32, scaled, uniform
 
 NUM_BYTES = 256
 _FEW = 20  # so few documents are split inside each, more of them between documents
@@ -69,8 +69,10 @@ class Text:
     def batch(self, step: int, n: int) -> Tensor:
         """n windows at uniform places of the training text, int64 [n, length]."""
         starts = len(self.train_bytes) - self.length + 1
-        draws = draw32(self.seed, Purpose.DATA, step, torch.arange(n, device="cpu"), 0, 0)
-        return _windows(self.train_bytes, (draws * starts) >> 32, self.length)
+        samples, pair = torch.arange(n, device="cpu"), torch.tensor([[0], [1]], device="cpu")
+        coarse, fine = draw32(self.seed, Purpose.DATA, step, samples, 0, pair)
+        between = -(-starts >> 32)  # 32 bits reach every start of 4 GiB; of a longer text, one in so many
+        return _windows(self.train_bytes, scaled(coarse, starts) + scaled(fine, between), self.length)
 
     def validation(self, n: int) -> Tensor:
         """At most n windows of the held-out text, as `even_windows` gives them."""

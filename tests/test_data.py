@@ -35,6 +35,40 @@ def test_every_window_can_be_drawn():
     assert starts.max() == 172
 
 
+class Vast:
+    """A text of so many bytes that asks for no memory: what it gives are the places asked for."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, places: torch.Tensor) -> torch.Tensor:
+        return places
+
+
+@pytest.mark.parametrize("starts", [173, 3 * 2**30, 2**32, 5 * 2**32, 2**40 + 1, 2**62])
+def test_windows_of_a_text_of_any_size_are_drawn_everywhere(starts):
+    source = Text(DOCUMENTS, 8)
+    source.train_bytes = Vast(starts + 7)
+    drawn = source.batch(0, 20_000)[:, 0]
+    assert drawn.min() >= 0
+    assert drawn.max() < starts
+    assert (torch.histc(drawn.double() / starts, 10, 0, 1) / 2000 - 1).abs().max() < 0.12
+    assert (drawn % 2).double().mean().item() == pytest.approx(0.5, abs=0.02)  # between those that 32 bits reach, too
+
+
+def test_the_last_window_of_a_vast_text_can_be_drawn(monkeypatch):
+    source = Text(DOCUMENTS, 8)
+    source.train_bytes = Vast(5 * 2**32 + 7)
+    for draw, start in ((0, 0), (2**32 - 1, 5 * 2**32 - 1)):
+        monkeypatch.setattr("fastdiff.data.draw32", lambda *names, draw=draw: torch.full((2, 1), draw))
+        assert source.batch(0, 1)[0].tolist() == list(range(start, start + 8))
+
+
 @pytest.mark.parametrize("documents", [DOCUMENTS, DOCUMENTS[:3], DOCUMENTS[:1]], ids=["many", "few", "one"])
 def test_split_does_not_leak(documents):
     source = Text(documents, 4, held_out=0.25)
