@@ -47,7 +47,7 @@ def _load(name: str, first_call: str) -> str | None:
 
 
 def _hidden(extension: str) -> Path | None:
-    """Another fastdiff on the path that has an extension, such as the one installed from the clone that Python is in."""
+    """Another fastdiff on the path, one that has the extension: the installed one, where Python runs in a clone."""
     return next((file.parent for entry in sys.path for file in Path(entry).glob(f"fastdiff/{extension}.*")), None)
 
 

@@ -97,6 +97,8 @@ def test_a_clone_that_hides_the_installed_package_says_so(not_compiled):
 def test_a_build_that_does_not_see_torch_fails_and_says_so(command, built, tmp_path):
     where = {"build": ("--build-base", tmp_path), "egg_info": ("-e", tmp_path)}[command]
     code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path('setup.py', run_name='__main__')"
-    result = subprocess.run([sys.executable, "-c", code, "-q", command, *where], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code, "-q", command, *where], cwd=ROOT, capture_output=True, text=True
+    )
     assert (result.returncode == 0) == built
     assert built or "torch is not installed where this builds" in result.stderr
