@@ -87,15 +87,13 @@ def train(
     seed: Annotated[int | None, _setting("seed", "of weights, batches and noise")] = None,
     device: Device = None,
 ) -> None:
-    """Train a model on bytes. Ctrl-C saves; --resume goes on to the numbers of an unbroken run."""
+    """Train a model on bytes. Ctrl-C and SIGTERM save; --resume goes on to the numbers of an unbroken run."""
     given = {name: value for name, value in locals().items() if value is not None}
     place = _device(device)
     saved = _read_run(out) if resume else {"model": {}, "training": {}, "data": {"path": "stdlib"}}
     config = TrainConfig(**{**saved["training"], **_pick(given, TrainConfig)})
-    data, length = (
-        given.get("data", saved["data"]["path"]),
-        saved["model"].get("max_length", given.get("length", _LENGTH)),
-    )
+    data = given.get("data", saved["data"]["path"])
+    length = saved["model"].get("max_length", given.get("length", _LENGTH))
     if given.get("length", length) != length:
         raise ValueError(f"length: the run in {out} has {length}, got {given['length']}")
 
@@ -151,11 +149,11 @@ def evaluate(
     _check_seed(seed)
     if num_sequences < 1:
         raise ValueError(f"num_sequences: expected at least 1, got {num_sequences}")
+    model, config = _load(run, device)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         if json_file.is_dir():
             raise ValueError(f"json: expected a file, but {json_file} is a folder")
-    model, config = _load(run, device)
     loss = config["training"]["loss"]
     if loss == "dse-uniform" and (tolerance is not None or proposal != "stratified"):
         raise ValueError("tolerance, proposal: not for a model of the uniform graph, integrated over its noise")

@@ -140,7 +140,7 @@ class Table:
 
 
 def load_documents(data: str | os.PathLike, run: str | os.PathLike | None = None) -> list[bytes]:
-    """The documents that `data` names, in an order that does not vary; a warning says how many files are none.
+    """The documents that `data` names, in an order that does not vary; a warning counts the files left out.
 
     Args:
         data: "stdlib" for the source and the documentation topics of the running interpreter's standard
@@ -150,7 +150,7 @@ def load_documents(data: str | os.PathLike, run: str | os.PathLike | None = None
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: neither of them, one without text, or the run folder itself.
+        ValueError: no UTF-8 text in it, or the run folder itself.
     """
     return [content for _, content in load_named_documents(data, run)]
 

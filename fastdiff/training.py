@@ -360,7 +360,7 @@ class _Trainer:
             if then.get(name) != now[name]:
                 raise ValueError(f"{name}: the run in {folder} has {then.get(name)!r}, got {now[name]!r}")
         if source != self._fingerprint:
-            raise ValueError(f"{path}: this run was trained on other data than now came, or on another part of it")
+            raise ValueError(f"{path}: this run was trained on other data, or on another split of it")
         if step > self.config.steps:
             raise ValueError(f"steps: the run in {folder} has done {step}, got {self.config.steps}")
         self.model.load_state_dict(state["model"])
