@@ -1,16 +1,18 @@
 """Builds fastdiff._C_cpu and, where there is a CUDA build of torch and its nvcc, fastdiff._C_cuda.
 
-Both are on torch's stable ABI (torch >= 2.10), one binary for every Python from 3.10 on. Without torch at build time
-the package is pure Python: it works, slower, on its reference backend. FASTDIFF_BUILD_CUDA=0 leaves the CUDA kernels
-out, 1 makes it an error not to build them; TORCH_CUDA_ARCH_LIST says for which GPUs, from 8.0 on.
+Both are on torch's stable ABI (torch >= 2.10), one binary for every Python from 3.10 on. Without torch there are an
+sdist and metadata, but no build. FASTDIFF_BUILD_CUDA=0 leaves the CUDA kernels out, 1 makes it an error not to build
+them; TORCH_CUDA_ARCH_LIST says for which GPUs, from 8.0 on.
 """
 
 import os
 import re
 import subprocess
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
+CPU_SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("library", "row_loss", "row_sample", "corrupt")]
 TARGET = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 OPTIMISE = ["-O3", "-g0", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 BUILD_CUDA = os.environ.get("FASTDIFF_BUILD_CUDA", "auto")
@@ -59,7 +61,7 @@ def cuda_extension():
 def cpu_extension():
     return cpp_extension.CppExtension(
         "fastdiff._C_cpu",
-        [f"csrc/cpu/{name}.cpp" for name in ("library", "row_loss", "row_sample", "corrupt")],
+        CPU_SOURCES,
         depends=["setup.py"],
         extra_compile_args={"cxx": [*TARGET, *OPTIMISE, "-fvisibility=hidden", "-Wall"]},
         py_limited_api=True,
@@ -67,6 +69,8 @@ def cpu_extension():
 
 
 def extensions():
+    if torch is None:
+        return [Extension("fastdiff._C_cpu", CPU_SOURCES)]
     missing = cuda_missing()
     if missing is None:
         return [cpu_extension(), cuda_extension()]
@@ -77,8 +81,16 @@ def extensions():
 
 
 if torch is None:
-    print("fastdiff: torch is not installed where this builds, so the compiled kernels are left out")
-    setup()
+
+    class Build(build_ext):
+        """Nothing can be built."""
+
+        def run(self):
+            raise SystemExit(
+                "fastdiff: torch is not installed where this builds, so its kernels cannot be compiled. "
+                "Install torch, and then this with pip's --no-build-isolation."
+            )
+
 else:
 
     class Build(cpp_extension.BuildExtension):
@@ -92,8 +104,9 @@ else:
                     raise
                 print(f"fastdiff: the CUDA kernels did not compile and are left out: {error}")
 
-    setup(
-        ext_modules=extensions(),
-        cmdclass={"build_ext": Build},
-        options={"bdist_wheel": {"py_limited_api": "cp310"}},
-    )
+
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": Build},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -114,7 +114,7 @@ def main() -> None:
     draw(text, true, estimated, OUT / "likelihood.png")
 
     error = (estimated - true).abs()
-    table = Table(title="\nWhat was measured", title_justify="left")
+    table = Table(title="\nWhat was measured, ± standard error", title_justify="left")
     for column in ("what", "value"):
         table.add_column(column)
     for proposal, (bits, stderr) in text.items():

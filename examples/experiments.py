@@ -108,7 +108,7 @@ def markov() -> None:
     rows = {
         "64 passes against the exact NLL": show_agreement(results),
         "mean NLL, exact": f"{exact.mean():.3f} nats",
-        "mean NLL, 64 passes": f"{estimate.nll.mean():.3f} nats, each ± {estimate.stderr.mean():.3f} from masking",
+        "mean NLL, 64 passes": f"{estimate.nll.mean():.3f} nats, each ± {estimate.stderr.mean():.3f} (stderr)",
         "paper": "a figure: true and estimated NLL match (no number)",
         "smaller than the paper's": "a network of 0.1 million parameters, trained for minutes; 16 letters given 16",
     }
@@ -179,7 +179,7 @@ def information() -> None:
     curve.plot(OUT / "information.png")
     bits = [value / math.log(2) / x0.shape[1] for value in (curve.information[0], curve.information_stderr[0])]
     rows = {
-        "information of the text, the integral": "{:.3f} ± {:.3f} bits per byte".format(*bits),
+        "information of the text, the integral": "{:.3f} bits per byte, standard error {:.3f}".format(*bits),
         "paper": "the identity itself: - dI / d lambda = mdce / lambda (no number)",
     }
     report("information", curve.to_dict(), start, simple_table("Mutual information of text and masked text", rows))
@@ -255,7 +255,7 @@ def draw_spreads(measured: dict[str, Row], title: str, xlabel: str) -> Figure:
     for name, row in measured.items():
         variances, errors = ([cell[what] for cell in row.values()] for what in ("variance", "stderr"))
         axes.errorbar(list(row), variances, yerr=errors, marker="o", capsize=3, label=name)
-    axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel="variance (nats²)")
+    axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel="variance ± standard error (nats²)")
     axes.set_title(title, fontsize="medium")
     axes.set_xticks(list(row), [str(n) for n in row], minor=False)
     axes.minorticks_off()
@@ -284,8 +284,8 @@ def spread_table(title: str, measured: dict[str, Row], paper: dict[str, dict[int
     published = [paper[first][n] / paper[second][n] for n in paper[first]]
     table.caption_justify = "left"
     table.caption = (
-        f"{setting}\nVariance of {first} / variance of {second}: ours {min(ratios):.2g} to {max(ratios):.2g}, "
-        f"the paper's {min(published):.2g} to {max(published):.2g}"
+        f"{setting} ± is a standard error.\nVariance of {first} / variance of {second}: "
+        f"ours {min(ratios):.2g} to {max(ratios):.2g}, the paper's {min(published):.2g} to {max(published):.2g}"
     )
     return table
 

@@ -5,7 +5,9 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import sys
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -35,10 +37,18 @@ def _load(name: str, first_call: str) -> str | None:
     try:
         getattr(importlib.import_module(f"fastdiff.{name}"), first_call)()
     except (ImportError, ValueError) as error:
-        if isinstance(error, ModuleNotFoundError) and name == "_C_cuda":
-            return "the CUDA kernels were not built; FASTDIFF_BUILD_CUDA=1 makes the installation say why"
+        if isinstance(error, ModuleNotFoundError):
+            if hidden := _hidden(name):
+                return f"{Path(__file__).parent} was imported, which is not compiled; it hides {hidden}, which is"
+            if name == "_C_cuda":
+                return "the CUDA kernels were not built; FASTDIFF_BUILD_CUDA=1 makes the installation say why"
         return f"the compiled extension fastdiff.{name} did not load ({error})"
     return None
+
+
+def _hidden(extension: str) -> Path | None:
+    """Another fastdiff on the path, one that has the extension: the installed one, where Python runs in a clone."""
+    return next((file.parent for entry in sys.path for file in Path(entry).glob(f"fastdiff/{extension}.*")), None)
 
 
 def _triton_missing() -> str | None:

@@ -7,7 +7,9 @@ import json
 import math
 import platform
 import re
+import shlex
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,10 +19,11 @@ import torch
 from fastdiff import backends
 from fastdiff.data import NUM_BYTES, Text, as_bytes, decode, encode, even_windows, load_documents, load_named_documents
 from fastdiff.estimators import NLLEstimate, dse_nll, time_free_nll
+from fastdiff.estimators.estimate import student_t
 from fastdiff.graphs import Absorbing, Uniform
 from fastdiff.model import DiffusionTransformer, ModelConfig, read_config, write_atomically
 from fastdiff.sampling import sample as draw_samples
-from fastdiff.training import LOSSES, SCHEDULE, Record, TrainConfig, time_free
+from fastdiff.training import LOSSES, SCHEDULE, Record, Stopped, TrainConfig, time_free
 from fastdiff.training import train as run_training
 from fastdiff.unmasking import SAMPLERS, TIMED
 
@@ -29,7 +32,7 @@ try:
     from rich.console import Console
     from rich.table import Table
 except ImportError as error:
-    print(f"fastdiff: {error}; install it with: pip install 'fastdiff-kernels[cli]'", file=sys.stderr)
+    print(f"fastdiff: {error}; install what the command needs: pip install rich safetensors typer", file=sys.stderr)
     raise SystemExit(2) from None
 
 app = typer.Typer(
@@ -42,8 +45,8 @@ app = typer.Typer(
 _USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, backends.BackendUnavailable)
 _RESULTS = {
     "loss": "training loss, nats per byte",
-    "bits_per_token": "held-out bits per byte",
-    "validation_loss": "held-out loss, nats per byte",
+    "bits_per_token": "held-out bits per byte, ± 95%",
+    "validation_loss": "held-out loss, nats per byte, ± 95%",
 }
 _LENGTH = 128
 _FRAMES = 8  # lines in which a text comes about
@@ -84,31 +87,36 @@ def train(
     seed: Annotated[int | None, _setting("seed", "of weights, batches and noise")] = None,
     device: Device = None,
 ) -> None:
-    """Train a model on bytes. Ctrl-C saves; --resume goes on to the numbers of an unbroken run."""
+    """Train a model on bytes. Ctrl-C and SIGTERM save; --resume goes on to the numbers of an unbroken run."""
     given = {name: value for name, value in locals().items() if value is not None}
-    saved = _read_run(out) if resume else {"model": {}, "training": {}, "data": {}}
+    place = _device(device)
+    saved = _read_run(out) if resume else {"model": {}, "training": {}, "data": {"path": "stdlib"}}
     config = TrainConfig(**{**saved["training"], **_pick(given, TrainConfig)})
-    data = data or saved["data"].get("path", "stdlib")
-    length = length or saved["model"].get("max_length", _LENGTH)
+    data = given.get("data", saved["data"]["path"])
+    length = saved["model"].get("max_length", given.get("length", _LENGTH))
+    if given.get("length", length) != length:
+        raise ValueError(f"length: the run in {out} has {length}, got {given['length']}")
 
-    source = Text(load_documents(data), length, seed=config.seed)
+    source = Text(load_documents(data, out), length, seed=config.seed)
     absorbing, conditioned = config.loss != "dse-uniform", config.loss.startswith("dse")
     shape = {"num_states": NUM_BYTES + absorbing, "max_length": length, "sigma_conditioned": conditioned}
     torch.manual_seed(config.seed)
     model = DiffusionTransformer(ModelConfig(**{**saved["model"], **shape, **_pick(given, ModelConfig)}))
     sections = {"data": {"path": data if data == "stdlib" else str(Path(data).resolve())}}
     last: Record = {}
-    model.to(_device(device))
+    model.to(place)
     try:
         run_training(config, model, source, out=out, resume=resume, callback=last.update, sections=sections)
-    except KeyboardInterrupt:
-        typer.echo(f"stopped and saved; go on with: fastdiff train --out {out} --resume", err=True)
-        raise typer.Exit(130) from None
+    except Stopped as stopped:
+        command = shlex.join(["fastdiff", "train", "--out", str(out), "--resume"])
+        typer.echo(f"stopped and saved; go on with: {command}", err=True)
+        raise typer.Exit(128 + stopped.args[0]) from None
     rows = {"steps": f"{config.steps}", "parameters": f"{sum(p.numel() for p in model.parameters()):,}"}
     for name, title in _RESULTS.items():
         if name in last:
-            error = f" ± {last[name + '_stderr']:.3f}" if name + "_stderr" in last else ""
-            rows[title] = f"{last[name]:.3f}{error}"
+            rows[title] = f"{last[name]:.3f}"
+        if name + "_stderr" in last:
+            rows[title] += f" ± {_half(last[name + '_stderr'], len(source.validation(config.eval_sequences))):.3f}"
     _show(f"run in {out}", rows)
 
 
@@ -138,11 +146,19 @@ def evaluate(
     """
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance: expected a positive number of bits per byte, got {tolerance}")
-    model, loss, trained_on = _load(run, device)
+    _check_seed(seed)
+    if num_sequences < 1:
+        raise ValueError(f"num_sequences: expected at least 1, got {num_sequences}")
+    model, config = _load(run, device)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        if json_file.is_dir():
+            raise ValueError(f"json: expected a file, but {json_file} is a folder")
+    loss = config["training"]["loss"]
     if loss == "dse-uniform" and (tolerance is not None or proposal != "stratified"):
         raise ValueError("tolerance, proposal: not for a model of the uniform graph, integrated over its noise")
     length, rows = model.config.max_length, {}
-    for name, text in _texts(data or [trained_on], length, whole):
+    for name, text in _texts(data or [config["data"]["path"]], run, config, whole):
         x0 = even_windows(text, length, num_sequences).to(model.lm_head.weight.device)
         if loss == "dse-uniform":
             estimate = dse_nll(
@@ -173,14 +189,21 @@ def evaluate(
         write_atomically(json_file, json.dumps(rows, indent=1).encode() + b"\n")
 
 
-def _texts(data: list[str], length: int, whole: bool) -> Iterator[tuple[str, torch.Tensor]]:
+def _texts(data: list[str], run: Path, config: dict[str, Any], whole: bool) -> Iterator[tuple[str, torch.Tensor]]:
     """Names of texts and their bytes."""
+    length, trained_on = config["model"]["max_length"], config["data"]["path"]
     for name in data:
         if not whole:
-            yield f"held-out part of {name}", Text(load_documents(name), length).validation_bytes
+            text = Text(load_documents(name, run), length, seed=config["training"]["seed"])
+            own = trained_on in (name, str(Path(name).resolve()))
+            if own and text.fingerprint != config["source"]["fingerprint"]:
+                raise ValueError(
+                    f"data: {name} has changed since {run} was trained on it, and so has its held-out part"
+                )
+            yield f"held-out part of {name}", text.validation_bytes
         else:
             parts: dict[str, list[bytes]] = {}
-            for part, document in load_named_documents(name):
+            for part, document in load_named_documents(name, run):
                 parts.setdefault(part, []).append(document)
             longer = {part: documents for part, documents in parts.items() if sum(map(len, documents)) >= length}
             for part, documents in (longer or parts).items():  # of files shorter than a window the first is an error
@@ -214,9 +237,9 @@ def _show_rows(rows: dict[str, dict[str, Any]], title: str) -> None:
         "passes",
         "nats",
         "bits per byte",
-        "± masking",
+        "± masking, 95%",
         "perplexity",
-        "± between windows",
+        "± between windows, 95%",
     ):
         table.add_column(column, justify="left" if column == "text" else "right")
     for name, row in rows.items():
@@ -230,9 +253,14 @@ def _show_rows(rows: dict[str, dict[str, Any]], title: str) -> None:
             f"{row['bits_per_byte']:.4f}",
             f"{half:.4f}",
             f"{row['perplexity']:.3f}",
-            "one window" if spread is None else f"{1.96 * spread / math.sqrt(row['windows']):.4f}",
+            "one window" if spread is None else f"{_half(spread / math.sqrt(row['windows']), row['windows']):.4f}",
         )
     Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def _half(stderr: float, n: int) -> float:
+    """Half of the 95% interval of a mean over n values."""
+    return student_t(0.95, torch.tensor(n - 1.0)).item() * stderr
 
 
 @app.command()
@@ -256,8 +284,13 @@ def sample(
     device: Device = None,
 ) -> None:
     """Draw texts: whole ones, after a prompt, or where an infill leaves room."""
-    model, loss, _ = _load(run, device)
-    config = model.config
+    _check_seed(seed)
+    model, saved = _load(run, device)
+    config, loss = model.config, saved["training"]["loss"]
+    if length is not None:
+        _check_bytes("length", length, config.max_length)
+    if prompt:
+        _check_bytes("prompt", len(prompt.encode()), length or config.max_length)
     graph = (Uniform if loss == "dse-uniform" else Absorbing)(config.num_states)
     # scores of the absorbing graph hold its conditionals, for the samplers that ask for these
     by_score = loss == "dse-uniform" or (loss == "dse-absorb" and sampler in TIMED)
@@ -270,7 +303,7 @@ def sample(
         parametrization="scale_by_sigma" if by_score else "logits",
         sampler=sampler,
         prompt=encode(prompt) if prompt else None,
-        infill=None if infill is None else _blanks(infill),
+        infill=None if infill is None else _blanks(infill, config.max_length),
         block_length=block_length,
         guidance=guidance,
         temperature=temperature,
@@ -286,10 +319,21 @@ def sample(
         typer.echo(decode(text))
 
 
-def _blanks(text: str) -> torch.Tensor:
-    """The bytes of a text, and -1 for each of the n bytes that a "{n}" in it stands for."""
+def _blanks(text: str, most: int) -> torch.Tensor:
+    """The bytes of a text, and -1 for each of the n bytes that a "{n}" in it stands for; `most` of both."""
     parts = re.split(r"\{(\d+)\}", text)  # texts and numbers by turns
+    _check_bytes("infill", sum(int(p) if i % 2 else len(p.encode()) for i, p in enumerate(parts)), most)
     return torch.cat([torch.full((int(p),), -1) if i % 2 else encode(p) for i, p in enumerate(parts)])
+
+
+def _check_seed(seed: int) -> None:
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected a number of 64 bits, got {seed}")
+
+
+def _check_bytes(option: str, n: int, most: int) -> None:
+    if not 1 <= n <= most:
+        raise ValueError(f"{option}: expected 1 to {most} bytes, got {n}")
 
 
 def _dotted(tokens: torch.Tensor, mask_index: int | None) -> str:
@@ -304,6 +348,7 @@ def doctor() -> None:
     """What can run here, and why not the rest."""
     versions = {
         "python": platform.python_version(),
+        "fastdiff from": str(Path(backends.__file__).parent),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
     for package in ("fastdiff-kernels", "torch", "numpy", "triton"):
@@ -317,6 +362,7 @@ def doctor() -> None:
 
 def main() -> None:
     """Run the command line; what a user can put right ends as one line on stderr and exit code 2."""
+    warnings.showwarning = lambda message, *_: print("fastdiff:", message, file=sys.stderr)
     try:
         app()
     except _USER_ERRORS as error:
@@ -330,23 +376,27 @@ def _pick(given: dict[str, Any], config: type) -> dict[str, Any]:
 
 def _read_run(run: Path) -> dict[str, Any]:
     config = read_config(run)
-    if not {"model", "training", "data"} <= set(config):
-        raise ValueError(f"{run / 'config.json'}: expected the training and data of a `fastdiff train` run")
+    try:
+        ModelConfig(**config["model"]), TrainConfig(**config["training"])
+        config["data"]["path"], config["source"]["fingerprint"]
+    except (KeyError, TypeError):
+        raise ValueError(f"{run / 'config.json'}: expected the training and data of a `fastdiff train` run") from None
     return config
 
 
-def _load(run: Path, device: str | None) -> tuple[DiffusionTransformer, str, str]:
-    """The averaged model of a run, on its device, its loss and the data it was trained on."""
+def _load(run: Path, device: str | None) -> tuple[DiffusionTransformer, dict[str, Any]]:
+    """The averaged model of a run, on its device, and what config.json says."""
     config = _read_run(run)
-    model = DiffusionTransformer.from_pretrained(run).eval().to(_device(device))
-    return model, config["training"]["loss"], config["data"]["path"]
+    return DiffusionTransformer.from_pretrained(run).eval().to(_device(device)), config
 
 
 def _device(name: str | None) -> torch.device:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"device: {str(error).splitlines()[0]}") from None
+        torch.ones(1, device=name).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
 
 
 def _version(package: str) -> str:

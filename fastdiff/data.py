@@ -6,6 +6,7 @@ A batch is a pure function of (seed, step), so that a resumed run sees what an u
 import hashlib
 import os
 import sysconfig
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.checks import check_tokens
-from fastdiff.philox import Purpose, draw32, uniform
+from fastdiff.philox import Purpose, draw32, scaled, uniform
 
 NUM_BYTES = 256
 _FEW = 20  # so few documents are split inside each, more of them between documents
@@ -25,6 +26,11 @@ class TokenSource(Protocol):
     """What `fastdiff.training.train` reads: int64 tokens in [0, num_tokens), in sequences of one length."""
 
     num_tokens: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Another one wherever a batch, or what is held out, is another."""
+        ...
 
     def batch(self, step: int, n: int) -> Tensor:
         """n training sequences, [n, L], the same ones whenever the same step is asked for."""
@@ -66,11 +72,18 @@ class Text:
         self.train_bytes = as_bytes(train, length, "training")
         self.validation_bytes = as_bytes(validation, length, "held-out")
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the two parts, the length and the seed."""
+        return _fingerprint((self.length, self.seed), self.train_bytes, self.validation_bytes)
+
     def batch(self, step: int, n: int) -> Tensor:
         """n windows at uniform places of the training text, int64 [n, length]."""
         starts = len(self.train_bytes) - self.length + 1
-        draws = draw32(self.seed, Purpose.DATA, step, torch.arange(n, device="cpu"), 0, 0)
-        return _windows(self.train_bytes, (draws * starts) >> 32, self.length)
+        samples, pair = torch.arange(n, device="cpu"), torch.tensor([[0], [1]], device="cpu")
+        coarse, fine = draw32(self.seed, Purpose.DATA, step, samples, 0, pair)
+        between = -(-starts >> 32)  # 32 bits reach every start of 4 GiB; of a longer text, one in so many
+        return _windows(self.train_bytes, scaled(coarse, starts) + scaled(fine, between), self.length)
 
     def validation(self, n: int) -> Tensor:
         """At most n windows of the held-out text, as `even_windows` gives them."""
@@ -108,6 +121,12 @@ class Table:
         self.tokens, self.num_tokens, self.held_out, self.seed = tokens.long(), num_tokens, held_out, seed
         self._cumulative = cumulative / cumulative[-1]
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the rows, their probabilities and the seed."""
+        held_out = self.tokens[:0] if self.held_out is None else self.held_out
+        return _fingerprint((self.num_tokens, self.seed), self.tokens, self._cumulative, held_out)
+
     def batch(self, step: int, n: int) -> Tensor:
         """n rows drawn with the given probabilities, int64 [n, L]."""
         u = uniform(self.seed, Purpose.DATA, step, torch.arange(n, device=self.tokens.device), 0, 0)
@@ -120,33 +139,43 @@ class Table:
         return self.held_out[:n].long()
 
 
-def load_documents(data: str | os.PathLike) -> list[bytes]:
-    """The documents that `data` names, in an order that does not vary.
+def load_documents(data: str | os.PathLike, run: str | os.PathLike | None = None) -> list[bytes]:
+    """The documents that `data` names, in an order that does not vary; a warning counts the files left out.
 
     Args:
         data: "stdlib" for the source and the documentation topics of the running interpreter's standard
-            library, its tests left out; else a file, or a folder whose UTF-8 files count unless hidden.
+            library, its tests left out; else a text file, or a folder whose UTF-8 files count unless hidden or
+            in the folder of a run.
+        run: a run folder that may not look like one yet.
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: a folder without text.
+        ValueError: no UTF-8 text in it, or the run folder itself.
     """
-    return [content for _, content in load_named_documents(data)]
+    return [content for _, content in load_named_documents(data, run)]
 
 
-def load_named_documents(data: str | os.PathLike) -> list[tuple[str, bytes]]:
+def load_named_documents(data: str | os.PathLike, run: str | os.PathLike | None = None) -> list[tuple[str, bytes]]:
     """The same, each with its path, or with "stdlib"."""
     if data == "stdlib":
-        return [(data, content) for content in _standard_library()]
-    path = Path(data)
-    if path.is_file():
-        return [(str(path), path.read_bytes())]
-    if not path.is_dir():
-        raise FileNotFoundError(f"data: expected 'stdlib', a text file or a folder, but there is no {path}")
-    contents = ((str(f), f.read_bytes()) for f in _files(path, lambda name: not name.startswith(".")))
+        return [("stdlib", content) for content in _standard_library()]
+    if not os.path.exists(data):
+        raise FileNotFoundError(f"data: expected 'stdlib', a text file or a folder, but there is no {str(data)!r}")
+    if run is not None and os.path.realpath(run) == os.path.realpath(data):
+        raise ValueError(f"data: expected text from elsewhere than the run's own folder, got {data}")
+    files = _data_files(Path(data), run) if os.path.isdir(data) else [Path(data)]
+    regular = [file for file in files if file.is_file()]  # no broken links, and no pipes, which might never end
+    contents = ((str(file), file.read_bytes()) for file in regular)
     documents = [(name, content) for name, content in contents if _is_text(content)]
-    if not documents:
-        raise ValueError(f"data: expected a folder with UTF-8 text in it, found none in {path}")
+    if not any(content for _, content in documents):
+        raise ValueError(f"data: expected UTF-8 text, found none in {data}")
+    if len(documents) < len(files):
+        no_text, no_files = len(regular) - len(documents), len(files) - len(regular)
+        warnings.warn(
+            f"data: of {len(files)} files in {data}, {no_text} that are not UTF-8 text and {no_files} that are not "
+            "regular files are left out",
+            stacklevel=3,
+        )
     return documents
 
 
@@ -199,18 +228,28 @@ def _standard_library() -> list[bytes]:
     from pydoc_data.topics import topics  # documentation as prose; its source file is the same text, escaped
 
     root = Path(sysconfig.get_path("stdlib"))
-    files = _files(root, lambda name: name not in _NOT_LIBRARY)
+    files = _files(root, lambda path: path.name not in _NOT_LIBRARY)
     topics_file = root / "pydoc_data" / "topics.py"
     sources = [f.read_bytes() for f in files if f.suffix == ".py" and f != topics_file]
     return sources + [topics[name].encode() for name in sorted(topics)]
 
 
-def _files(root: Path, wanted: Callable[[str], bool]) -> list[Path]:
-    """Files below root, sorted, all parts of whose path are wanted; other folders are not entered."""
+def _data_files(root: Path, run: str | os.PathLike | None) -> list[Path]:
+    """Files below root that are neither hidden nor of a run."""
+    own = None if run is None else root / os.path.relpath(os.path.realpath(run), os.path.realpath(root))
+
+    def wanted(path: Path) -> bool:
+        return not path.name.startswith(".") and path != own and not (path / "metrics.jsonl").exists()
+
+    return _files(root, wanted)
+
+
+def _files(root: Path, wanted: Callable[[Path], bool]) -> list[Path]:
+    """Files below root, sorted, that are wanted with all folders above them; other folders are not entered."""
     found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = filter(wanted, folders)
-        found += [Path(folder, name) for name in names if wanted(name)]
+    for parent, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if wanted(Path(parent, name))]
+        found += [file for name in names if wanted(file := Path(parent, name))]
     return sorted(found, key=lambda f: f.relative_to(root).as_posix())
 
 
@@ -219,6 +258,13 @@ def _is_text(content: bytes) -> bool:
         return "\0" not in content.decode()
     except UnicodeDecodeError:
         return False
+
+
+def _fingerprint(settings: tuple[int, ...], *tensors: Tensor) -> str:
+    digest = hashlib.sha256(repr((settings, [tensor.shape for tensor in tensors])).encode())
+    for tensor in tensors:
+        digest.update(tensor.contiguous().cpu().numpy().data)
+    return digest.hexdigest()
 
 
 def _check_table(name: str, tokens: Tensor, num_tokens: int) -> None:

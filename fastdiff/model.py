@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -104,7 +106,7 @@ class DiffusionTransformer(nn.Module):
             folder: made if missing.
             sections: further named parts of config.json, beside "model".
         """
-        safetensors = _safetensors()
+        safetensors = import_safetensors()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"model": dataclasses.asdict(self.config), **sections}
@@ -120,7 +122,7 @@ class DiffusionTransformer(nn.Module):
             FileNotFoundError: the folder or one of its two files is missing.
             ValueError: a file is damaged, cut short, or the two do not belong together.
         """
-        safetensors = _safetensors()
+        safetensors = import_safetensors()
         config = read_config(folder)
         try:
             with torch.device("cpu"):
@@ -248,15 +250,36 @@ def read_config(folder: str | os.PathLike) -> dict:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside the file, then rename over it, so that a reader finds the old bytes or the new ones."""
+    """Write beside the file, then rename over it, so that a reader finds the old bytes or the new ones.
+
+    Raises:
+        OSError: names the file; the old one stays, and nothing beside it.
+    """
     part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    with naming(path):
+        try:
+            with part.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # or the rename might outlive a power cut, and the bytes not
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
-def _safetensors() -> ModuleType:
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the system in the block name the file, which that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def import_safetensors() -> ModuleType:
+    """safetensors.torch, or an ImportError that says how to get it."""
     try:
         import safetensors.torch
     except ImportError:
-        raise ImportError("saving and loading needs safetensors: pip install 'fastdiff-kernels[cli]'") from None
+        raise ImportError("saving and loading needs safetensors: pip install safetensors") from None
     return safetensors.torch

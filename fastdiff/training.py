@@ -1,11 +1,12 @@
 """Training of a `DiffusionTransformer`: losses, averaged weights, held-out likelihood, exact resumption.
 
 A run folder holds config.json and model.safetensors (the averaged weights, for `from_pretrained`), trainer.pt
-(all that a resumed run needs) and metrics.jsonl (a record a line).
+(all that a resumed run needs) and metrics.jsonl (a record a line; locked while the run goes on).
 """
 
 import copy
 import dataclasses
+import fcntl
 import io
 import json
 import math
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +30,7 @@ from fastdiff.estimators.scoring import Model
 from fastdiff.graphs import Absorbing, Uniform
 from fastdiff.linear_losses import linear_dce_loss, linear_dse_loss
 from fastdiff.losses import dce_loss, dse_loss
-from fastdiff.model import DiffusionTransformer, write_atomically
+from fastdiff.model import DiffusionTransformer, import_safetensors, naming, write_atomically
 from fastdiff.noising import (
     corrupt,
     harmonic_mask,
@@ -49,6 +51,10 @@ _LEAST |= {"eval_every": 0, "eval_sequences": 2, "eval_samples": 3}
 _MAY_CHANGE = {"steps", "save_every", "eval_every", "eval_sequences", "eval_samples"}  # when a run resumes
 
 Record = dict[str, float]
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, whose number is the argument, has stopped a run that is now saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +105,10 @@ class TrainConfig:
         check_choice("loss", self.loss, LOSSES)
         check_choice("dtype", self.dtype, tuple(_DTYPES))
         for name, least in _LEAST.items():
-            object.__setattr__(self, name, check_integer(name, getattr(self, name), least))
+            value = check_integer(name, getattr(self, name), least)
+            if value >= 2**63:
+                raise ValueError(f"{name}: expected a number below 2^63, got {value}")
+            object.__setattr__(self, name, value)
         whole = self.batch_size % self.accumulation == 0
         expected = {
             "lr": ("a number > 0", 0 < self.lr < math.inf),
@@ -125,7 +134,8 @@ def train(
 ) -> DiffusionTransformer:
     """Train a model in place, on the device it is on.
 
-    A progress bar shows on a terminal. Ctrl-C finishes the step at hand, saves and raises KeyboardInterrupt.
+    A progress bar shows on a terminal. Ctrl-C and SIGTERM finish the step at hand, save and raise `Stopped`, a
+    KeyboardInterrupt.
 
     Args:
         config: how to train.
@@ -135,7 +145,7 @@ def train(
         out: the run folder; None keeps nothing.
         resume: go on from the checkpoint in `out`, to the same numbers as an unbroken run.
         callback: called with each record of metrics.jsonl, after each step and each evaluation.
-        sections: further named parts for config.json, such as where the data came from.
+        sections: further named parts for config.json, beside "model", "training" and the source's fingerprint.
 
     Returns:
         The model with the averaged weights. The one passed in holds the raw ones.
@@ -143,33 +153,34 @@ def train(
     Raises:
         FileExistsError: `out` holds a run and resume is False.
         FileNotFoundError: nothing to resume.
-        ValueError: a model that does not fit, a damaged checkpoint, a run resumed with other settings.
+        BlockingIOError: another run is writing to `out`.
+        ValueError: a model that does not fit, a damaged file, a run resumed with other settings or data, or for fewer
+            steps than it has done.
         FloatingPointError: the loss or its gradient is not finite any more.
     """
-    trainer = _Trainer(config, model, source)
+    trainer = _Trainer(config, model, source, sections or {})
     folder = None if out is None else Path(out)
-    if resume:
-        trainer.load(folder)
-    elif folder is not None and (folder / "trainer.pt").exists():
-        raise FileExistsError(f"out: {folder} holds a run already; resume it or choose another folder")
-    sections = {"training": dataclasses.asdict(config), **(sections or {})}
-
-    with _metrics(folder, trainer.step) as write, _progress(config, trainer.step) as show:
-        try:
-            while trainer.step < config.steps:
-                with _unbroken():
-                    records = trainer.advance()
-                    write(records)
+    if resume and (folder is None or not (folder / "trainer.pt").is_file()):
+        raise FileNotFoundError(
+            f"out: expected a run folder to resume, but there is no {Path(out or '.') / 'trainer.pt'}"
+        )
+    with _metrics(folder) as metrics:
+        if folder is not None and resume:
+            trainer.load(folder)
+        elif folder is not None and (folder / "trainer.pt").exists():
+            raise FileExistsError(f"out: {folder} holds a run already; resume it or choose another folder")
+        _drop_after(trainer.step, metrics)
+        with _progress(config, trainer.step) as show, _noting_signals() as noted:
+            while trainer.step < config.steps and not noted:
+                records = trainer.advance()
+                _append(records, metrics)
                 for record in records:
                     show(record)
                     if callback is not None:
                         callback(record)
                 if trainer.step % config.save_every == 0 and trainer.step < config.steps:
-                    trainer.save(folder, sections)
-        except KeyboardInterrupt:
-            trainer.save(folder, sections)
-            raise
-    trainer.save(folder, sections)
+                    trainer.save(folder)
+            trainer.save(folder)
     return trainer.averaged
 
 
@@ -242,21 +253,27 @@ def time_free(model: DiffusionTransformer, mask_index: int) -> Model:
 class _Trainer:
     """Weights, their average, the optimiser and the step: the state that a checkpoint holds."""
 
-    def __init__(self, config: TrainConfig, model: DiffusionTransformer, source: TokenSource) -> None:
+    def __init__(
+        self, config: TrainConfig, model: DiffusionTransformer, source: TokenSource, sections: Mapping[str, dict]
+    ) -> None:
         num_states = source.num_tokens + (config.loss != "dse-uniform")
         if model.config.num_states != num_states:
             raise ValueError(f"model: expected num_states = {num_states}, got {model.config.num_states}")
         conditioned = config.loss.startswith("dse")
         if model.config.sigma_conditioned != conditioned:
             raise ValueError(f"model: expected sigma_conditioned = {conditioned} for loss {config.loss!r}")
-        self.config, self.model, self.source, self.step = config, model.train(), source, 0
+        self.config, self.model, self.source, self.sections = config, model.train(), source, sections
+        self.step = 0
         self.device = model.lm_head.weight.device
         self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
         self.held_out = torch.empty(0, 0, dtype=torch.int64, device=self.device)
         if config.eval_every:
             self.held_out = source.validation(config.eval_sequences).to(self.device)
             if len(self.held_out) < 2:
-                raise ValueError(f"source: expected 2 held-out sequences or more, got {len(self.held_out)}")
+                n = len(self.held_out)
+                raise ValueError(
+                    f"eval_every: expected 2 held-out sequences or more to evaluate on, got {n}; 0 does without"
+                )
         matrices = [p for p in model.parameters() if p.dim() >= 2]
         vectors = [p for p in model.parameters() if p.dim() < 2]
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -320,33 +337,41 @@ class _Trainer:
         stderr = values.std() / math.sqrt(len(values))
         return {"step": self.step, name: values.mean().item(), f"{name}_stderr": stderr.item()}
 
-    def save(self, folder: Path | None, sections: Mapping[str, dict]) -> None:
+    def save(self, folder: Path | None) -> None:
         """Write a checkpoint. A resumed run reads trainer.pt alone, so no crash can leave it half of two."""
         if folder is None:
             return
-        self.averaged.save_pretrained(folder, **sections)
+        own = {"training": dataclasses.asdict(self.config), "source": {"fingerprint": self._fingerprint}}
+        self.averaged.save_pretrained(folder, **(own | dict(self.sections)))
         parts = {name: getattr(self, name).state_dict() for name in ("model", "averaged", "optimizer")}
         buffer = io.BytesIO()
-        torch.save({"step": self.step, "settings": self._settings(), **parts}, buffer)
+        settings = self._settings()
+        torch.save({"step": self.step, "settings": settings, "source": self._fingerprint, **parts}, buffer)
         write_atomically(folder / "trainer.pt", buffer.getvalue())
 
-    def load(self, folder: Path | None) -> None:
-        """Take up a checkpoint, if it is whole and was made under the same settings."""
-        path = Path(folder or ".") / "trainer.pt"
-        if folder is None or not path.is_file():
-            raise FileNotFoundError(f"out: expected a run folder to resume, but there is no {path}")
+    def load(self, folder: Path) -> None:
+        """Take up a checkpoint, if it is whole, was made under the same settings and is not beyond the last step."""
+        path = folder / "trainer.pt"
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-            then, now = state["settings"], self._settings()
+            then, now, step, source = state["settings"], self._settings(), state["step"], state["source"]
         except Exception as error:  # whatever the unpickler makes of it
             raise ValueError(f"{path}: damaged or cut short") from error
         for name in sorted(now.keys() - _MAY_CHANGE):
             if then.get(name) != now[name]:
                 raise ValueError(f"{name}: the run in {folder} has {then.get(name)!r}, got {now[name]!r}")
+        if source != self._fingerprint:
+            raise ValueError(f"{path}: this run was trained on other data, or on another split of it")
+        if step > self.config.steps:
+            raise ValueError(f"steps: the run in {folder} has done {step}, got {self.config.steps}")
         self.model.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+        self.step = step
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return self.source.fingerprint
 
     def _settings(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self.config), **dataclasses.asdict(self.model.config)}
@@ -357,34 +382,63 @@ class _Trainer:
 
 
 @contextmanager
-def _metrics(folder: Path | None, step: int) -> Iterator[Callable[[list[Record]], None]]:
-    """Appends records to metrics.jsonl, from which it first drops those after `step` or cut short."""
+def _metrics(folder: Path | None) -> Iterator[io.FileIO | None]:
+    """metrics.jsonl, locked while it is open: no two runs write to one folder, and a crash leaves no lock."""
     if folder is None:
-        yield lambda records: None
+        yield None
         return
+    import_safetensors()  # no run finds out at its first checkpoint
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "metrics.jsonl"
-    old = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in old if line.endswith("}\n") and json.loads(line)["step"] <= step]
-    write_atomically(path, "".join(kept).encode())
-    with path.open("a") as file:
-        yield lambda records: print(*map(json.dumps, records), sep="\n", file=file, flush=True)
+    with open(folder / "metrics.jsonl", "ab+", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"out: another run is writing to {folder}") from None
+        except OSError:
+            pass  # a file system without locks
+        yield file
+
+
+def _drop_after(step: int, metrics: io.FileIO | None) -> None:
+    """Drops the records after a step, and one cut short."""
+    if metrics is None:
+        return
+    metrics.seek(0)
+    kept = 0
+    for number, line in enumerate(metrics.read().splitlines(keepends=True), 1):
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{metrics.name!s}: line {number} is not a record") from None
+        kept += len(line)
+    metrics.truncate(kept)
+
+
+def _append(records: list[Record], metrics: io.FileIO | None) -> None:
+    if metrics is None:
+        return
+    rest = b"".join(json.dumps(record).encode() + b"\n" for record in records)
+    with naming(Path(metrics.name)):
+        while rest:
+            rest = rest[metrics.write(rest) :]
 
 
 @contextmanager
-def _unbroken() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block, where weights, optimiser and metrics agree."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread is interrupted
-        return
-    interrupts: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
+def _noting_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM are only noted in the list, until the block has ended and raises Stopped."""
+    noted: list[int] = []
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # no other is interrupted
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, lambda number, frame: noted.append(number))
     try:
-        yield
+        yield noted
     finally:
-        signal.signal(signal.SIGINT, handler)
-    if interrupts:
-        raise KeyboardInterrupt
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if noted:
+        raise Stopped(noted[0])
 
 
 @contextmanager

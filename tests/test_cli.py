@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from fastdiff import cli, data
@@ -53,9 +54,9 @@ def test_end_to_end(folder):
     assert [r["step"] for r in records(folder / "run")] == [1, 2, 2, 3, 4, 4]
 
     for proposal in ("stratified", "systematic", "uniform", "harmonic"):
-        shown = invoke(f"eval run --num-samples 16 --num-sequences 4 --proposal {proposal} --json out.json")
+        shown = invoke(f"eval run --num-samples 16 --num-sequences 4 --proposal {proposal} --json new/out.json")
         assert f"windows of 16 bytes, {proposal}" in shown
-        (row,) = json.loads((folder / "out.json").read_text()).values()
+        (row,) = json.loads((folder / "new" / "out.json").read_text()).values()
         assert (row["windows"], row["bytes"], row["network_passes"]) == (4, 64, 64)
         assert 7 < row["bits_per_byte"] < 8.5  # hardly trained
         for name, digits in {"nll": 1, "bits_per_byte": 4, "perplexity": 3}.items():
@@ -125,21 +126,76 @@ def test_resume_equals_an_unbroken_run(folder):
     assert timeless[0] == timeless[1]
 
 
-def test_interrupt(folder, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_and_saves(folder, monkeypatch, number):
     batch = data.Text.batch
 
     def interrupted(self, step, n):
         if step == 2:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return batch(self, step, n)
 
     with monkeypatch.context() as patch:
         patch.setattr(data.Text, "batch", interrupted)
         result = CliRunner().invoke(cli.app, f"train --data text.txt --out run {SMALL} --eval-every 0".split())
-    assert result.exit_code == 130
+    assert result.exit_code == 128 + number
     assert "stopped and saved; go on with: fastdiff train --out run --resume" in result.stderr
     invoke("train --out run --resume")
     assert [r["step"] for r in records(folder / "run")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("files", [1, 19])
+def test_a_run_in_its_data_folder_is_no_data(folder, files):
+    """Nor are other runs: 19 files would be 20 or more, which are split in another way."""
+    (folder / "text.txt").rename(folder / "0.txt")
+    for i in range(1, files):
+        (folder / f"{i}.txt").write_text(f"another text, number {i}, " * 20)
+    invoke(f"train --data . --out unbroken {SMALL} {EVALUATION}")
+    invoke(f"train --data . --out runs/mine {SMALL} {EVALUATION} --steps 2")
+    invoke("train --out runs/mine --resume --steps 4")
+    timeless = [[{**r, "tokens_per_second": 0} for r in records(folder / run)] for run in ("unbroken", "runs/mine")]
+    assert timeless[0] == timeless[1]
+    numbers = set()
+    for run in ("unbroken", "runs/mine"):
+        invoke(f"eval {run} --num-samples 16 --num-sequences 4 --json .hidden/out.json")
+        numbers.add((folder / ".hidden" / "out.json").read_text())
+    assert len(numbers) == 1
+
+
+def test_a_run_knows_its_data(folder, capsys, monkeypatch):
+    (folder / "texts").mkdir()
+    (folder / "text.txt").rename(folder / "texts" / "a.txt")
+    invoke(f"train --data texts --out run {SMALL} --eval-every 0")
+    files = {path: path.read_bytes() for path in (folder / "run").iterdir()}
+    invoke("eval run --num-samples 16 --num-sequences 4")
+    (folder / "texts" / "b.txt").write_text("added " * 100)
+    for name in ("", "--data texts"):
+        assert "data: " in (error := fail(capsys, monkeypatch, f"eval run {name}"))
+        assert "texts has changed since run was trained on it" in error
+    other = folder / "texts" / "b.txt"
+    for changed in ("", f"--data {other}"):
+        error = fail(capsys, monkeypatch, f"train --out run --resume {changed}")
+        assert "run/trainer.pt: this run was trained on other data, or on another split of it" in error
+    assert {path: path.read_bytes() for path in (folder / "run").iterdir()} == files
+    invoke(f"eval run --data {other} --num-samples 16 --num-sequences 1")
+    (folder / "texts").rename(folder / "moved")
+    other = folder / "moved" / "b.txt"
+    other.unlink()
+    invoke("train --out run --resume --data moved --steps 5")
+
+
+def test_files_left_out_are_counted(folder, capsys, monkeypatch):
+    (folder / "texts").mkdir()
+    (folder / "text.txt").rename(folder / "texts" / "a.txt")
+    (folder / "texts" / "b.bin").write_bytes(b"\xff\xfe")
+    monkeypatch.setattr(sys, "argv", f"fastdiff train --data texts --out run {SMALL} --eval-every 0".split())
+    with pytest.raises(SystemExit) as exited:
+        cli.main()
+    assert exited.value.code == 0
+    error = (
+        "fastdiff: data: of 2 files in texts, 1 that are not UTF-8 text and 0 that are not regular files are left out\n"
+    )
+    assert capsys.readouterr().err == error
 
 
 @pytest.mark.parametrize("loss", ["dse-absorb", "dse-uniform"])
@@ -177,11 +233,20 @@ def test_user_errors_are_one_line(folder, capsys, monkeypatch):
     def expect(command: str, text: str) -> None:
         assert text in fail(capsys, monkeypatch, command)
 
-    expect("train --data nowhere.txt --out run", "there is no nowhere.txt")
+    expect("train --data nowhere.txt --out run", "there is no 'nowhere.txt'")
     expect(f"train --data text.txt --out run {SMALL} --loss dce", "loss: expected one of")
     expect(f"train --data text.txt --out run {SMALL} --length 9999", "length: expected at most")
     expect(f"train --data text.txt --out run {SMALL} --heads 3", "dim: expected a multiple of 2 x heads = 6")
-    expect(f"train --data text.txt --out run {SMALL} --device abacus", "device: ")
+    expect(f"train --data text.txt --out run {SMALL} --device abacus", "device: 'abacus' cannot be used here: ")
+    expect(f"train --data text.txt --out run {SMALL} --device meta", "device: 'meta' cannot be used here: ")
+    if not torch.cuda.is_available():
+        expect(f"train --data text.txt --out run {SMALL} --device cuda", "device: 'cuda' cannot be used here: ")
+    expect(f"train --data text.txt --out run {SMALL} --length 0", "length: expected at least 1, got 0")
+    expect(f"train --data text.txt --out run {SMALL} --seed {2**63}", "seed: expected an integer of at least 0")
+    expect(f"train --data text.txt --out run {SMALL} --length 60", "eval_every: expected 2 held-out sequences")
+    (folder / "random.bin").write_bytes(b"\xff" * 2000)
+    expect(f"train --data random.bin --out run {SMALL}", "data: expected UTF-8 text, found none in random.bin")
+    expect(f"train --data . --out . {SMALL}", "data: expected text from elsewhere than the run's own folder")
     expect("train --out run --resume", "no such file: run/config.json")
     expect("eval run", "no such file: run/config.json")
     assert not (folder / "run").exists()
@@ -189,13 +254,22 @@ def test_user_errors_are_one_line(folder, capsys, monkeypatch):
     invoke(f"train --data text.txt --out run {SMALL} --eval-every 0")
     expect(f"train --data text.txt --out run {SMALL}", "holds a run already")
     expect("train --out run --resume --lr 0.5", "lr: the run in run has 0.001, got 0.5")
+    expect("train --out run --resume --length 17", "length: the run in run has 16, got 17")
+    expect("train --out run --resume --steps 3", "steps: the run in run has done 4, got 3")
+    expect("eval run --num-sequences 0", "num_sequences: expected at least 1, got 0")
+    expect(f"eval run --seed {2**63}", "seed: expected a number of 64 bits")
+    expect("eval run --json run", "json: expected a file, but run is a folder")
     expect("eval run --proposal best --num-samples 15", "proposal: expected one of")
-    expect("sample run --prompt 0123456789abcdefg", "prompt: expected shape")
+    expect("sample run --prompt 0123456789abcdefg", "prompt: expected 1 to 16 bytes, got 17")
     expect("sample run --prompt a --infill b{3}", "prompt, infill: expected one of the two")
-    expect("sample run --infill b{99}", "xt: expected a length in [1, 16], got 100")
+    expect("sample run --infill b{99}", "infill: expected 1 to 16 bytes, got 100")
     expect("sample run --sampler best", "sampler: expected one of")
     expect("sample run --sampler margin --block-length 3", "block_length: expected a divisor of the 16 positions")
-    expect("sample run --length 99", "xt: expected a length in [1, 16], got 99")
+    expect("sample run --length 99", "length: expected 1 to 16 bytes, got 99")
+    expect("sample run --length 3 --prompt abcd", "prompt: expected 1 to 3 bytes, got 4")
+    expect(f"sample run --seed {-(2**63) - 1}", "seed: expected a number of 64 bits")
+    (folder / "run" / "metrics.jsonl").write_text("garbage\n")
+    expect("train --out run --resume", "run/metrics.jsonl: line 1 is not a record")
     (folder / "run" / "trainer.pt").write_bytes(b"half")
     expect("train --out run --resume", "trainer.pt: damaged or cut short")
     (folder / "run" / "model.safetensors").write_bytes(b"half")
@@ -220,7 +294,7 @@ def test_missing_extras(monkeypatch, capsys):
         importlib.import_module("fastdiff.cli")
     assert exited.value.code == 2
     assert capsys.readouterr().err == (
-        "fastdiff: No module named 'typer'; install it with: pip install 'fastdiff-kernels[cli]'\n"
+        "fastdiff: No module named 'typer'; install what the command needs: pip install rich safetensors typer\n"
     )
 
 

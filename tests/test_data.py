@@ -1,6 +1,8 @@
 import argparse
 import hashlib
+import os
 import random
+import socket
 
 import pytest
 import torch
@@ -33,6 +35,40 @@ def test_every_window_can_be_drawn():
     starts = source.batch(0, 4000)[:, 0]
     assert starts.min() == 0
     assert starts.max() == 172
+
+
+class Vast:
+    """A text of so many bytes that asks for no memory: what it gives are the places asked for."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, places: torch.Tensor) -> torch.Tensor:
+        return places
+
+
+@pytest.mark.parametrize("starts", [173, 3 * 2**30, 2**32, 5 * 2**32, 2**40 + 1, 2**62])
+def test_windows_of_a_text_of_any_size_are_drawn_everywhere(starts):
+    source = Text(DOCUMENTS, 8)
+    source.train_bytes = Vast(starts + 7)
+    drawn = source.batch(0, 20_000)[:, 0]
+    assert drawn.min() >= 0
+    assert drawn.max() < starts
+    assert (torch.histc(drawn.double() / starts, 10, 0, 1) / 2000 - 1).abs().max() < 0.12
+    assert (drawn % 2).double().mean().item() == pytest.approx(0.5, abs=0.02)  # between those that 32 bits reach, too
+
+
+def test_the_last_window_of_a_vast_text_can_be_drawn(monkeypatch):
+    source = Text(DOCUMENTS, 8)
+    source.train_bytes = Vast(5 * 2**32 + 7)
+    for draw, start in ((0, 0), (2**32 - 1, 5 * 2**32 - 1)):
+        monkeypatch.setattr("fastdiff.data.draw32", lambda *names, draw=draw: torch.full((2, 1), draw))
+        assert source.batch(0, 1)[0].tolist() == list(range(start, start + 8))
 
 
 @pytest.mark.parametrize("documents", [DOCUMENTS, DOCUMENTS[:3], DOCUMENTS[:1]], ids=["many", "few", "one"])
@@ -104,15 +140,75 @@ def test_files_and_folders(tmp_path):
     (tmp_path / ".git" / "config").write_text("no")
     (tmp_path / "image.png").write_bytes(b"\x89PNG\xff")
     (tmp_path / "zeros.bin").write_bytes(b"a\0b")
-    assert load_documents(tmp_path) == ["fïrst".encode(), b"second"]
+    with pytest.warns(
+        UserWarning, match=r"data: of 4 files in \S+, 2 that are not UTF-8 text and 0 that are not regular"
+    ):
+        assert load_documents(tmp_path) == ["fïrst".encode(), b"second"]
     assert load_documents(str(tmp_path / "b.txt")) == [b"second"]
+
+
+def test_what_is_no_regular_file_is_left_out_and_counted(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
+    (tmp_path / "broken.txt").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")  # to read it would be to wait for ever
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        with pytest.warns(
+            UserWarning, match=r"of 5 files in \S+, 0 that are not UTF-8 text and 3 that are not regular"
+        ):
+            assert load_documents(tmp_path) == [b"text", b"text"]
+    with pytest.raises(ValueError, match="data: expected UTF-8 text, found none in"):
+        load_documents(tmp_path / "pipe")
+
+
+def test_runs_are_not_text(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    for run in ("runs/own", "runs/other"):
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / "config.json").write_text("{}")
+    (tmp_path / "runs" / "other" / "metrics.jsonl").touch()
+    assert load_documents(tmp_path, tmp_path / "runs" / "own") == [b"text"]
+    assert load_documents(tmp_path, tmp_path / "runs" / "new") == [b"text", b"{}"]
+    assert load_documents(tmp_path / "runs" / "own", tmp_path / "runs") == [b"{}"]
+    with pytest.raises(ValueError, match="data: expected text from elsewhere than the run's own folder"):
+        load_documents(tmp_path, tmp_path / "runs" / "..")
+
+
+def test_fingerprints_tell_what_is_drawn_and_held_out():
+    documents = [bytes(range(200))]
+    texts = [
+        Text(documents, 8),
+        Text(documents, 9),
+        Text(documents, 8, seed=1),
+        Text(documents, 8, held_out=0.1),
+        Text([*documents, b"x" * 200], 8),
+    ]
+    rows = torch.tensor([[0, 1], [1, 0]])
+    tables = [
+        Table(rows, num_tokens=2),
+        Table(rows, num_tokens=3),
+        Table(rows.flip(0), num_tokens=2),
+        Table(rows.view(1, 4), num_tokens=2),
+        Table(rows, num_tokens=2, seed=1),
+        Table(rows, num_tokens=2, held_out=rows),
+        Table(rows, num_tokens=2, probs=torch.tensor([1.0, 2.0])),
+    ]
+    assert len({source.fingerprint for source in (*texts, *tables)}) == 12
+    assert Text(documents * 2, 8).fingerprint == texts[0].fingerprint
+    assert Table(rows.int(), num_tokens=2, probs=torch.tensor([2.0, 2.0])).fingerprint == tables[0].fingerprint
 
 
 def test_missing_data(tmp_path):
     with pytest.raises(FileNotFoundError, match="data: expected 'stdlib', a text file or a folder"):
         load_documents(tmp_path / "nowhere.txt")
-    with pytest.raises(ValueError, match="data: expected a folder with UTF-8 text"):
-        load_documents(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no ''"):
+        load_documents("")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "random.bin").write_bytes(b"\x89\xff")
+    for nothing in (tmp_path, tmp_path / "empty.txt", tmp_path / "random.bin"):
+        with pytest.raises(ValueError, match="data: expected UTF-8 text, found none in"):
+            load_documents(nothing)
 
 
 def test_standard_library():

@@ -51,11 +51,17 @@ def test_wheel_runs_in_a_clean_environment_without_a_compiler(wheel, tmp_path):
     assert float(value) == pytest.approx(7)
 
 
-def test_import_works_without_the_extension_and_says_why(tmp_path):
+@pytest.fixture
+def not_compiled(tmp_path):
+    """A folder with the package's Python files."""
     package = tmp_path / "fastdiff"
     run("cp", "-r", ROOT / "fastdiff", package)
     for extension in package.glob("*.so"):
         extension.unlink()
+    return tmp_path
+
+
+def test_import_works_without_the_extension_and_says_why(not_compiled):
     code = """
 import warnings, torch, fastdiff
 z, x0 = torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.long)
@@ -69,8 +75,30 @@ try:
 except fastdiff.BackendUnavailable as error:
     print(error)
 """
-    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{sysconfig.get_path('purelib')}"}
-    output = run(sys.executable, "-S", "-c", code, cwd=tmp_path, env=env)  # -S: no editable install is followed
+    env = os.environ | {"PYTHONPATH": f"{not_compiled}{os.pathsep}{sysconfig.get_path('purelib')}"}
+    output = run(sys.executable, "-S", "-c", code, cwd=not_compiled, env=env)  # -S: no editable install is followed
     warned, refused = output.strip().splitlines()
     assert warned.startswith("1 fastdiff runs its slow float64 reference: the compiled extension")
     assert refused.startswith("backend 'cpu': the compiled extension fastdiff._C_cpu did not load")
+
+
+def test_a_clone_that_hides_the_installed_package_says_so(not_compiled):
+    installed = not_compiled / "site-packages"
+    (installed / "fastdiff").mkdir(parents=True)
+    (installed / "fastdiff" / "_C_cpu.abi3.so").touch()
+    path = os.pathsep.join(map(str, (not_compiled, installed, sysconfig.get_path("purelib"))))
+    code = "import fastdiff; print(fastdiff.backends.CPU_MISSING)"
+    reason = run(sys.executable, "-S", "-c", code, cwd=not_compiled, env=os.environ | {"PYTHONPATH": path}).strip()
+    here, there = not_compiled / "fastdiff", installed / "fastdiff"
+    assert reason == f"{here} was imported, which is not compiled; it hides {there}, which is"
+
+
+@pytest.mark.parametrize(("command", "built"), [("build", False), ("egg_info", True)])
+def test_a_build_that_does_not_see_torch_fails_and_says_so(command, built, tmp_path):
+    where = {"build": ("--build-base", tmp_path), "egg_info": ("-e", tmp_path)}[command]
+    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path('setup.py', run_name='__main__')"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "-q", command, *where], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (result.returncode == 0) == built
+    assert built or "torch is not installed where this builds" in result.stderr

@@ -1,13 +1,17 @@
 import json
 import math
+import resource
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastdiff.data import Table
-from fastdiff.model import DiffusionTransformer, ModelConfig
-from fastdiff.training import LOSSES, TrainConfig, noise, time_free, train
+from fastdiff.model import DiffusionTransformer, ModelConfig, write_atomically
+from fastdiff.training import LOSSES, Stopped, TrainConfig, noise, time_free, train
 
 TOKENS = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 1, 1]])
 SETTINGS = {"steps": 6, "batch_size": 4, "lr": 0.01, "warmup": 2, "eval_every": 0}
@@ -176,27 +180,104 @@ def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
     assert same_weights(resumed, unbroken)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("where", ["callback", "within the step"])
-def test_interrupt_saves_and_resumes(tmp_path, where):
+def test_a_signal_saves_and_resumes(tmp_path, where, number):
     class Interrupted(Table):
         def batch(self, step, n):
             if where == "within the step" and step == 2:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
             return super().batch(step, n)
 
     def interrupt(record):
         if where == "callback" and record["step"] == 3:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
 
     unbroken, expected = run(tmp_path / "a")
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "b", callback=interrupt, data=Interrupted(TOKENS, num_tokens=4))
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Stopped) as stopped:
+        run(tmp_path / "b", callback=interrupt, data=Interrupted(TOKENS, num_tokens=4, held_out=TOKENS))
+    assert stopped.value.args == (number,)
     assert [r["step"] for r in on_disk(tmp_path / "b")] == [1, 2, 3]  # the step at hand was finished
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     resumed, rest = run(tmp_path / "b", resume=True)
     assert losses(rest) == losses(expected)[3:]
     assert same_weights(resumed, unbroken)
+
+
+@pytest.mark.parametrize("checkpoint", [1, 2])
+def test_a_signal_while_a_checkpoint_is_written_loses_nothing(tmp_path, monkeypatch, checkpoint):
+    written = []
+
+    def interrupted(path, content):
+        written.append(path.name)
+        if path.name == "trainer.pt" and written.count(path.name) == checkpoint:
+            signal.raise_signal(signal.SIGINT)
+        write_atomically(path, content)
+
+    monkeypatch.setattr("fastdiff.training.write_atomically", interrupted)
+    with pytest.raises(Stopped):
+        run(tmp_path, steps=4, save_every=2)
+    averaged, rest = run(tmp_path, steps=4, resume=True)
+    assert len(rest) == {1: 2, 2: 0}[checkpoint]
+    assert same_weights(averaged, run(steps=4)[0])
+
+
+def test_a_killed_process_leaves_no_lock_and_its_last_checkpoint(tmp_path):
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_training import *
+run({str(tmp_path)!r}, save_every=2, callback=lambda r: r["step"] == 5 and os.kill(os.getpid(), signal.SIGKILL))
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    _, expected = run()
+    _, rest = run(tmp_path, resume=True)
+    assert losses(rest) == losses(expected)[4:]
+    assert losses(on_disk(tmp_path)) == losses(expected)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    refused = []
+
+    def second(record):
+        for resume in (False, True) if record["step"] > 1 else (False,):
+            with pytest.raises(BlockingIOError, match=r"out: another run is writing to \S+") as error:
+                run(tmp_path, resume=resume, lr=0.5)
+            refused.append(error)
+
+    first, records = run(tmp_path, steps=2, save_every=1, callback=second)
+    assert len(refused) == 3
+    assert on_disk(tmp_path) == records
+    assert same_weights(DiffusionTransformer.from_pretrained(tmp_path), first)
+
+
+@pytest.mark.parametrize("line", ["garbage", "[]", '{"loss": 1.0}', '{"step": "one"}', "\0\0"])
+def test_a_line_that_is_no_record_is_named(tmp_path, line):
+    run(tmp_path, steps=2)
+    path = tmp_path / "metrics.jsonl"
+    first, second = path.read_text().splitlines()
+    whole = f"{first}\n{line}\n{second}\n"
+    path.write_text(whole)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 is not a record"):
+        run(tmp_path, resume=True)
+    assert path.read_text() == whole
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "trainer.pt", "metrics.jsonl"])
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, name, monkeypatch):
+    """A limit on the size of a file stands in for the disk; the system then says as little about the file."""
+    sizes = {"metrics.jsonl": 100, "config.json": 300, "model.safetensors": 5000, "trainer.pt": 20_000}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if name != "metrics.jsonl":
+        monkeypatch.setattr("fastdiff.training._append", lambda records, metrics: None)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[name], before[1]))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{tmp_path}/{name}'"):
+            run(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_run_folder(tmp_path):
@@ -232,6 +313,13 @@ def test_what_a_resumed_run_may_not_change(tmp_path):
     other = DiffusionTransformer(ModelConfig(5, 4, 32, 1, 2))
     with pytest.raises(ValueError, match=r"dim: the run in \S+ has 16, got 32"):
         run(tmp_path, resume=True, model=other)
+    with pytest.raises(ValueError, match=r"trainer\.pt: this run was trained on other data, or on another split"):
+        run(tmp_path, resume=True, data=source(seed=1))
+    run(tmp_path, steps=2, resume=True)
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"steps: the run in \S+ has done 2, got 1"):
+        run(tmp_path, steps=1, resume=True)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 
 def test_nothing_to_resume_and_nothing_overwritten(tmp_path):
@@ -254,6 +342,7 @@ def test_nothing_to_resume_and_nothing_overwritten(tmp_path):
         ({"dtype": "float16"}, "dtype: expected one of 'float32', 'bfloat16', got 'float16'"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"batch_size": 2.0}, "batch_size: expected an int, got 2.0"),
+        ({"seed": 2**63}, r"seed: expected a number below 2\^63, got 9223372036854775808"),
         ({"accumulation": 3}, "batch_size: expected a multiple of accumulation = 3, got 4"),
         ({"lr": 0.0}, "lr: expected a number > 0, got 0.0"),
         ({"lr": math.nan}, "lr: expected a number > 0, got nan"),
@@ -278,7 +367,7 @@ def test_model_that_does_not_fit():
 
 
 def test_too_little_to_evaluate():
-    with pytest.raises(ValueError, match="source: expected 2 held-out sequences or more, got 1"):
+    with pytest.raises(ValueError, match="eval_every: expected 2 held-out sequences or more to evaluate on, got 1"):
         run(eval_every=1, data=Table(TOKENS, num_tokens=4, held_out=TOKENS[:1]))
 
 

@@ -56,7 +56,7 @@ class InformationCurve:
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            raise ImportError("plotting needs matplotlib: pip install 'fastdiff-kernels[cli]'") from None
+            raise ImportError("plotting needs matplotlib: pip install matplotlib") from None
         figure = Figure(figsize=(8, 3.5), layout="constrained")
         panels = {
             f"information lost per unit of {self.variable} (nats)": (self.integrand, self.integrand_stderr),
