@@ -1,11 +1,11 @@
 """Run by torchrun on a few ranks with names of functions: each holds the losses of all ranks against one process's."""
 
-import sys
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
+import torchrun
 from cases import assert_near, linear_problem, loss_and_grads, loss_of, problem
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -158,8 +158,4 @@ def fsdp_with_a_last_layer_of_its_own():
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    for function in sys.argv[1:]:
-        globals()[function]()
-    dist.destroy_process_group()
+    torchrun.run(globals())

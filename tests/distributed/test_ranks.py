@@ -1,13 +1,10 @@
 """Losses over several processes of torchrun and gloo, on the CPU: those of one process, and errors without hanging."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torchrun
 
-FILE = Path(__file__).with_name("ranks.py")
 # By number of ranks. Starting processes takes longest, so the functions of one number share them, one after another.
 # The last one raises in the middle of a forward.
 CASES = {
@@ -26,7 +23,4 @@ CASES = {
 
 @pytest.mark.parametrize("ranks", CASES)
 def test_ranks(ranks):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    env = os.environ | {"PYTHONPATH": str(FILE.parent.parent)}
-    result = subprocess.run([*command, str(FILE), *CASES[ranks]], env=env, capture_output=True, text=True, timeout=180)
-    assert result.returncode == 0, result.stderr
+    torchrun.launch(Path(__file__).with_name("ranks.py"), ranks, *CASES[ranks])

@@ -2,12 +2,13 @@
 
 import copy
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchrun
 from cases import assert_near
-from test_training_stack import launch
 
 from fastdiff import sample, time_free_nll
 
@@ -262,7 +263,7 @@ def test_wrong_calls(tmp_path):
 
 def test_over_ranks():
     """DDP, as accelerate wraps it, and FSDP2."""
-    launch("trainer_ddp", "trainer_fsdp2")
+    torchrun.launch(Path(__file__).with_name("ranks.py"), 2, "trainer_ddp", "trainer_fsdp2")
 
 
 # -- the model -------------------------------------------------------------------------------------------
