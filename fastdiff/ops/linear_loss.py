@@ -163,11 +163,11 @@ def _unpack(hidden: Tensor, lm_head: Tensor | None, bias: Tensor | None, *rest: 
 
 
 def _compute(backend: str, head: Head, rows: Rows, wanted: list[bool]) -> tuple[Tensor, ...]:
-    check_row_values(rows)
+    head.shard.checked(rows.x0.device, check_row_values, rows)
     scored = scored_tokens(rows)
-    index, count = scored_rows(scored, None if head.capacity < 0 else head.capacity, backend)
+    index, count = scored_rows(scored, None if head.capacity < 0 else min(head.capacity, scored.numel()), backend)
     if head.shard.group:
-        head.shard.check(head.num_states, rows, count, wanted[0])
+        head.shard.check_alike(head.num_states, rows, count, wanted[0])
     missing = torch.where(count > len(index), math.nan, 0.0)  # for all to see, should the list be too short
     rows.weight = _weights(rows, count) + missing
     with torch.autocast(scored.device.type, enabled=False):  # head.dtype has the last word

@@ -12,11 +12,13 @@ CASES = {
         "options_of_the_last_layer",
         "numbers_of_any_size",
         "wrong_calls_raise_on_every_rank",
+        "what_one_rank_refuses_raises_on_every_rank",
+        "double_backward_is_an_error",
         "data_parallel",
         "vocabulary_parallel",
         "fsdp_with_a_last_layer_of_its_own",
     ],
-    3: ["dtensors", "sharded_logits"],
+    3: ["dtensors", "sharded_logits", "what_one_rank_refuses_raises_on_every_rank"],
     4: ["vocabulary_parallel"],
 }
 
