@@ -58,12 +58,12 @@ def linear_dce_loss(
 
     Raises:
         ValueError, TypeError: as `dce_loss`; shapes, types or devices of hidden, lm_head and bias do not fit; on every
-            rank of a group, if tokens or parts of lm_head do not belong together.
+            rank of a group, if one refuses its tokens, or tokens or parts of lm_head do not belong together.
         BackendUnavailable: the backend named cannot run here.
     """
     head = _head(hidden, lm_head, bias, softcap, capacity, group)
-    z = head.logits_like()
-    rows = dce_rows(z, x0, xt, mask, weight, mask_index, exclude_mask, ignore_index, z_loss, reduction, num_items)
+    rest = (x0, xt, mask, weight, mask_index, exclude_mask, ignore_index, z_loss, reduction, num_items)
+    rows = head.shard.checked(hidden.device, dce_rows, head.logits_like(), *rest)
     return linear_loss(head, rows, backend)
 
 
@@ -101,8 +101,8 @@ def linear_dse_loss(
         BackendUnavailable: the backend named cannot run here.
     """
     head = _head(hidden, lm_head, bias, softcap, capacity, group)
-    z = head.logits_like()
-    rows = dse_rows(z, sigma, xt, x0, graph, dsigma, mask_index, parametrization, reduction, num_items)
+    rest = (sigma, xt, x0, graph, dsigma, mask_index, parametrization, reduction, num_items)
+    rows = head.shard.checked(hidden.device, dse_rows, head.logits_like(), *rest)
     return linear_loss(head, rows, backend)
 
 

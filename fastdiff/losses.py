@@ -90,7 +90,8 @@ def dce_loss(  # type: ignore[misc]  # the overloads only tell apart what comes 
     logits, shard = shard_of("logits", logits, -1, group)
     head = Head(logits, None, None, 0.0, -1, logits.dtype, shard)
     z = head.logits_like() if shard.group else logits
-    rows = dce_rows(z, x0, xt, mask, weight, mask_index, exclude_mask, ignore_index, z_loss, reduction, num_items)
+    rest = (x0, xt, mask, weight, mask_index, exclude_mask, ignore_index, z_loss, reduction, num_items)
+    rows = shard.checked(z.device, dce_rows, z, *rest)
     if shard.group:
         if return_stats:
             raise ValueError("return_stats: not for logits that are sharded over a group")
@@ -150,7 +151,8 @@ def dse_loss(
     log_score, shard = shard_of("log_score", log_score, -1, group)
     head = Head(log_score, None, None, 0.0, -1, log_score.dtype, shard)
     z = head.logits_like() if shard.group else log_score
-    rows = dse_rows(z, sigma, xt, x0, graph, dsigma, mask_index, parametrization, reduction, num_items)
+    rest = (sigma, xt, x0, graph, dsigma, mask_index, parametrization, reduction, num_items)
+    rows = shard.checked(z.device, dse_rows, z, *rest)
     return linear_loss(head, rows, backend) if shard.group else row_loss(rows, backend)[0]
 
 

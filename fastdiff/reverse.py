@@ -74,6 +74,8 @@ def reverse_probs(
 ) -> Tensor:
     """p(x_s | x_t) for each token by itself, the law that `reverse_step` draws from: float32 [B, L, V].
 
+    Only backend "reference" has its gradient.
+
     Args, Raises: as `reverse_step`.
     """
     nameless = (0, 0, None, None)

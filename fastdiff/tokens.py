@@ -19,6 +19,8 @@ Names = tuple[int | Tensor | None, int | Tensor, Tensor | None, torch.Generator 
 class TokenStats(NamedTuple):
     """What the model thinks of its tokens, [B, L], from p = softmax(logits) at temperature 1, 0 where none was drawn.
 
+    Without gradient.
+
     probability of the token drawn; margin, the gap between the largest two; neg_entropy, sum p log p in nats; argmax,
     the id of the largest (x_t where none was drawn).
     """
@@ -159,7 +161,7 @@ def token_rows(
         sample_ids = torch.arange(len(xt), device=z.device)
     check_tokens("sample_ids", sample_ids, xt.shape[:1], z.device)
     return SampleRows(
-        z=z.detach(),
+        z=z,
         xt=xt,
         live=live,
         law=None,

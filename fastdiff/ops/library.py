@@ -5,10 +5,12 @@ Schemas are defined here in Python. The compiled extension registers its kernels
 what those of `triton` and `cuda` are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from fastdiff.backends import KERNELS
 
@@ -28,10 +30,20 @@ def implement(name: str, function: Callable[..., Any]) -> None:
     library.impl(name, function, "CompositeExplicitAutograd")
 
 
-def no_double_backward(name: str) -> None:
-    """Makes differentiating a backward operator an error; without it the result would silently be zero."""
+def no_derivative(name: str, asked: str) -> None:
+    """Makes differentiating an operator an error; without it the result would silently be zero."""
 
     def refuse(*_: Any) -> None:
-        raise RuntimeError(f"fastdiff: {name} has no derivative, so double backward is not possible here")
+        raise _not_there(name, asked)
 
     torch.library.register_autograd(f"fastdiff::{name}", refuse, lib=library)
+
+
+def no_forward_mode(name: str, arguments: Iterable[Any]) -> None:
+    """Raises where a tensor carries a tangent, which operators would silently drop."""
+    if any(isinstance(x, Tensor) and unpack_dual(x).tangent is not None for x in arguments):
+        raise _not_there(name, "forward-mode derivatives")
+
+
+def _not_there(name: str, asked: str) -> RuntimeError:
+    return RuntimeError(f"fastdiff: {name} does not give {asked}; backend='reference' does")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.backends import KERNELS, BackendUnavailable, resolve
-from fastdiff.ops.library import define, implement, library, no_double_backward
+from fastdiff.ops.library import define, implement, library, no_derivative, no_forward_mode
 from fastdiff.ops.parallel import Shard, sharded_losses_
 from fastdiff.ops.row_loss import (
     IGNORE_NONE,
@@ -25,7 +25,7 @@ from fastdiff.ops.row_loss import (
     row_losses_,
     scored_tokens,
 )
-from fastdiff.ops.saved_grads import scaled
+from fastdiff.ops.saved_grads import save_grads, scaled
 from fastdiff.ops.scored_rows import scored_rows
 
 # Bytes of logits that exist at a time. On a GPU a chunk must be large enough to keep the multiplier busy.
@@ -78,6 +78,7 @@ def linear_loss(head: Head, rows: Rows, backend: str | None) -> Tensor:
     if head.shard.group and rows.functor == "dse_uniform_logits":
         raise ValueError("parametrization: conditionals of the uniform graph cannot be sharded over a group")
     inputs = (head.hidden, head.lm_head, head.bias)
+    no_forward_mode("linear_loss", (*inputs, *rows.arguments()))
     wanted = _NONE
     # In float16 a gradient needs the upstream loss scale at once, as it would underflow without.
     if torch.is_grad_enabled() and rows.reduction != "none" and head.dtype != torch.float16:
@@ -103,10 +104,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.wanted = inputs[-1]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.scaled = None
     ctx.constants = None if any(ctx.wanted) else inputs[_TENSORS:-1]
-    made = [grad for grad, want in zip(output[1:], ctx.wanted, strict=True) if want]
-    ctx.save_for_backward(*(made or inputs[:_TENSORS]))
+    if any(ctx.wanted):
+        save_grads(ctx, [grad for grad, want in zip(output[1:], ctx.wanted, strict=True) if want], inputs[:3])
+    else:
+        ctx.save_for_backward(*inputs[:_TENSORS])
 
 
 def _backward(backend: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -135,7 +137,7 @@ for _backend in KERNELS:
     torch.library.register_autograd(
         f"fastdiff::linear_loss.{_backend}", partial(_backward, _backend), setup_context=_setup_context, lib=library
     )
-    no_double_backward(f"linear_loss_backward.{_backend}")
+    no_derivative(f"linear_loss_backward.{_backend}", "double backward")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -161,11 +163,11 @@ def _unpack(hidden: Tensor, lm_head: Tensor | None, bias: Tensor | None, *rest: 
 
 
 def _compute(backend: str, head: Head, rows: Rows, wanted: list[bool]) -> tuple[Tensor, ...]:
-    check_row_values(rows)
+    head.shard.checked(rows.x0.device, check_row_values, rows)
     scored = scored_tokens(rows)
-    index, count = scored_rows(scored, None if head.capacity < 0 else head.capacity, backend)
+    index, count = scored_rows(scored, None if head.capacity < 0 else min(head.capacity, scored.numel()), backend)
     if head.shard.group:
-        head.shard.check(head.num_states, rows, count, wanted[0])
+        head.shard.check_alike(head.num_states, rows, count, wanted[0])
     missing = torch.where(count > len(index), math.nan, 0.0)  # for all to see, should the list be too short
     rows.weight = _weights(rows, count) + missing
     with torch.autocast(scored.device.type, enabled=False):  # head.dtype has the last word

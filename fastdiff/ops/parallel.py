@@ -5,13 +5,16 @@ Tokens and hidden states are the same on all ranks; so are the losses, and the g
 
 import dataclasses
 import sys
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fastdiff.ops.row_loss import Rows, row_losses_
+
+T = TypeVar("T")
 
 
 class Shard(NamedTuple):
@@ -40,14 +43,26 @@ class Shard(NamedTuple):
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.process_group)
         return tensor
 
-    def check(self, num_states: int, rows: Rows, count: Tensor, wanted: bool) -> None:
+    def checked(self, device: torch.device, check: Callable[..., T], *arguments: Any) -> T:
+        """check(*arguments), ahead of `check_alike`: what it raises on one rank, all raise."""
+        try:
+            return check(*arguments)
+        except (TypeError, ValueError) as error:
+            if self.group:
+                self.max(torch.ones(8, dtype=torch.int64, device=device))  # where the others are
+                self._raise_on_all(error)
+            raise
+
+    def check_alike(self, num_states: int, rows: Rows, count: Tensor, wanted: bool) -> None:
         """Raises on all ranks if the ranks' parts or tokens do not belong together, when they would wait for ever."""
         ranks = dist.get_world_size(self.process_group)
         mine = torch.stack(
             [torch.full_like(count, rows.x0.numel()), count, rows.x0.sum(), torch.full_like(count, wanted)]
         )
-        low, high = self.max(torch.cat([-mine, mine])).view(2, -1)
-        if not torch.equal(-low, high):
+        met = self.max(torch.cat([-mine, mine])).tolist()
+        if met[0] > 0:  # a number of tokens below 0: a rank is in `checked`
+            self._raise_on_all(None)
+        if any(high != -low for low, high in zip(met[:4], met[4:], strict=True)):
             raise ValueError(
                 "x0: expected the same tokens (and requires_grad of hidden) on every rank of the group, got different "
                 "ones. Under FSDP, call the loss in the forward of the module that holds lm_head, where that is whole."
@@ -58,6 +73,12 @@ class Shard(NamedTuple):
         expected = [min(self.size, self.all_states - self.size * rank) for rank in range(ranks)]
         if found != expected or expected[-1] < 1:
             raise ValueError(f"group: expected shards of {expected} ids on its {ranks} ranks, got {found}")
+
+    def _raise_on_all(self, error: Exception | None) -> NoReturn:
+        """The first rank's error, on all ranks."""
+        errors = [None] * dist.get_world_size(self.process_group)
+        dist.all_gather_object(errors, error, self.process_group)
+        raise next(filter(None, errors))
 
 
 def shard_of(name: str, tensor: Tensor, dim: int, group: "dist.ProcessGroup | None") -> tuple[Tensor, Shard]:

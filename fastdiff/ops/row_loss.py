@@ -11,8 +11,8 @@ from fastdiff import reference
 from fastdiff.backends import KERNELS, resolve
 from fastdiff.checks import check_values, values_are_checked
 from fastdiff.ops.gpu import at_most_three_dimensions, define_launch, implement_on_gpus
-from fastdiff.ops.library import define, implement, library, no_double_backward
-from fastdiff.ops.saved_grads import scaled
+from fastdiff.ops.library import define, implement, library, no_derivative, no_forward_mode
+from fastdiff.ops.saved_grads import save_grads, scaled
 
 # z [..., V] with any strides before the last; x0, xt int64, mask bool, sigma and weight float64, contiguous [...];
 # num_items float64 []. Returns the loss, [...] or []; the gradient of a scalar one, [..., V], or empty; and the
@@ -65,6 +65,7 @@ def row_loss(rows: Rows, backend: str | None, with_stats: bool = False) -> tuple
     backend = resolve(backend, rows.z.device, "row_loss", rows.z.shape[-1])
     if backend == "reference" or (backend != "cpu" and rows.z.dtype == torch.float64):
         return reference_loss(rows), _reference_stats(rows) if with_stats else rows.z.new_empty(0)
+    no_forward_mode("row_loss", rows.arguments())
     if backend != "cpu":  # whose kernel checks values itself
         check_row_values(rows)
     if rows.z.stride(-1) != 1:
@@ -101,8 +102,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or the unused gradient of the gradient would be a zero [..., V]
     ctx.constants = None if with_grad else inputs[_TENSORS:-2]
-    ctx.scaled = None  # the saved gradient, once the upstream one is in it
-    ctx.save_for_backward(*([output[1]] if with_grad else tensors))
+    if with_grad:
+        save_grads(ctx, output[1:2], inputs[:1])
+    else:
+        ctx.save_for_backward(*tensors)
 
 
 def _backward(backend: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -143,7 +146,7 @@ for _backend in KERNELS:
         f"fastdiff::row_loss.{_backend}", partial(_backward, _backend), setup_context=_setup_context, lib=library
     )
     implement(f"row_loss_backward.{_backend}", partial(_recompute, _backend))
-    no_double_backward(f"row_loss_backward.{_backend}")
+    no_derivative(f"row_loss_backward.{_backend}", "double backward")
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from fastdiff import reference
-from fastdiff.backends import resolve
+from fastdiff.backends import KERNELS, resolve
 from fastdiff.checks import check_values
 from fastdiff.ops.gpu import at_most_three_dimensions, define_launch, implement_on_gpus
-from fastdiff.ops.library import define
+from fastdiff.ops.library import define, no_derivative, no_forward_mode
 from fastdiff.philox import Purpose, draw32
 
 RACE_CLASSES = 1024  # see reference.race
@@ -67,6 +67,7 @@ class Drawn(NamedTuple):
 def row_sample(rows: SampleRows, backend: str | None) -> Drawn:
     """Draws a token for each live row. The kernels of GPUs have no float64 rows: the reference samples them."""
     backend = resolve(backend, rows.z.device, "row_sample", rows.z.shape[-1])
+    rows.z = rows.z.detach()
     if rows.z.stride(-1) != 1:
         rows.z = rows.z.contiguous()
     if backend == "reference" or (backend != "cpu" and rows.z.dtype == torch.float64):
@@ -81,6 +82,7 @@ def reverse_rows(rows: SampleRows, law: Tensor, backend: str | None) -> Tensor:
         rows.z = rows.z.contiguous()
     if backend == "reference" or (backend != "cpu" and rows.z.dtype == torch.float64):
         return _reference_rows(rows, law)
+    no_forward_mode("reverse_rows", (rows.z, law))
     return _reverse_rows[backend](rows.z, rows.xt, rows.live, law)
 
 
@@ -101,6 +103,8 @@ _reverse_rows = define(
     "(Tensor z, Tensor xt, Tensor live, Tensor law) -> Tensor",
     lambda z, *_: torch.empty(z.shape, dtype=torch.float32, device=z.device),
 )
+for _backend in KERNELS:
+    no_derivative(f"reverse_rows.{_backend}", "a gradient")
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Gradients that the forward pass made: backward has nothing to do unless the upstream gradient differs from 1."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,18 +8,33 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastdiff.ops.gpu import define_launch, implement_on_gpus
-from fastdiff.ops.library import define, implement, library, no_double_backward
+from fastdiff.ops.library import define, implement, library, no_derivative
+
+
+def save_grads(ctx: Any, grads: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> None:
+    """Keeps the gradients of a scalar loss for `scaled`, and that they depend on the inputs."""
+    ctx.scaled = None  # the gradients, once the upstream one is in them
+    with torch.enable_grad():
+        ctx.save_for_backward(*grads, _Edge.apply(*inputs))
+
+
+class _Edge(torch.autograd.Function):
+    """An empty tensor that depends on the inputs in the graph, and keeps none of their memory."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor | None) -> Tensor:
+        return next(x for x in inputs if x is not None).new_empty(0)
 
 
 def scaled(backend: str, ctx: Any, grad_loss: Tensor) -> list[Tensor]:
-    """What the forward pass saved, times the upstream gradient of its scalar loss. ctx.scaled starts as None."""
-    saved = ctx.saved_tensors
-    if torch.is_grad_enabled():  # create_graph=True: a result to differentiate must reach the operator that refuses
-        return [_scale_grad(grad.detach().requires_grad_(), grad_loss) for grad in saved]
+    """What the forward pass saved, times the upstream gradient of its scalar loss."""
+    *saved, edge = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True: to differentiate the result is an error
+        return [_scale_grad(grad, grad_loss, edge) for grad in saved]
     if type(grad_loss) is not Tensor:  # traced
         return [_scale_grad(grad, grad_loss) for grad in saved]
     if backend == "cpu":
-        return list(saved) if grad_loss.item() == 1 else [_scale_grad(grad, grad_loss) for grad in saved]
+        return saved if grad_loss.item() == 1 else [_scale_grad(grad, grad_loss) for grad in saved]
     memory = [StorageWeakRef(grad.untyped_storage()) for grad in saved]  # another where hooks unpack what was saved
     if ctx.scaled is not None and ctx.scaled[0] == memory:
         return [_scale_grad(grad, grad_loss / ctx.scaled[1]) for grad in saved]
@@ -29,7 +45,7 @@ def scaled(backend: str, ctx: Any, grad_loss: Tensor) -> list[Tensor]:
     for grad in saved:
         _scale_grad_[backend](grad.data, grad_loss)
     ctx.scaled = memory, grad_loss
-    return list(saved)
+    return saved
 
 
 def _scale_on_gpu(kernels: Any, grad: Tensor, factor: Tensor) -> None:
@@ -42,7 +58,9 @@ _scale_grad_ = define(
 )
 define_launch("launch_scale", "Tensor(a!) grad, Tensor factor")
 implement_on_gpus("scale_grad_", _scale_on_gpu, triton="row_loss")
-library.define("scale_grad(Tensor grad, Tensor factor) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+library.define(
+    "scale_grad(Tensor grad, Tensor factor, Tensor? edge=None) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
 _scale_grad = torch.ops.fastdiff.scale_grad.default
-implement("scale_grad", torch.mul)
-no_double_backward("scale_grad")
+implement("scale_grad", lambda grad, factor, edge=None: grad * factor)
+no_derivative("scale_grad", "double backward")

@@ -1,11 +1,11 @@
 """Run by torchrun on a few ranks with names of functions: each holds the losses of all ranks against one process's."""
 
-import sys
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
+import torchrun
 from cases import assert_near, linear_problem, loss_and_grads, loss_of, problem
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -110,6 +110,27 @@ def wrong_calls_raise_on_every_rank():
         call(part, p["x0"], backend="reference")
 
 
+def what_one_rank_refuses_raises_on_every_rank():
+    """Arguments as of shape, type and value, of one rank: forward, and where backward multiplies once more."""
+    p, last, group = linear_problem((3, 5), 12), dist.get_rank() == dist.get_world_size() - 1, dist.group.WORLD
+    q = problem((3, 5), 12)
+    parts = dict(lm_head=own(p["lm_head"]), bias=own(p["bias"])), dict(z=own(q["z"], 2))
+    wrong = {
+        "x0: expected ids in": dict(x0=p["x0"].index_fill(1, torch.tensor([2]), 12)),
+        "x0: expected shape": dict(x0=p["x0"][:, 1:]),
+        "x0: expected int64": dict(x0=p["x0"].float()),
+        "xt: expected x0 or the mask": dict(xt=(p["x0"] + 1) % 11),
+        "sigma: expected finite numbers >= 0": dict(sigma=-p["sigma"]),
+        "sigma: expected a number or a shape": dict(sigma=torch.ones(4)),
+        "(weight|dsigma): has no gradient here": dict(weight=p["weight"].clone().requires_grad_()),
+    }
+    for message, argument in wrong.items():
+        for name in ("absorb",) if "sigma" in argument else ("dce", "absorb"):
+            for given in (p | parts[0], q | parts[1]):
+                with pytest.raises((ValueError, TypeError), match=message):
+                    loss_of(name, given | argument if last else given, group=group)
+
+
 class Head(nn.Module):
     """A body and a last layer; the loss is computed where the parameters are whole."""
 
@@ -146,6 +167,21 @@ def data_parallel():
                 assert_near(grad, expected[name.removeprefix("module.")], torch.float32, f"{name}, {how}", slack=8)
 
 
+def double_backward_is_an_error():
+    """Through a wrapped model, as for a penalty on the gradient, and through parts of the last layer."""
+    p = linear_problem((4, 6), 12)
+    p |= dict(hidden=p["hidden"].requires_grad_(), upstream=torch.ones(4, 6))
+    part = p | dict(lm_head=own(p["lm_head"]), bias=own(p["bias"]))
+    sharded = fully_shard(Head(p), reshard_after_forward=False)
+    sharded.set_reshard_after_backward(False)  # torch could not go through it again
+    for reduction in ("none", "sum"):
+        losses = [model(p, reduction) for model in (nn.parallel.DistributedDataParallel(Head(p)), sharded)]
+        for loss in (*losses, loss_of("dce", part, reduction=reduction, group=dist.group.WORLD).sum()):
+            (grad,) = torch.autograd.grad(loss, p["hidden"], create_graph=True)
+            with pytest.raises(RuntimeError, match="double backward"):
+                torch.autograd.grad(loss + grad.square().sum(), p["hidden"])
+
+
 def fsdp_with_a_last_layer_of_its_own():
     """Outside of its own forward the layer's weight is in parts, and tokens differ: an error, no wrong gradient."""
     p = linear_problem((4 * dist.get_world_size(), 5), 27)
@@ -158,8 +194,4 @@ def fsdp_with_a_last_layer_of_its_own():
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    for function in sys.argv[1:]:
-        globals()[function]()
-    dist.destroy_process_group()
+    torchrun.run(globals())

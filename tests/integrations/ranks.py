@@ -1,7 +1,6 @@
 """Run by torchrun on two ranks with names of functions: each holds training over ranks against one process's."""
 
 import copy
-import sys
 import tempfile
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -9,6 +8,7 @@ from itertools import chain
 
 import torch
 import torch.distributed as dist
+import torchrun
 from cases import assert_near
 from test_training_stack import L, V, make, tokens
 from torch import nn
@@ -135,8 +135,4 @@ def trainer_fsdp2():
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    for function in sys.argv[1:]:
-        globals()[function]()
-    dist.destroy_process_group()
+    torchrun.run(globals())

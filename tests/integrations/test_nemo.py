@@ -5,8 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
+import torchrun
 from standins import nemo as standin
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
@@ -94,8 +93,7 @@ def test_bfloat16_is_not_rounded():
     torch.testing.assert_close(got.double(), exact, rtol=1e-6, atol=0)
 
 
-def on_a_rank(rank, file):
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def logits_of_two_ranks():
     mesh, (logits, *others) = init_device_mesh("cpu", (2,)), made()
     expected = standin.MDLMCrossEntropyLoss()(logits, *others, num_diffusion_tokens=9).total_loss
     expected.backward()
@@ -106,11 +104,10 @@ def on_a_rank(rank, file):
     torch.testing.assert_close(sharded.grad.full_tensor(), logits.grad, rtol=1e-8, atol=1e-14)
     with pytest.raises(ValueError, match="logits: expected a DTensor sharded along its ids"):
         nemo.MDLMCrossEntropyLoss()(distribute_tensor(logits.detach(), mesh, [Replicate()]), *others)
-    dist.destroy_process_group()
 
 
-def test_sharded_logits_are_not_gathered(tmp_path):
-    torch.multiprocessing.spawn(on_a_rank, (tmp_path / "store",), nprocs=2)
+def test_sharded_logits_are_not_gathered():
+    torchrun.launch(__file__, 2, "logits_of_two_ranks")
 
 
 def test_errors_name_the_argument():
@@ -119,3 +116,7 @@ def test_errors_name_the_argument():
         nemo.MDLMCrossEntropyLoss()(logits, target_ids[:, 1:], *others)
     with pytest.raises(TypeError, match="logits"):
         nemo.MDLMCrossEntropyLoss()(target_ids, target_ids, *others)
+
+
+if __name__ == "__main__":
+    torchrun.run(globals())

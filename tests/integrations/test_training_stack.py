@@ -1,20 +1,17 @@
 """A training step of the small model under what training stacks do to it: its gradients are those of the plain step."""
 
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torchrun
 from cases import assert_near
 from torch.utils.checkpoint import checkpoint
 
 from fastdiff.model import DiffusionTransformer, ModelConfig
 from fastdiff.training import Noised, diffusion_loss, noise
 
-FILE = Path(__file__).with_name("ranks.py")
 V, L = 33, 12
 LOSSES = ("dce-t", "dce-harmonic", "dse-absorb", "dse-uniform")
 
@@ -107,14 +104,5 @@ def test_accumulation_of_parts_of_any_size(loss):
     near(accumulated, grads(model, step(model, x0, loss, num_items=x0.numel())), loss)
 
 
-def launch(*functions):
-    """Two ranks of torchrun, which call functions of ranks.py."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(FILE)]
-    folders = [FILE.parents[1], FILE.parent]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
-    result = subprocess.run([*command, *functions], env=env, capture_output=True, text=True, timeout=180)
-    assert result.returncode == 0, result.stderr
-
-
 def test_data_parallel():
-    launch("ddp", "fsdp2")
+    torchrun.launch(Path(__file__).with_name("ranks.py"), 2, "ddp", "fsdp2")

@@ -2,13 +2,14 @@
 
 import copy
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchrun
 from cases import assert_near
 from packaging import version
-from test_training_stack import launch
 
 from fastdiff import sample, time_free_nll
 
@@ -299,7 +300,7 @@ def test_dream_is_shifted(tmp_path):
 def test_over_ranks():
     """DDP, as accelerate wraps it, and FSDP2, which transformers shards from version 5.23."""
     sharded = ["trainer_fsdp2"] if version.parse(transformers.__version__) >= version.parse("5.23") else []
-    launch("trainer_ddp", *sharded)
+    torchrun.launch(Path(__file__).with_name("ranks.py"), 2, "trainer_ddp", *sharded)
 
 
 # -- the model -------------------------------------------------------------------------------------------
