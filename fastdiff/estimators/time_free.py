@@ -27,6 +27,7 @@ from fastdiff.reference import subset_weight
 PROPOSALS = ("stratified", "systematic", "uniform", "harmonic")
 _MOST_ENUMERATED = 20  # target positions: a million subsets
 _STORED_LOSSES = 2**19  # 4 MB in float64, and thirty times that for the control variate
+_LEAST_SAMPLES = 16  # after a pilot: an error bar of five chains
 _PILOT = 2**23  # its steps are after any that an estimate takes
 
 
@@ -119,8 +120,10 @@ def time_free_nll(
             sequences are enumerated, at least 3 for "stratified" and 2 for the others.
         proposal: "stratified", "systematic", "uniform" or "harmonic".
         tolerance: nats. If given, num_samples passes are a pilot that tells how many the 95% interval of each
-            sequence needs to be no wider than +- tolerance. The estimate is made from these alone: keeping the pilot,
-            or stopping when the interval looks narrow, would bias it. num_forwards counts both.
+            sequence needs to be no wider than +- tolerance, and whether a larger pilot must tell. The estimate is made
+            from new passes alone: keeping a pilot, or stopping when the interval looks narrow, would bias it.
+            num_forwards counts all. It is an aim: where a rare mask decides the error, few passes cannot know it
+            (docs/estimators.md has the shares that missed); `interval` tells. What is enumerated is run once.
         max_samples: most passes for a sequence after the pilot; the interval tells if they were too few.
         target: [B, L] bool, the positions whose likelihood is meant; None means all.
         lengths: [B] int64, tokens of each sequence if they differ; what comes after is padding of any value, which
@@ -155,16 +158,52 @@ def time_free_nll(
     most = torch.full_like(score.num_tokens, num_samples)
     check_enough(num_samples, proposal, all_enumerated=bool(fits(score.num_tokens, most).all()))
     if tolerance is None:
-        return _estimate(score, most, proposal, seed, sample_ids, 0)
+        return _in_order(_estimates(score, most, num_samples, proposal, seed, sample_ids, 0), x0)
     if not tolerance > 0:
         raise ValueError(f"tolerance: expected a positive number of nats, got {tolerance}")
-    pilot = _estimate(score, most, proposal, seed, sample_ids, _PILOT)
-    enough = most * (student_t(0.95, pilot.degrees_of_freedom) * pilot.stderr / tolerance) ** 2
-    # few different numbers of passes, so that sequences still run together
-    enough = 2 ** ((4 * enough.nan_to_num(1.0).clamp(1, 2**40).log2()).ceil() / 4)
-    num = enough.ceil().long().clamp(num_samples, max(num_samples, max_samples))
-    final = _estimate(score, num, proposal, seed, sample_ids, 0)
-    return dataclasses.replace(final, num_forwards=final.num_forwards + pilot.num_forwards)
+    exact = fits(score.num_tokens, most)
+    parts = _estimates(score, most * exact, num_samples, proposal, seed, sample_ids, 0)
+    num, spent = _pilots(score, most * ~exact, num_samples, max_samples, tolerance, proposal, seed, sample_ids)
+    parts += _estimates(score, num, num_samples, proposal, seed, sample_ids, 0)
+    final = _in_order(parts, x0)
+    return dataclasses.replace(final, num_forwards=final.num_forwards + spent)
+
+
+def _pilots(
+    score: Scorer,
+    pilot: Tensor,
+    num_samples: int,
+    max_samples: int,
+    tolerance: float,
+    proposal: str,
+    seed: Tensor,
+    sample_ids: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Passes [B] to take, and those spent on pilots of `pilot` [B] passes, 0 for none.
+
+    What a pilot says is trusted for four times its passes; who needs more gets a pilot of these.
+    """
+    least = min(num_samples, _LEAST_SAMPLES)
+    num, spent, stage = torch.zeros_like(pilot), torch.zeros_like(pilot), 1
+    while pilot.any():
+        parts = _estimates(score, pilot, num_samples, proposal, seed, sample_ids, stage * _PILOT)
+        for which, estimate in parts:
+            num[which] = _enough(estimate, tolerance).clamp(least, max(least, max_samples))
+            spent[which] += estimate.num_forwards
+        pilot, stage = 4 * pilot.where((num > 4 * pilot) & (4 * pilot < max_samples), 0), stage + 1
+    return num, spent
+
+
+def _enough(pilot: NLLEstimate, tolerance: float) -> Tensor:
+    """Passes [B] after which a 95% interval is hardly ever wider than +- tolerance nats, by what a pilot saw."""
+    # A pilot's variance is so much too small one time in forty: chi-square over nu, by Wilson and Hilferty, of half
+    # the degrees of freedom, since losses have heavier tails than normals.
+    spread = 4 / (9 * pilot.degrees_of_freedom)
+    too_small = (1 - spread - 1.96 * spread.sqrt()).clamp(min=0.1) ** 3
+    ratio = (student_t(0.95, pilot.degrees_of_freedom) * pilot.stderr / tolerance) ** 2 / too_small
+    # More passes gain at least as their number; fewer lose up to as its cube, for there is less to fit controls on.
+    passes = (pilot.num_forwards * torch.maximum(ratio, ratio ** (1 / 3))).nan_to_num(1.0).clamp(1, 2**40)
+    return (2 ** ((4 * passes.log2()).ceil() / 4)).ceil().long()  # few different numbers: sequences still run together
 
 
 def conditional_nll(
@@ -270,31 +309,37 @@ def mean_over(replicates: Replicates, proposal: str) -> tuple[Tensor, Tensor, Te
     return (mean_of_strata if proposal == "systematic" else mean_of_independent)(replicates.values[:, 0])
 
 
-def _estimate(
-    score: Scorer, num_samples: Tensor, proposal: str, seed: Tensor, sample_ids: Tensor, step: int
-) -> NLLEstimate:
-    """All sequences, those that agree in length, target tokens and num_samples [B] together."""
+def _estimates(
+    score: Scorer,
+    num_samples: Tensor,
+    planned: int,
+    proposal: str,
+    seed: Tensor,
+    sample_ids: Tensor,
+    step: int,
+) -> list[tuple[Tensor, NLLEstimate]]:
+    """Sequences of num_samples [B] > 0, those that agree in length, target tokens and num_samples together.
+
+    Chains have as many looks as `planned` passes would give them.
+    """
     few = fits(score.num_tokens, num_samples)
     total = torch.where(few, 2 ** score.num_tokens.clamp(max=62) - 1, num_samples).sum()
     parts = []
     with score.evaluating(int(total)):
         for group in score.groups(num_samples):
+            num, n = int(num_samples[group[0]]), int(score.num_tokens[group[0]])
+            if num == 0:
+                continue
             if few[group[0]]:
                 parts.append((group, enumerate_subsets(score, group)))
                 continue
-            num = int(num_samples[group[0]])
+            looks = plan(planned, n)[1]
+            plans = (num - 1) // looks, looks
+            passes = 1 + math.prod(plans) if proposal == "stratified" else num
             for which in group.split(max(1, _STORED_LOSSES // (num * int(score.lengths[group[0]])))):
-                parts.append((which, _sampled(score, which, num, proposal, seed, sample_ids[which], step)))
-    return _in_order(parts, score.x0)
-
-
-def _sampled(
-    score: Scorer, which: Tensor, num_samples: int, proposal: str, seed: Tensor, sample_ids: Tensor, step: int
-) -> NLLEstimate:
-    chains, looks = plan(num_samples, int(score.num_tokens[which[0]]))
-    values = run_replicates(score, which, (chains, looks), num_samples, proposal, seed, sample_ids, step)
-    passes = 1 + chains * looks if proposal == "stratified" else num_samples
-    return _of_group(score, which, mean_over(values, proposal), passes)
+                values = run_replicates(score, which, plans, num, proposal, seed, sample_ids[which], step)
+                parts.append((which, _of_group(score, which, mean_over(values, proposal), passes)))
+    return parts
 
 
 def _of_group(

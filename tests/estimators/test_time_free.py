@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 from networks import RandomNetwork, nll_by_chain_rule, random_tokens, z_score
-from oracles import MASK_LOGIT, Oracle, dna_toy, markov_chain, mixture
+from oracles import MASK_LOGIT, Oracle, dna_toy, markov_chain, mixture, skewed_chain
 from torch import Tensor
 
 from fastdiff.estimators import conditional_nll, exact_nll, scoring, time_free, time_free_nll
@@ -174,6 +174,37 @@ def test_a_tolerance_is_met_without_bias() -> None:
     assert len(estimate.num_forwards.unique()) > 1
     one = time_free_nll(network, x0, sample_ids=torch.tensor([5]), **options)
     torch.testing.assert_close(one.nll, estimate.nll[5:6])
+
+
+@pytest.mark.parametrize(
+    ("model", "x0"),
+    [
+        (RandomNetwork(24), random_tokens(1, 24)),
+        (markov_chain(8), markov_chain(8).sample(1, 32, seed=32)),
+        (skewed_chain(), torch.zeros(1, 24, dtype=torch.int64)),
+    ],
+    ids=["network", "markov", "skewed"],
+)
+@pytest.mark.parametrize("num_samples", [16, 64])
+def test_a_tolerance_is_reached_in_most_sequences(model, x0: Tensor, num_samples: int) -> None:
+    options = dict(mask_index=model.mask_index, num_samples=num_samples)
+    for passes in (32, 96):
+        low, high = time_free_nll(model, x0.expand(60, -1), mask_index=model.mask_index, num_samples=passes).interval()
+        tolerance = ((high - low) / 2).median().item()
+        estimate = time_free_nll(model, x0.expand(200, -1), tolerance=tolerance, seed=1, **options)
+        low, high = estimate.interval()
+        assert ((high - low) / 2 <= tolerance).double().mean().item() > 0.93
+        assert estimate.num_forwards.double().mean().item() < 8 * passes
+
+
+def test_what_is_easily_within_tolerance_costs_little_more_than_its_pilot() -> None:
+    network, x0, target = RandomNetwork(12), random_tokens(2, 12), torch.ones(2, 12, dtype=torch.bool)
+    target[1, 5:] = False
+    options = dict(mask_index=4, num_samples=64, target=target)
+    estimate = time_free_nll(network, x0, tolerance=100.0, **options)
+    assert estimate.num_forwards.tolist() == [64 + 16, 31]  # an error bar of five chains; enumerated once
+    assert estimate.stderr[1].item() == 0
+    torch.testing.assert_close(estimate.nll[1], time_free_nll(network, x0, **options).nll[1])
 
 
 @each_proposal

@@ -57,6 +57,16 @@ def test_other_proposals(x: Tensor, proposal: str, num_samples: int) -> None:
 
 
 @each_proposal
+@pytest.mark.parametrize(("x", "tolerance"), [(CERTAIN, 0.3), (ODD, 6.0)], ids=["certain", "odd"])
+def test_tolerances(x: Tensor, tolerance: float, proposal: str) -> None:
+    """How many passes are made depends on a pilot, and the estimate on nothing of it."""
+    options = dict(mask_index=2, num_samples=5, tolerance=tolerance, max_samples=20, proposal=proposal)
+    estimate = time_free_nll(MODEL, repeated(x), **options)
+    assert len(estimate.num_forwards.unique()) > 3
+    holds(estimate.nll, ORACLE.nll(x).item())
+
+
+@each_proposal
 def test_conditionals(proposal: str) -> None:
     prompt, response = repeated(ODD)[:, :1], repeated(ODD)[:, 1:]
     estimate = conditional_nll(MODEL, prompt, response, mask_index=2, num_samples=12, proposal=proposal)
