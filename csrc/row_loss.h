@@ -114,7 +114,8 @@ struct ExpTerm {
   T shift, factor = 1;
 
   FASTDIFF_HD explicit ExpTerm(double shift_) : shift(static_cast<T>(shift_)) {}
-  FASTDIFF_HD ExpTerm(const RowWeight& weight, double shift_) : shift(shift_ - std::log(weight.share)), factor(weight.factor) {}
+  FASTDIFF_HD ExpTerm(const RowWeight& weight, double shift_)
+      : shift(shift_ - std::log(weight.share)), factor(weight.factor) {}
   FASTDIFF_HD Term<T> operator()(T z) const {
     const T e = exp_(z - shift);
     return {e, e};
