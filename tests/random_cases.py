@@ -1,4 +1,7 @@
-"""Random cases, for the kernels of any backend. FASTDIFF_FUZZ_CASES sets how many the CPU kernels get."""
+"""Random cases, for the kernels of any backend. FASTDIFF_FUZZ_CASES sets how many the CPU kernels get.
+
+Losses and laws of reverse steps are held against exact.py, and so is the reference.
+"""
 
 import os
 from functools import partial, wraps

@@ -99,7 +99,7 @@ __device__ C sum_terms(const F& term, C scale, Few<kMany>& few) {
   return sum;
 }
 
-// What overflows is computed again in double, with the weight in the exponent.
+// What overflows is computed again in double, with the weight in the exponent; all of it if float has no such weight.
 template <bool kGrad, template <typename> class F, typename T, typename... Ofs>
 __device__ Results dse_row(const Work<T>& work, float neutral, Ofs... of_terms) {
   const Constants& constants = work.shared.constants;
@@ -114,13 +114,16 @@ __device__ Results dse_row(const Work<T>& work, float neutral, Ofs... of_terms) 
   const Target<T> grad(work.grad, work.row.head);
   const F<float> term(of_terms...);
   const double scale = constants.weight * dse.scale * term.factor;
+  const auto narrow = static_cast<float>(scale);
+  const bool holds = scale == 0 || (fabsf(narrow) >= FLT_MIN && fabsf(narrow) < INFINITY);
+  const float limit = holds ? INFINITY : 0;
   float sum = 0;
   double overflown = 0;
   work.row.each([&](auto& few) {
     few.set(work.x0, work.excluded, neutral);
     auto numbers = few;
-    const float more = sum + sum_terms(term, static_cast<float>(scale), few);
-    if (fabsf(more) < INFINITY) {
+    const float more = sum + sum_terms(term, narrow, few);
+    if (fabsf(more) < limit) {
       sum = more;
     } else {
       const F<double> exact(weight, of_terms...);
