@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 EXTENDED = np.longdouble
+
+
 class Loss(NamedTuple):
     loss: np.ndarray  # [R]
     grad: np.ndarray  # [R, V]

@@ -140,7 +140,10 @@ def agree(loss_of, z, backend, options, weight, scored, loss_of_rows, slack=1):
     rows = rows._replace(loss_size=rows.loss_size + 1e-32 * z.shape[-1], grad_size=rows.grad_size + 1e-32)  # exp_ is 0
     loss = scattered((factor * rows.loss).astype(np.float64), scored)  # as they are summed
     loss_size = scattered(abs(factor) * rows.loss_size, scored)
+    undecided = False
     if reduction != "none":
+        # Infinities of both signs are NaN, but for a backend whose type for them is wider.
+        undecided = np.isnan(loss.astype(np.float32).sum())
         loss, loss_size = loss.sum(), loss_size.sum()
     factor = (factor * extended(upstream, scored))[:, None]
     grad, grad_size = scattered(factor * rows.grad, scored), scattered(abs(factor) * rows.grad_size, scored)
@@ -149,7 +152,8 @@ def agree(loss_of, z, backend, options, weight, scored, loss_of_rows, slack=1):
         leaf = z.detach().requires_grad_()
         got = loss_of(leaf, backend=name, **placed(options, z.device))
         (got_grad,) = torch.autograd.grad(got, leaf, upstream.to(got))
-        assert_near(got.detach(), wide, loss, slack * TOLERANCE[wide] * loss_size, f"{name}'s loss")
+        if not undecided:
+            assert_near(got.detach(), wide, loss, slack * TOLERANCE[wide] * loss_size, f"{name}'s loss")
         tolerance = max(slack * TOLERANCE[wide], TOLERANCE[z.dtype])
         assert_near(got_grad, z.dtype, grad, tolerance * grad_size, f"{name}'s gradient")
 

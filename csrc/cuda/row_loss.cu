@@ -100,8 +100,9 @@ __device__ C sum_terms(const F& term, C scale, Few<kMany>& few) {
 }
 
 // What overflows is computed again in double, with the weight in the exponent; all of it if float has no such weight.
-template <bool kGrad, template <typename> class F, typename T, typename... Ofs>
-__device__ Results dse_row(const Work<T>& work, float neutral, Ofs... of_terms) {
+// F<C>(args...) are the terms.
+template <bool kGrad, template <typename> class F, typename T, typename... Args>
+__device__ Results dse_row(const Work<T>& work, float neutral, Args... args) {
   const Constants& constants = work.shared.constants;
   const DseRow& dse = constants.dse;
   const RowWeight weight(constants.weight * dse.scale);
@@ -112,7 +113,7 @@ __device__ Results dse_row(const Work<T>& work, float neutral, Ofs... of_terms) 
   }
   __syncthreads();  // a gradient in the place of its row must not come before this
   const Target<T> grad(work.grad, work.row.head);
-  const F<float> term(of_terms...);
+  const F<float> term(args...);
   const double scale = constants.weight * dse.scale * term.factor;
   const auto narrow = static_cast<float>(scale);
   const bool holds = scale == 0 || (fabsf(narrow) >= FLT_MIN && fabsf(narrow) < INFINITY);
@@ -126,7 +127,7 @@ __device__ Results dse_row(const Work<T>& work, float neutral, Ofs... of_terms) 
     if (fabsf(more) < limit) {
       sum = more;
     } else {
-      const F<double> exact(weight, of_terms...);
+      const F<double> exact(weight, args...);
       overflown += exact.factor * sum_terms(exact, exact.factor, numbers);
       numbers.set(work.excluded, work.excluded, 0);
       few = numbers;

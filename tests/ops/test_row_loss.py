@@ -3,11 +3,11 @@
 import copy
 import math
 
-import exact
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import LOSSES, TOLERANCE, assert_near, large_scores, largest_logits, loss_and_grad, loss_of, problem
+from exact import EXTENDED, dse_uniform_logits
 from torch.utils.checkpoint import checkpoint
 
 import fastdiff
@@ -290,12 +290,17 @@ def test_logits_as_large_as_the_type(dtype, backend):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_conditionals_far_from_x0_in_the_uniform_graph(backend):
     """In float64, where next to nothing is noised and x0 is next to impossible."""
-    z, sigma, xt, x0 = torch.zeros(1, 27, dtype=torch.float64), torch.tensor([1e-8]), torch.tensor([3]), torch.tensor([5])
+    z, sigma, xt, x0 = (
+        torch.zeros(1, 27, dtype=torch.float64),
+        torch.tensor([1e-8]),
+        torch.tensor([3]),
+        torch.tensor([5]),
+    )
     z[0, 5] = -20
     loss = dse_loss(z.requires_grad_(), sigma, xt, x0, graph="uniform", parametrization="logits", backend=backend)
     (grad,) = torch.autograd.grad(loss.sum(), z)
-    rows = (z.detach().numpy().astype(exact.EXTENDED), sigma.double().numpy().astype(exact.EXTENDED))
-    expected = exact.dse_uniform_logits(*rows, xt.numpy(), x0.numpy())
+    rows = (x.detach().double().numpy().astype(EXTENDED) for x in (z, sigma))
+    expected = dse_uniform_logits(*rows, xt.numpy(), x0.numpy())
     torch.testing.assert_close(loss.detach(), torch.from_numpy(expected.loss.astype(float)), rtol=1e-13, atol=0)
     torch.testing.assert_close(grad, torch.from_numpy(expected.grad.astype(float)), rtol=1e-13, atol=0)
 
