@@ -93,12 +93,29 @@ FASTDIFF_HD Term<double> scaled_phi(double s, double d, double a) {
   return {e - a * (1 + d), e - a};
 }
 
+// A weight as a product: a share <= 1 goes into the exponent, where it keeps exponentials from overflowing that do not
+// overflow with their weight. A weight of 0 leaves nothing of a finite number.
+struct RowWeight {
+  double factor, share;
+
+  FASTDIFF_HD explicit RowWeight(double weight) : factor(weight), share(1) {
+    if (std::fabs(weight) < 1) factor = weight < 0 ? -1 : 1, share = std::fabs(weight);
+  }
+  // weight a phi(s - log a) and its derivative for s.
+  FASTDIFF_HD Term<double> phi(double s, double d, double a) const {
+    const Term<double> term = scaled_phi(s + std::log(share), d, a * share);
+    return {factor * term.value, factor * term.slope};
+  }
+};
+
 // The terms of a row's sum: factor * term(z), and its derivative. In float they need z - shift < 88.
 template <typename T>
 struct ExpTerm {
   T shift, factor = 1;
 
   FASTDIFF_HD explicit ExpTerm(double shift_) : shift(static_cast<T>(shift_)) {}
+  FASTDIFF_HD ExpTerm(const RowWeight& weight, double shift_)
+      : shift(shift_ - std::log(weight.share)), factor(weight.factor) {}
   FASTDIFF_HD Term<T> operator()(T z) const {
     const T e = exp_(z - shift);
     return {e, e};
@@ -123,6 +140,8 @@ struct PhiTerm<double> {
   double shift, shift_s, a, factor = 1;
 
   FASTDIFF_HD PhiTerm(double shift_, double a_, double log_a) : shift(shift_ + log_a), shift_s(shift_), a(a_) {}
+  FASTDIFF_HD PhiTerm(const RowWeight& weight, double shift_, double a_, double log_a)
+      : shift(shift_ + log_a), shift_s(shift_ - std::log(weight.share)), a(a_ * weight.share), factor(weight.factor) {}
   FASTDIFF_HD Term<double> operator()(double z) const { return scaled_phi(z - shift_s, z - shift, a); }
 };
 
@@ -184,12 +203,13 @@ struct DseRow {
 struct NelboRow {
   double b, a, slope, offset, offset_w, a_x0, w_x0, rho_x0, dc_xt;
 
-  FASTDIFF_HD NelboRow(double k, int64_t num_states, bool moved, double c_xt, double rest_xt, double rest_x0) {
+  FASTDIFF_HD NelboRow(double k, int64_t num_states, bool moved, double c_xt, double c_x0, double rest_xt,
+                       double rest_x0) {
     const double spread = k * (static_cast<double>(num_states) + k);
     b = 1 + k * c_xt;
     if (moved) {
       a = 1, slope = k / b, offset = 1 / b, offset_w = -k * c_xt / b;
-      a_x0 = 1 + k, rho_x0 = (1 + k * (1 - rest_x0)) / (b * a_x0), w_x0 = -k * (rest_x0 + c_xt * a_x0) / (b * a_x0);
+      a_x0 = 1 + k, rho_x0 = (1 + k * c_x0) / (b * a_x0), w_x0 = -k * (rest_x0 + c_xt * a_x0) / (b * a_x0);
       dc_xt = spread * c_xt / b;
     } else {
       a = 1 / (1 + k), slope = k * (1 + k) / b, offset = (1 + k) / b, offset_w = k * rest_xt / b;

@@ -62,7 +62,10 @@ def dce(logits: Tensor, x0: Tensor, scored: Tensor, mask_index: int | None, z_lo
     z = _without_mask(logits, mask_index)
     target = torch.where(scored, x0, 0)
     loss = F.cross_entropy(z.flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
-    return torch.where(scored, loss + z_loss * torch.logsumexp(z, -1) ** 2, 0)
+    if z_loss:
+        top = z.detach().amax(-1, keepdim=True)  # torch.logsumexp's gradient loses the sum beside a large one
+        loss = loss + z_loss * (top + (z - top).exp().sum(-1, keepdim=True).log()).squeeze(-1) ** 2
+    return torch.where(scored, loss, 0)
 
 
 def dce_stats(logits: Tensor, x0: Tensor, mask_index: int | None) -> Tensor:

@@ -1,5 +1,7 @@
 """Problems for the row losses and what they must agree to, shared by the tests of every backend."""
 
+import math
+
 import torch
 
 from fastdiff import dce_loss, dse_loss, linear_dce_loss, linear_dse_loss
@@ -63,6 +65,29 @@ def loss_of(name, p, **options):
     options["parametrization"] = {"": "log_score", "logits": "logits", "scaled": "scale_by_sigma"}[form]
     xt = p["xt" if graph == "absorb" else "moved"]
     return (linear_dse_loss if linear else dse_loss)(*rows, p["sigma"], xt, p["x0"], **options)
+
+
+def large_scores(graph, dtype=torch.float32, device="cpu"):
+    """Rows of 1000 equal scores whose terms, or their sums, leave the type without their weight, with what `dse_loss`
+    needs besides; their losses and the gradients of scores of neither x0 nor x_t."""
+    z = torch.tensor([-1e38, 100.0, 1000.0], dtype=dtype, device=device)[:, None].repeat(1, 1000)
+    weight = torch.tensor([1.0, 1e-30, 0.0], dtype=torch.float64, device=device)
+    xt = torch.zeros(3, dtype=torch.long, device=device)
+    options = dict(graph=graph, sigma=1.0, dsigma=weight, mask_index=0, xt=xt, x0=xt + (graph == "absorb"))
+    e1, huge = math.expm1(1.0), 1e-30 * math.exp(100)
+    r = e1 / (e1 + 1000)
+    if graph == "absorb":
+        return z, options, torch.tensor([1e38 / e1, 999 * huge, 0]), torch.tensor([0, huge, 0])
+    return z, options, 0.999 * torch.tensor([r * 1e38, huge, 0]), torch.tensor([-r, huge, 0]) / 1000
+
+
+def largest_logits(dtype, device="cpu"):
+    """Logits [3, 9] of plus and minus the largest number: all alike, one of them x0's above, x0's below all others."""
+    z = torch.full((3, 9), -torch.finfo(dtype).max, dtype=dtype, device=device)
+    z[1, 4] *= -1
+    z[2] *= -1
+    z[2, 4] *= -1
+    return z, torch.full((3,), 4, device=device)
 
 
 def loss_and_grad(name, p, **options):

@@ -1,8 +1,13 @@
-"""Random cases, for the kernels of any backend. FASTDIFF_FUZZ_CASES sets how many the CPU kernels get."""
+"""Random cases, for the kernels of any backend. FASTDIFF_FUZZ_CASES sets how many the CPU kernels get.
+
+Losses and laws of reverse steps are held against exact.py, and so is the reference.
+"""
 
 import os
-from functools import wraps
+from functools import partial, wraps
 
+import exact
+import numpy as np
 import torch
 from cases import TOLERANCE
 from hypothesis import HealthCheck, settings
@@ -20,10 +25,8 @@ from fastdiff import (
 )
 
 CASES = int(os.environ.get("FASTDIFF_FUZZ_CASES", "500"))
-# Types of rows that a backend has kernels for, and large numbers for them. Where an exponential overflows float32 the
-# CPU kernels start again in float64; those of GPUs give inf, also where a small weight would have made that finite.
-GPU_ROWS = ([torch.float32, torch.bfloat16, torch.float16], [10.0, 1000.0])
-ROWS = {"cpu": (list(TOLERANCE), [100.0]), "triton": GPU_ROWS, "cuda": GPU_ROWS}
+GPU_TYPES = [torch.float32, torch.bfloat16, torch.float16]  # of rows that a backend has kernels for
+TYPES = {"cpu": list(TOLERANCE), "triton": GPU_TYPES, "cuda": GPU_TYPES}
 
 
 def fuzz(cases):
@@ -46,22 +49,36 @@ def with_poisoned_buffers(check):
 
 def rows(draw, special, backend, device):
     """z [..., V] in some layout and dtype, x0 in range, a mask id and which tokens are masked."""
-    dtypes, large = ROWS[backend]
     shape = draw(st.sampled_from([(1,), (5,), (0,), (1, 1), (3, 4), (2, 0), (0, 3), (2, 3, 2)]))
     num_states = draw(st.one_of(st.integers(2, 40), st.sampled_from([64, 65, 257, 1023, 1024, 1025, 2100])))
-    dtype = draw(st.sampled_from(dtypes))
+    dtype = draw(st.sampled_from(TYPES[backend]))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     z = torch.randn(*shape, num_states, generator=g, dtype=torch.float64) * draw(st.sampled_from([0.0, 0.1, 1.0, 2.0]))
-    if special and z.numel():
-        value = draw(st.sampled_from([torch.nan, torch.inf, -torch.inf, -1e6, *large]))
+    if special:
         hit = torch.rand(z.shape, generator=g) < draw(st.sampled_from([0.01, 0.5, 1.0]))
-        z = z.masked_fill(hit, value)
+        z = torch.where(hit, extremes(draw, z.shape, dtype, g), z)
     z = laid_out(draw, z.to(device, dtype))
     mask_index = draw(st.integers(0, num_states - 1))
     x0 = torch.randint(0, num_states - 1, shape, generator=g)
     x0 = x0 + (x0 >= mask_index)
     masked = torch.rand(shape, generator=g) < draw(st.sampled_from([0.0, 0.5, 1.0]))
     return z, x0, masked, mask_index, g
+
+
+def extremes(draw, shape, dtype, g):
+    """Numbers that are not finite, or of any size that the type has, of one sign or of both."""
+    largest = min(torch.finfo(dtype).max, 1e150)  # there is no wider type for squares and sums of float64
+    size = draw(st.sampled_from([torch.nan, torch.inf, 1e6, 80.0, 100.0, 1000.0, largest, None]))
+    if size is None:
+        size = largest ** torch.rand(shape, generator=g, dtype=torch.float64)
+        size[(size > 600) & (size < 900)] = 900  # whose exponential fits float64 only with its weight
+    return size * one_of(draw, [[1.0], [-1.0], [1.0, -1.0]], shape, g)
+
+
+def one_of(draw, choices, shape, g):
+    """Independently for each of a shape, one of some numbers."""
+    numbers = torch.tensor(draw(st.sampled_from(choices)), dtype=torch.float64)
+    return numbers[torch.randint(0, len(numbers), shape, generator=g)]
 
 
 def laid_out(draw, z):
@@ -73,11 +90,12 @@ def laid_out(draw, z):
     if layout == "columns apart":
         z = torch.stack([z, z], -1)[..., 0]
     if layout == "offset":
-        z = torch.cat([z[..., :1], z], -1)[..., 1:]
+        many = draw(st.integers(1, min(9, z.shape[-1])))
+        z = torch.cat([z[..., :many], z], -1)[..., many:]
     return z
 
 
-def weights(draw, shape, g, low=0.0):
+def per_token(draw, shape, g, low=0.0):
     """A number, or a tensor over a prefix of the shape, or one to broadcast."""
     form = draw(st.sampled_from(["number", "prefix", "full", "broadcast"]))
     if form == "number":
@@ -86,48 +104,93 @@ def weights(draw, shape, g, low=0.0):
     return low + torch.rand(size, generator=g, dtype=draw(st.sampled_from([torch.float32, torch.float64])))
 
 
+def weights(draw, shape, g):
+    """The same, also 0, negative, tiny or huge."""
+    weight = per_token(draw, shape, g)
+    factor = one_of(draw, [[1.0], [0.0, 1.0], [0.0, 1.0, -1.0, 1e-30, 1e30]], getattr(weight, "shape", ()), g)
+    return weight * factor.to(weight.dtype) if torch.is_tensor(weight) else weight * float(factor)
+
+
+def noise_levels(draw, shape, g):
+    sigma = per_token(draw, shape, g, low=0.05)
+    return 1e-6 * 9e7 ** (sigma / 1.05) if draw(st.booleans()) else sigma  # 1e-6 to 90
+
+
 def placed(options, device):
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in options.items()}
 
 
-def agree(loss_of, z, backend, options, slack=1, least=1e-30):
-    """Loss and gradient of kernel and reference, to `slack` float32 tolerances, on a leaf with z's layout."""
-    results, options = [], placed(options, z.device)
+def extended(x, scored):
+    """What is known of the scored tokens, a number or a tensor over a prefix of their shape, in extended precision."""
+    x = torch.as_tensor(x, dtype=torch.float64)
+    x = x.view(*x.shape, *[1] * (scored.dim() - x.dim())).expand(scored.shape)
+    return x[scored].numpy().astype(exact.EXTENDED)
+
+
+@np.errstate(all="ignore")
+def agree(loss_of, z, backend, options, weight, scored, loss_of_rows, slack=1):
+    """Loss and gradient of a backend and of the reference, on a leaf with z's layout, are what loss_of_rows gives."""
+    reduction, shape = options["reduction"], scored.shape if options["reduction"] == "none" else ()
+    upstream = torch.linspace(-1, 2, shape.numel() if shape else 1).view(shape)
+    factor = extended(weight, scored)
+    numbers = z.cpu().double()[scored].numpy().astype(exact.EXTENDED)
+    numbers[(factor == 0)[:, None] & np.isfinite(numbers)] = 0  # count for nothing, whatever their exponential
+    rows = loss_of_rows(numbers)
+    factor /= max(len(factor), 1) if reduction == "mean" else 1
+    rows = rows._replace(loss_size=rows.loss_size + 1e-32 * z.shape[-1], grad_size=rows.grad_size + 1e-32)  # exp_ is 0
+    loss = scattered((factor * rows.loss).astype(np.float64), scored)  # as they are summed
+    loss_size = scattered(abs(factor) * rows.loss_size, scored)
+    undecided = False
+    if reduction != "none":
+        # Infinities of both signs are NaN, but for a backend whose type for them is wider.
+        undecided = np.isnan(loss.astype(np.float32).sum())
+        loss, loss_size = loss.sum(), loss_size.sum()
+    factor = (factor * extended(upstream, scored))[:, None]
+    grad, grad_size = scattered(factor * rows.grad, scored), scattered(abs(factor) * rows.grad_size, scored)
+    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     for name in (backend, "reference"):
         leaf = z.detach().requires_grad_()
-        loss = loss_of(leaf, backend=name, **options)
-        upstream = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype, device=loss.device).view(loss.shape)
-        (grad,) = torch.autograd.grad(loss, leaf, upstream)
-        results.append((loss.detach(), grad))
-    (loss, grad), (expected, expected_grad) = results
-    tolerance = slack * TOLERANCE[torch.float64 if z.dtype == torch.float64 else torch.float32]
-    assert_near(loss, expected, tolerance, least)
-    assert_near(grad, expected_grad, max(tolerance, TOLERANCE[z.dtype]), least)
+        got = loss_of(leaf, backend=name, **placed(options, z.device))
+        (got_grad,) = torch.autograd.grad(got, leaf, upstream.to(got))
+        if not undecided:
+            assert_near(got.detach(), wide, loss, slack * TOLERANCE[wide] * loss_size, f"{name}'s loss")
+        tolerance = max(slack * TOLERANCE[wide], TOLERANCE[z.dtype])
+        assert_near(got_grad, z.dtype, grad, tolerance * grad_size, f"{name}'s gradient")
 
 
-def assert_near(got, expected, tolerance, least):
+def scattered(x, scored):
+    """What the scored tokens have, in the place of each; 0 for the others."""
+    to = np.zeros((*scored.shape, *x.shape[1:]), exact.EXTENDED)
+    to[scored.numpy()] = x
+    return to
+
+
+def assert_near(got, dtype, expected, error, name):
+    """Infinite and NaN where that is expected, and beyond the range of the type."""
     assert got.shape == expected.shape
-    assert got.dtype == expected.dtype
-    finite = expected.isfinite()
-    assert torch.equal(got[~finite].isnan(), expected[~finite].isnan())
-    got, expected = got.double().where(finite, 0), expected.double().where(finite, 0)
-    if got.numel():
-        assert (got - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(least)
+    assert got.dtype == dtype
+    limits, got = torch.finfo(dtype), got.cpu().double().numpy().astype(exact.EXTENDED)
+    error = np.where(np.isfinite(error), error, 0) + max(limits.smallest_normal * limits.eps, 2e-38)
+    error = np.broadcast_to(error, got.shape)
+    beyond = np.isinf(got) & (np.sign(got) * expected + error >= limits.max)
+    right = beyond | (np.isnan(got) & np.isnan(expected)) | (abs(got - expected) <= error)
+    assert right.all(), f"{name}: got {got[~right][:4]}, expected {expected[~right][:4]} within {error[~right][:4]}"
 
 
 @with_poisoned_buffers
 def check_dce(draw, backend, device="cpu"):
-    special = draw(st.booleans())
-    z, x0, masked, mask_index, g = rows(draw, special, backend, device)
+    z, x0, masked, mask_index, g = rows(draw, draw(st.booleans()), backend, device)
     if draw(st.booleans()):
         x0 = torch.where(torch.rand(x0.shape, generator=g) < 0.3, -100, x0)
     given_as = draw(st.sampled_from(["xt", "mask", "all"]))
     options = {"xt": dict(xt=torch.where(masked, mask_index, x0)), "mask": dict(mask=masked), "all": {}}[given_as]
-    options |= dict(x0=x0, mask_index=mask_index, exclude_mask=draw(st.booleans()))
-    options |= dict(reduction=draw(st.sampled_from(["none", "sum", "mean"])), weight=weights(draw, x0.shape, g))
-    if not special:  # beside numbers of -1e6 the reference's own log-sum-exp is not exact enough
-        options["z_loss"] = draw(st.sampled_from([0.0, 0.1]))
-    agree(dce_loss, z, backend, options)
+    options |= dict(x0=x0, mask_index=mask_index, exclude_mask=draw(st.booleans()), weight=weights(draw, x0.shape, g))
+    options |= dict(reduction=draw(st.sampled_from(["none", "sum", "mean"])), z_loss=draw(st.sampled_from([0.0, 0.1])))
+    scored = (x0 != -100) & (masked | (given_as == "all"))
+    target = x0[scored].numpy()
+    excluded = np.full_like(target, mask_index if options["exclude_mask"] else -1)
+    of_rows = partial(exact.dce, x0=target, excluded=excluded, z_loss=options["z_loss"])
+    agree(dce_loss, z, backend, options, options["weight"], scored, of_rows)
 
 
 @with_poisoned_buffers
@@ -137,12 +200,24 @@ def check_dse(draw, backend, device="cpu"):
     moved = mask_index if graph == "absorb" else torch.randint(0, z.shape[-1], x0.shape, generator=g)
     form = draw(st.sampled_from(["log_score", "scale_by_sigma", "logits"]))
     options = dict(graph=graph, x0=x0, xt=torch.where(masked, moved, x0), mask_index=mask_index, parametrization=form)
-    options |= dict(sigma=weights(draw, x0.shape, g, low=0.05), dsigma=weights(draw, x0.shape, g))
+    options |= dict(sigma=noise_levels(draw, x0.shape, g), dsigma=weights(draw, x0.shape, g))
     options["reduction"] = draw(st.sampled_from(["none", "sum", "mean"]))
-    # A gradient of conditionals is a difference, which for equal logits is 0 but for rounding.
-    least = 0.1 if form == "logits" else 1e-30
+    scored = masked if graph == "absorb" else torch.ones_like(masked)
+    sigma, (xt, target) = extended(options["sigma"], scored), (options[name][scored].numpy() for name in ("xt", "x0"))
+
+    def of_rows(z):
+        shift = exact.sigma_shift(sigma, z.shape[1]) if form == "scale_by_sigma" else np.zeros_like(sigma)[:, None]
+        if graph == "absorb" and form == "logits":
+            alpha, gone = exact.survival(sigma)
+            return exact.dce(z, target, xt, 0.0).times((alpha / gone)[:, 0])
+        if graph == "absorb":
+            return exact.dse_absorb(z, sigma, target, mask_index, shift)
+        if form == "logits":
+            return exact.dse_uniform_logits(z, sigma, xt, target)
+        return exact.dse_uniform(z, sigma, xt, target, shift)
+
     # Close to log a, which float32 rounds, a term and its slope lose a digit, and a row may hold nothing else.
-    agree(dse_loss, z, backend, options, slack=5, least=least)
+    agree(dse_loss, z, backend, options, options["dsigma"], scored, of_rows, slack=5)
 
 
 @with_poisoned_buffers
@@ -181,7 +256,7 @@ def rows_to_draw(draw, backend, device, least_states=1):
         z = z.masked_fill(hit, value)
     finite, mask_index = (draw(st.sampled_from([num_states - 1, num_states // 2, 0])) for _ in range(2))
     z[..., finite] = 0.5
-    z = laid_out(draw, z.to(device, draw(st.sampled_from(ROWS[backend][0]))))
+    z = laid_out(draw, z.to(device, draw(st.sampled_from(TYPES[backend]))))
     masked = torch.rand(shape, generator=g) < draw(st.sampled_from([0.5, 1.0]))
     xt = torch.where(masked, mask_index, torch.randint(0, num_states, shape, generator=g))
     names = dict(seed=draw(st.integers(-(2**63), 2**63 - 1)), step=draw(st.integers(0, 2**30)))
@@ -242,7 +317,7 @@ def check_reverse(draw, backend, tally, device="cpu"):
     form = draw(st.sampled_from(forms if finite != mask_index else forms[:2]))  # conditionals are not of the mask
     if graph == "absorb":
         spoil(z, xt == mask_index)
-    sigma = 1e-3 * 3e4 ** weights(draw, xt.shape, g)  # 0.001 to 30
+    sigma = 1e-3 * 3e4 ** per_token(draw, xt.shape, g)  # 0.001 to 30
     options = dict(graph=graph, parametrization=form, mask_index=mask_index, sigma=sigma)
     if draw(st.booleans()):
         options["sigma_next"] = sigma * draw(st.sampled_from([0.0, 0.5, 0.99]))
@@ -259,4 +334,22 @@ def check_reverse(draw, backend, tally, device="cpu"):
         probs.append(reverse_probs(z, **given))
     live = xt == mask_index if graph == "absorb" else torch.ones_like(xt, dtype=torch.bool)
     tally_tokens(tally, *tokens, live, case)
-    torch.testing.assert_close(*probs, rtol=1e-4, atol=1e-6)
+    expected = torch.zeros_like(probs[0]).cpu().scatter(-1, xt.unsqueeze(-1), 1)
+    expected[live] = torch.from_numpy(law_of_rows(z.cpu().double(), xt, live, options))
+    for got in probs:
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-6)
+
+
+@np.errstate(all="ignore")
+def law_of_rows(z, xt, live, options):
+    """p(x_s | x_t) of the live tokens, float32."""
+    form, uniform, ids = options["parametrization"], options["graph"] == "uniform", xt[live].numpy()
+    z, sigma = z[live].numpy().astype(exact.EXTENDED), extended(options["sigma"], live)
+    if form == "logits":
+        score = exact.implied_score(z, sigma, ids, uniform)
+    else:
+        shift = exact.sigma_shift(sigma, z.shape[1]) if form == "scale_by_sigma" else 0
+        score = np.where(exact.is_id(z, ids), 1, np.exp(z - shift))
+    if "step_size" in options:
+        return exact.euler(score, ids, extended(options["step_size"], live), uniform).astype(np.float32)
+    return exact.tweedie(score, ids, sigma, extended(options["sigma_next"], live), uniform).astype(np.float32)

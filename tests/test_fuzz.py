@@ -1,4 +1,4 @@
-"""Random cases of the compiled kernels against the reference; FASTDIFF_FUZZ_CASES sets how many."""
+"""Random cases of the compiled kernels and of the reference; FASTDIFF_FUZZ_CASES sets how many."""
 
 from collections import Counter
 

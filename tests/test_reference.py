@@ -226,3 +226,13 @@ def test_non_finite_rows():
     assert reference.dce(row, x0, scored, M).isfinite()
     row[0, M] = torch.nan
     assert reference.dce(row, x0, scored, M).isfinite()
+
+
+def test_z_loss_beside_large_logits():
+    x0, scored = torch.tensor([1]), torch.tensor([True])
+    for size in (1e6, 1e150):
+        logits = torch.full((1, 4), size, dtype=torch.float64, requires_grad=True)
+        loss = reference.dce(logits, x0, scored, None, 0.1)
+        (grad,) = torch.autograd.grad(loss.sum(), logits)
+        torch.testing.assert_close(grad[0, 0], f64((1 + 0.2 * (size + math.log(4))) / 4))
+    assert float(reference.dce(f64([[1e300] * 4]), x0, scored, None)) == pytest.approx(math.log(4))

@@ -54,11 +54,16 @@ FASTDIFF_HD const C* widened(const T* from, int64_t n, C* buffer) {
   }
 }
 
-// to = scale * from, where both may be one place.
+// to = scale * from, where both may be one place; in double if the scale leaves the range of float.
 template <typename C, typename T>
-FASTDIFF_HD void store_scaled(T* to, const C* from, int64_t n, C scale) {
+FASTDIFF_HD void store_scaled(T* to, const C* from, int64_t n, double scale) {
+  const auto narrow = static_cast<C>(scale);
+  if (std::isnormal(narrow) || scale == 0) {
 #pragma omp simd
-  for (int64_t v = 0; v < n; ++v) store(to + v, static_cast<Acc<T>>(scale * from[v]));
+    for (int64_t v = 0; v < n; ++v) store(to + v, static_cast<Acc<T>>(narrow * from[v]));
+  } else {
+    for (int64_t v = 0; v < n; ++v) store(to + v, static_cast<Acc<T>>(scale * from[v]));
+  }
 }
 
 template <typename C>
@@ -83,28 +88,28 @@ FASTDIFF_HD Block<C> sum_terms(const F& term, const C* x, C* kept, int64_t n) {
 // ---------------------------------------------------------------------------------------------------------
 // Score entropy: a plain sum, so loss and gradient come from one pass.
 
-// Adds a run to the sum and stores its gradient, unless a number reaches the limit: then nothing, and false.
-template <bool kGrad, typename C, typename T, typename F>
-FASTDIFF_HD bool dse_run(const Row<T>& row, const F& term, double scale, C limit, int64_t first, int64_t n,
-                         double& sum) {
+// Adds a run to the sum and stores its gradient, scale times the derivatives; unless it overflows, if that is to be
+// avoided: then nothing, and false.
+template <bool kGrad, bool kAvoid, typename C, typename T, typename F>
+FASTDIFF_HD bool dse_run(const Row<T>& row, const F& term, double scale, int64_t first, int64_t n, double& sum) {
+  constexpr C kMost = std::is_same_v<C, float> ? 88 : 709;
   C in[kBlock], out[kBlock];
   const Block<C> block = sum_terms<kGrad>(term, widened(row.z + first, n, in), out, n);
-  if (block.max >= limit) return false;
-  if constexpr (kGrad) store_scaled(row.grad + first, out, n, static_cast<C>(scale * term.factor));
-  sum += static_cast<double>(term.factor) * block.sum;
+  if (kAvoid && (block.max >= term.shift + kMost || !std::isfinite(block.sum))) return false;
+  if constexpr (kGrad) store_scaled(row.grad + first, out, n, scale * term.factor);
+  sum += scale * term.factor * block.sum;
   return true;
 }
 
-// Blocks that would overflow in float are computed again in double.
+// Blocks that overflow are computed again in double, with the weight in the exponent.
 template <bool kGrad, template <typename> class F, typename T, typename... Constants>
 FASTDIFF_HD double dse_runs(const Row<T>& row, double scale, Constants... constants) {
   using C = Acc<T>;
   const F<C> term(constants...);
-  const F<double> exact(constants...);
   double sum = 0;
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-    if (!dse_run<kGrad, C>(row, term, scale, term.shift + 88, first, n, sum))
-      dse_run<kGrad, double>(row, exact, scale, NAN, first, n, sum);
+    if (dse_run<kGrad, true, C>(row, term, scale, first, n, sum)) return;
+    dse_run<kGrad, false, double>(row, F<double>(RowWeight(scale), constants...), 1, first, n, sum);
   });
   return sum;
 }
@@ -116,12 +121,12 @@ FASTDIFF_HD double dse_row(const Row<T>& row, double weight, double shift, const
                          : dse_runs<kGrad, ExpTerm>(row, scale, shift);
   if (row.x0 >= 0 && row.x0 != row.excluded) {
     const double s = load(row.z[row.x0]) - shift;
-    const Term<double> term = scaled_phi(s, s - dse.log_a_x0, dse.a_x0);
+    const Term<double> term = RowWeight(scale).phi(s, s - dse.log_a_x0, dse.a_x0);
     sum += term.value;
-    if constexpr (kGrad) store(row.grad + row.x0, static_cast<Acc<T>>(scale * term.slope));
+    if constexpr (kGrad) store(row.grad + row.x0, static_cast<Acc<T>>(term.slope));
   }
   if (kGrad && row.excluded >= 0) store(row.grad + row.excluded, Acc<T>(0));
-  return scale * sum;
+  return sum;
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -223,7 +228,7 @@ FASTDIFF_HD double dce_row(const Row<T>& row, double weight, double z_loss, Scra
     row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
       double scale = weight * slope / all.sum * std::exp(static_cast<double>(*shift++) - all.shift);
       if (!here && all.sum == 0) scale = 0;  // a part of the row without weight
-      store_scaled(row.grad + first, kept + first, n, static_cast<C>(scale));
+      store_scaled(row.grad + first, kept + first, n, scale);
     });
     if (here) store(row.grad + row.x0, static_cast<C>(weight * (std::expm1(log_p) + (slope - 1) * std::exp(log_p))));
     if (row.excluded >= 0) store(row.grad + row.excluded, C(0));
@@ -278,7 +283,7 @@ FASTDIFF_HD void nelbo_grad(const NelboTerm<C>& term, const E* kept, T* grad, in
     term(kept[v], c, gap, pull);
     out[v] = static_cast<Acc<T>>(c * (pull - mean_pull) * scale);
   }
-  store_scaled(grad, out, n, Acc<T>(1));
+  store_scaled(grad, out, n, 1);
 }
 
 // k = N / expm1(sigma). From 1e15 on its square leaves float's range, and terms are computed in double.
@@ -301,7 +306,7 @@ FASTDIFF_HD double nelbo_row(const Row<T>& row, double weight, double k, Scratch
   };
   const double c_xt = share(at_xt, 1), c_x0 = moved ? share(at_x0, 1) : 0, c_others = share(others.shift, others.sum);
   const double rest_xt = c_others + c_x0, rest_x0 = c_others + c_xt;
-  const NelboRow nelbo(k, row.num_states, moved, c_xt, rest_xt, rest_x0);
+  const NelboRow nelbo(k, row.num_states, moved, c_xt, c_x0, rest_xt, rest_x0);
   double gaps = 0, pulls = 0;
   shift = scratch.shifts.data();
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {

@@ -1,6 +1,8 @@
 // A sum of exponentials, relative to a maximum that rises as numbers come.
 #pragma once
 
+#include <cfloat>
+
 #include "../row_loss.h"
 #include "row.h"
 
@@ -8,7 +10,7 @@ namespace fastdiff {
 
 // The sum of exp(z) is exp(m) s, with m the largest z.
 struct Online {
-  float m = -3.0e38f, s = 0;  // which subtracts from -inf without NaN
+  float m = -FLT_MAX, s = 0;  // which subtracts from -inf without NaN
 
   template <int kMany>
   __device__ void add(const Few<kMany>& few) {

@@ -74,7 +74,10 @@ struct Results {
 // ---------------------------------------------------------------------------------------------------------
 // Score entropy: a plain sum, so loss and gradient come from one pass.
 
-__device__ Term<float> term_of(const ExpTerm<float>& term, float z) { return term(z); }
+template <typename F>
+__device__ auto term_of(const F& term, float z) {
+  return term(z);
+}
 
 // phi is for d < 88.3; from there on it is as good as its exponential, which soon leaves float.
 __device__ Term<float> term_of(const PhiTerm<float>& term, float z) {
@@ -84,33 +87,57 @@ __device__ Term<float> term_of(const PhiTerm<float>& term, float z) {
   return {e - d, e};
 }
 
-template <bool kGrad, typename T, typename F>
-__device__ Results dse_row(const Work<T>& work, const F& term, float neutral) {
+// The sum of a few terms, which make room for scale times their derivatives.
+template <typename C, typename F, int kMany>
+__device__ C sum_terms(const F& term, C scale, Few<kMany>& few) {
+  C sum = 0;
+  for (float& x : few.x) {
+    const Term<C> t = term_of(term, x);
+    sum += t.value;
+    x = static_cast<float>(scale * t.slope);
+  }
+  return sum;
+}
+
+// What overflows is computed again in double, with the weight in the exponent; all of it if float has no such weight.
+// F<C>(args...) are the terms.
+template <bool kGrad, template <typename> class F, typename T, typename... Args>
+__device__ Results dse_row(const Work<T>& work, float neutral, Args... args) {
   const Constants& constants = work.shared.constants;
   const DseRow& dse = constants.dse;
-  const double weight = constants.weight * dse.scale;
+  const RowWeight weight(constants.weight * dse.scale);
   Term<double> at_x0{work.x0 < -1 ? NAN : 0.0, 0};  // an id that does not exist
   if (work.minds(work.x0) && work.x0 != work.excluded) {
     const double s = work.number(work.x0) - constants.shift;
-    at_x0 = scaled_phi(s, s - dse.log_a_x0, dse.a_x0);
+    at_x0 = weight.phi(s, s - dse.log_a_x0, dse.a_x0);
   }
   __syncthreads();  // a gradient in the place of its row must not come before this
   const Target<T> grad(work.grad, work.row.head);
-  const auto scale = static_cast<float>(weight * term.factor);
+  const F<float> term(args...);
+  const double scale = constants.weight * dse.scale * term.factor;
+  const auto narrow = static_cast<float>(scale);
+  const bool holds = scale == 0 || (fabsf(narrow) >= FLT_MIN && fabsf(narrow) < INFINITY);
+  const float limit = holds ? INFINITY : 0;
   float sum = 0;
+  double overflown = 0;
   work.row.each([&](auto& few) {
     few.set(work.x0, work.excluded, neutral);
-    for (float& x : few.x) {
-      const Term<float> t = term_of(term, x);
-      sum += t.value;
-      x = scale * t.slope;
+    auto numbers = few;
+    const float more = sum + sum_terms(term, narrow, few);
+    if (fabsf(more) < limit) {
+      sum = more;
+    } else {
+      const F<double> exact(weight, args...);
+      overflown += exact.factor * sum_terms(exact, exact.factor, numbers);
+      numbers.set(work.excluded, work.excluded, 0);
+      few = numbers;
     }
     if constexpr (kGrad) grad.put(few);
   });
   Cluster::wait();
-  const double total = reduce_cluster(static_cast<double>(term.factor) * sum + at_x0.value, work.shared.sum, Add());
-  if (kGrad && work.minds(work.x0)) store(work.grad + work.x0, static_cast<float>(weight * at_x0.slope));
-  return {weight * total};
+  const double loss = reduce_cluster(scale * sum + overflown + at_x0.value, work.shared.sum, Add());
+  if (kGrad && work.minds(work.x0)) store(work.grad + work.x0, static_cast<float>(at_x0.slope));
+  return {loss};
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -213,7 +240,8 @@ __device__ NelboPass nelbo_pass(const Online& others, double at_x0, double at_xt
   NelboPass pass;
   pass.c_x0 = e_x0 / total, pass.c_xt = e_xt / total;
   pass.rest_x0 = (e_others + e_xt) / total, pass.rest_xt = (e_others + e_x0) / total;
-  const NelboRow row(constants.k, static_cast<int64_t>(num_states), moved, pass.c_xt, pass.rest_xt, pass.rest_x0);
+  const NelboRow row(constants.k, static_cast<int64_t>(num_states), moved, pass.c_xt, pass.c_x0, pass.rest_xt,
+                     pass.rest_x0);
   pass.shift = static_cast<float>(shift), pass.inv_total = static_cast<float>(1 / total);
   pass.slope = static_cast<float>(row.slope), pass.offset = static_cast<float>(row.offset);
   pass.offset_w = static_cast<float>(row.offset_w);
@@ -301,12 +329,11 @@ __device__ Results row_results(const Work<T>& work, const RowLoss& op) {
   if constexpr (kFunctor == Functor::dce) {
     return dce_row<kGrad, kStats>(work, op.z_loss);
   } else if constexpr (kFunctor == Functor::dse_absorb) {
-    return dse_row<kGrad>(work, ExpTerm<float>(shift), -INFINITY);
+    return dse_row<kGrad, ExpTerm>(work, -INFINITY, shift);
   } else if constexpr (kFunctor == Functor::dse_uniform) {
     const DseRow& dse = constants.dse;
-    if (dse.a == 0) return dse_row<kGrad>(work, ExpTerm<float>(shift), -INFINITY);  // sigma is 0
-    const PhiTerm<float> term(shift, dse.a, dse.log_a);
-    return dse_row<kGrad>(work, term, term.shift);
+    if (dse.a == 0) return dse_row<kGrad, ExpTerm>(work, -INFINITY, shift);  // sigma is 0
+    return dse_row<kGrad, PhiTerm>(work, static_cast<float>(shift + dse.log_a), shift, dse.a, dse.log_a);
   } else {
     return nelbo_row<kGrad>(work);
   }

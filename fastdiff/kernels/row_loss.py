@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.0e38)  # a maximum to start from, which subtracts from -inf without NaN
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # a maximum to start from, which subtracts from -inf without NaN
 
 # ---------------------------------------------------------------------------------------------------------
 # The mathematics. Constants of a row are float64, what runs along it float32.
@@ -39,6 +39,13 @@ def noise(sigma):
 
 
 @triton.jit
+def weight_parts(weight):
+    """RowWeight of csrc/row_loss.h: its factor, and the share that goes into the exponent."""
+    small = tl.abs(weight) < 1
+    return tl.where(small, tl.where(weight < 0, -1.0, 1.0), weight), tl.where(small, tl.abs(weight), 1.0)
+
+
+@triton.jit
 def scaled_phi(s, d, a, near: tl.constexpr):
     """a phi(d) and its derivative exp(s) - a, where phi(d) = expm1(d) - d, d = s - log a; a series where |d| < near."""
     e = tl.exp(s)
@@ -57,7 +64,7 @@ def log_gap(w, rho, near: tl.constexpr):
 
 
 @triton.jit
-def nelbo_constants(k, num_states, moved, c_xt, rest_xt, rest_x0):
+def nelbo_constants(k, num_states, moved, c_xt, c_x0, rest_xt, rest_x0):
     """NelboRow of csrc/row_loss.h: b, a, slope, offset, offset_w, a_x0, w_x0, rho_x0, dc_xt."""
     b = 1 + k * c_xt
     spread = k * (num_states + k)
@@ -67,7 +74,7 @@ def nelbo_constants(k, num_states, moved, c_xt, rest_xt, rest_x0):
     offset_w = tl.where(moved, -k * c_xt, k * rest_xt) / b
     a_x0 = tl.where(moved, 1 + k, 0.0)
     w_x0 = tl.where(moved, -k * (rest_x0 + c_xt * (1 + k)) / (b * (1 + k)), 0.0)
-    rho_x0 = tl.where(moved, (1 + k * (1 - rest_x0)) / (b * (1 + k)), 1.0)
+    rho_x0 = tl.where(moved, (1 + k * c_x0) / (b * (1 + k)), 1.0)
     dc_xt = tl.where(moved, spread * c_xt, -spread * rest_xt / (1 + k)) / b
     return b, a, slope, offset, offset_w, a_x0, w_x0, rho_x0, dc_xt
 
@@ -146,25 +153,45 @@ def dse_visit(part, row, constants, KIND: tl.constexpr, WITH_GRAD: tl.constexpr)
 
 
 @triton.jit
-def dse_row(
-    row, weight, shift, a, log_a, a_x0, log_a_x0,
-    KIND: tl.constexpr, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
-):  # fmt: skip
-    s_x0 = load_at(row, row[7]) - shift
-    if WITH_GRAD:
-        tl.debug_barrier()  # a gradient in the place of its row must not come before this
-    at_x0, slope_x0 = scaled_phi(s_x0, s_x0 - log_a_x0, a_x0, 1e-2)
-    at_x0 = tl.where((row[7] == row[8]) | (row[7] == -1), 0.0, at_x0)
-    f32 = tl.float32
-    constants = (shift.to(f32), (shift + log_a).to(f32), a.to(f32), weight.to(f32))
-    total = tl.zeros((BLOCK,), f32)
+def dse_sum(row, constants, KIND: tl.constexpr, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.float32)
     for i in range(num_blocks(row, BLOCK, VEC)):
         total += dse_visit(block_of(row, i, BLOCK, VEC), row, constants, KIND, WITH_GRAD)
     # In place, warps that come later find gradients at the edges, which all read; what is stored is the first's.
     edge = dse_visit(edge_of(row, VEC), row, constants, KIND, WITH_GRAD)
+    return (tl.sum(total, 0).to(tl.float64) + tl.sum(edge, 0)) * constants[3]
+
+
+@triton.jit
+def weighted(constants):
+    """The same terms with the weight's share in the exponent, at a digit's cost."""
+    shift, shift_a, a, weight = constants
+    factor, share = weight_parts(weight)
+    return (shift - tl.log(share.to(tl.float64))).to(tl.float32), shift_a, a * share, factor
+
+
+@triton.jit
+def dse_row(
+    row, weight, shift, a, log_a, a_x0, log_a_x0,
+    KIND: tl.constexpr, WITH_GRAD: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    s_x0 = load_at(row, row[7]) - shift
     if WITH_GRAD:
-        store_apart(row, (weight * slope_x0).to(f32), 0.0)
-    return weight * (tl.sum(total, 0).to(tl.float64) + tl.sum(edge, 0) + at_x0)
+        tl.debug_barrier()  # a gradient in the place of its row must not come before this
+    factor, share = weight_parts(weight)
+    at_x0, slope_x0 = scaled_phi(s_x0 + tl.log(share), s_x0 - log_a_x0, a_x0 * share, 1e-2)
+    at_x0 = tl.where((row[7] == row[8]) | (row[7] == -1), 0.0, at_x0)
+    f32 = tl.float32
+    constants = (shift.to(f32), (shift + log_a).to(f32), a.to(f32), weight.to(f32))
+    if IN_PLACE:  # where a row is gone once it is read
+        others = dse_sum(row, weighted(constants), KIND, WITH_GRAD, BLOCK, VEC)
+    else:
+        others = dse_sum(row, constants, KIND, WITH_GRAD, BLOCK, VEC)
+        if not tl.abs(others) < float("inf"):  # again, in smaller blocks: for the registers that the first loop takes
+            others = dse_sum(row, weighted(constants), KIND, WITH_GRAD, BLOCK // 4, VEC)
+    if WITH_GRAD:
+        store_apart(row, (factor * slope_x0).to(f32), 0.0)
+    return others + factor * at_x0
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -296,7 +323,7 @@ def nelbo_row(row, weight, k, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr, VEC:
     total = others + e_x0 + e_xt
     c_x0, c_xt, rest_xt, rest_x0 = e_x0 / total, e_xt / total, (others + e_x0) / total, (others + e_xt) / total
     b, a, slope, offset, offset_w, a_x0, w_x0, rho_x0, dc_xt = nelbo_constants(
-        k, num_states, moved, c_xt, rest_xt, rest_x0
+        k, num_states, moved, c_xt, c_x0, rest_xt, rest_x0
     )
     loss_x0, pull_x0, scale = a_x0 * log_gap(w_x0, rho_x0, 1e-3), w_x0 / rho_x0, weight * k / b
     f32 = tl.float32
@@ -351,6 +378,7 @@ def row_loss_kernel(
     EXCLUDE_MASK: tl.constexpr,
     SCALE_BY_SIGMA: tl.constexpr,
     WITH_GRAD: tl.constexpr,
+    IN_PLACE: tl.constexpr,  # whether GRAD is Z
     CONTIGUOUS: tl.constexpr,  # whether rows of Z lie as those of GRAD, and are aligned alike
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
@@ -399,13 +427,13 @@ def row_loss_kernel(
                 weight *= inv_e1
             loss, logsumexp, entropy, correct = dce_row(row, weight, z_loss, WITH_GRAD, STATS is not None, BLOCK, VEC)
         elif FUNCTOR == "dse_absorb":
-            loss = dse_row(row, weight, shift, zero, zero, inv_e1, -log_e1, "exp", WITH_GRAD, BLOCK, VEC)
+            loss = dse_row(row, weight, shift, zero, zero, inv_e1, -log_e1, "exp", WITH_GRAD, IN_PLACE, BLOCK, VEC)
         else:
             moved, k, weight = x0 != excluded, all_states * inv_e1, weight / all_states
             if FUNCTOR == "dse_uniform":
                 log_r = tl.where(k < float("inf"), -log1p_(k), 0.0)  # with sigma = 0 r is 0, and log r is not needed
                 a, log_a = tl.where(moved, 1.0, 1 / (1 + k)), tl.where(moved, 0.0, log_r)
-                loss = dse_row(row, weight, shift, a, log_a, 1 + k, -log_r, "phi", WITH_GRAD, BLOCK, VEC)
+                loss = dse_row(row, weight, shift, a, log_a, 1 + k, -log_r, "phi", WITH_GRAD, IN_PLACE, BLOCK, VEC)
             else:
                 loss = nelbo_row(row, weight, k, WITH_GRAD, BLOCK, VEC)
     elif WITH_GRAD:
@@ -463,7 +491,7 @@ def launch_row_loss(
         z, x0, xt, mask, sigma, weight, scale, loss, z if grad is None else grad, stats,
         num_states, all_states, *row_strides(z), mask_index, ignore_index, z_loss,
         FUNCTOR=functor, EXCLUDE_MASK=exclude_mask, SCALE_BY_SIGMA=scale_by_sigma, WITH_GRAD=grad is not None,
-        CONTIGUOUS=z.is_contiguous(), VEC=16 // z.element_size(),
+        IN_PLACE=grad is z, CONTIGUOUS=z.is_contiguous(), VEC=16 // z.element_size(),
         **(SMALL if num_states <= SMALL["BLOCK"] else LARGE[z.element_size()]),
     )  # fmt: skip
 

@@ -120,7 +120,7 @@ def survey(
 ):  # fmt: skip
     """The state of a row, class by class."""
     zero = tl.zeros((BLOCK,), tl.float32)
-    state = (zero + LOWEST, zero, zero, zero, zero + LOWEST, tl.zeros((BLOCK,), tl.int32))
+    state = (zero + LOWEST, zero, zero, zero, zero + LOWEST, tl.full((BLOCK,), NO_ID, tl.int32))
     for i in range(num_tiles(row, BLOCK, VEC)):
         x, ids = tile_of(row, i, float("-inf"), BLOCK, VEC)
         state = add(state, x, ids, scale, TWO_SUMS, BEST, STATS)
@@ -291,6 +291,14 @@ def law_terms(law, here, top, others):
 
 
 @triton.jit
+def first_id(row, best):
+    """The first of the largest numbers; if none is above LOWEST, the first that is not left out."""
+    ids = tl.arange(0, MEMBERS)
+    present = strike(tl.zeros((MEMBERS,), tl.float32), ids, 0, MEMBERS, float("nan"), row) == 0
+    return tl.where(best == NO_ID, tl.min(tl.where(present, ids, NO_ID), 0), best).to(tl.int64)
+
+
+@triton.jit
 def reverse(
     row, m, s, top, total, law, scale, step_draw,
     TWO_SUMS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
@@ -373,7 +381,7 @@ def row_sample_kernel(
             goes, sums, how = reverse(row, state[0], state[1], top, total1, law, scale, step_draw, TWO_SUMS, BLOCK, VEC)
         if goes:
             if GREEDY:
-                token = best.to(tl.int64)
+                token = first_id(row, best)
             else:
                 if KEPT:
                     least = least_kept(row, top, scale, top_k, top_p, Z.dtype.element_ty, BLOCK, VEC)
@@ -385,7 +393,7 @@ def row_sample_kernel(
                 token = race(row, sums, how, names, position.to(tl.uint32), KEPT, LAW is not None, TWO_SUMS)
                 token = token.to(tl.int64)
             if STATS is not None:
-                argmax = best.to(tl.int64)
+                argmax = first_id(row, best)
                 z_token = tl.load(Z + start + token).to(tl.float32)
                 probability = tl.exp2((z_token - top) * LOG2_E) / total1
                 gap = (1 - tl.exp2((second - top) * LOG2_E)) / total1

@@ -171,7 +171,7 @@ def _compute(backend: str, head: Head, rows: Rows, wanted: list[bool]) -> tuple[
     missing = torch.where(count > len(index), math.nan, 0.0)  # for all to see, should the list be too short
     rows.weight = _weights(rows, count) + missing
     with torch.autocast(scored.device.type, enabled=False):  # head.dtype has the last word
-        chunks = _Chunks(backend, head, rows, wanted)
+        chunks = _Chunks(backend, head, rows, wanted, missing)
         losses = chunks.losses(index, count)
         losses = (losses + missing).view(scored.shape)
         grads = list(chunks.grads())
@@ -190,7 +190,7 @@ def _weights(rows: Rows, count: Tensor) -> Tensor:
 class _Chunks:
     """The scored rows, a chunk of logits at a time: their losses, and the sums of their gradients."""
 
-    def __init__(self, backend: str, head: Head, rows: Rows, wanted: list[bool]) -> None:
+    def __init__(self, backend: str, head: Head, rows: Rows, wanted: list[bool], missing: Tensor) -> None:
         self.backend, self.head, self.rows = backend, head, dataclasses.replace(rows, ignore_index=IGNORE_NONE)
         self.hidden = head.hidden.reshape(-1, head.hidden.shape[-1])
         self.lm_head = None if head.lm_head is None else head.lm_head.to(head.dtype)
@@ -199,8 +199,10 @@ class _Chunks:
         num_rows, width = self.hidden.shape
         partial_sums = head.shard.group and head.lm_head is not None  # over this rank's ids
         dtype = self.exact if partial_sums else self.hidden.dtype
+        self.missing = missing  # 0, or NaN: the gradients where no row is multiplied
         # One row more than there are: what fills the list up goes there.
-        self.grad_hidden = self.hidden.new_zeros(num_rows + 1, width, dtype=dtype) if wanted[0] else None
+        shape = (num_rows + 1, width)
+        self.grad_hidden = self.hidden.new_empty(shape, dtype=dtype).fill_(missing) if wanted[0] else None
         self.grad_lm_head: Tensor | None = None  # until there is one
         self.grad_bias: Tensor | None = None
         self.tile: Tensor | None = None
@@ -219,7 +221,7 @@ class _Chunks:
             self.tile = self._fresh((length, self.head.num_states), self.head.dtype)
             if len(index) <= length:
                 self.sum_dtype = self.head.lm_head.dtype  # one chunk: nothing to sum up
-        for part in index.split(length):
+        for part in index.split(length) if len(index) else ():
             losses[part] = self._chunk(part)
         self.tile = None  # before gradients are copied into their type
         return losses[:-1]
@@ -260,7 +262,7 @@ class _Chunks:
 
     def _finished(self, total: Tensor | None, like: Tensor) -> Tensor:
         if total is None:
-            return torch.zeros_like(like)
+            return torch.empty_like(like).fill_(self.missing)
         if total.dtype == like.dtype:
             return total.view(like.shape)
         return self._fresh(like.shape, like.dtype).copy_(total.view(like.shape))

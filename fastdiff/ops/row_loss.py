@@ -180,7 +180,7 @@ def _on_gpu(
         if not functor.startswith("dse_uniform"):
             scored &= mask if mask is not None else xt == mask_index if xt is not None else True
         scale = 1 / scored.sum().clamp_min(1).double()
-    losses = z.new_empty(x0.shape, dtype=torch.float32)
+    losses = z.new_empty(x0.shape, dtype=torch.float32 if reduction == "none" else torch.float64)
     grad = z.new_empty(z.shape if with_grad else (0,))
     stats = z.new_empty((3, *x0.shape) if with_stats else (0,), dtype=torch.float32)
     if x0.numel():
@@ -189,7 +189,7 @@ def _on_gpu(
             losses, grad if with_grad else None, stats if with_stats else None,
             functor, mask_index, exclude_mask, ignore_index, scale_by_sigma, z_loss, z.shape[-1],
         )  # fmt: skip
-    loss = losses if reduction == "none" else losses.sum(dtype=torch.float64).float()
+    loss = losses if reduction == "none" else losses.sum().float()
     return loss, grad, stats
 
 
@@ -253,12 +253,15 @@ def _reference_loss(rows: Rows, x0: Tensor, scored: Tensor) -> Tensor:
     if rows.functor == "dce" or xt is None or sigma is None:
         loss = reference.dce(z, x0, scored, rows.mask_index if rows.exclude_mask else None, rows.z_loss)
         return loss if sigma is None else loss * torch.exp(-sigma) / -torch.expm1(-sigma)
+    if rows.functor == "dse_uniform_logits":
+        return reference.dse_uniform_logits(z, sigma, torch.where(scored, xt, 0), x0)
+    if rows.weight is not None:  # a weight of 0 leaves nothing of a finite score, though its exponential be infinite
+        z = torch.where((rows.weight != 0).unsqueeze(-1) | ~z.isfinite(), z, 0)
     if rows.scale_by_sigma:
         z = reference.scale_by_sigma(z, sigma, xt)
     if rows.functor == "dse_absorb":
         return reference.dse_absorb(z, sigma, xt, x0, rows.mask_index)
-    uniform = reference.dse_uniform if rows.functor == "dse_uniform" else reference.dse_uniform_logits
-    return uniform(z, sigma, torch.where(scored, xt, 0), x0)
+    return reference.dse_uniform(z, sigma, torch.where(scored, xt, 0), x0)
 
 
 def _reference_stats(rows: Rows) -> Tensor:

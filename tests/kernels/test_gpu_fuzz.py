@@ -1,8 +1,10 @@
-"""Random cases of the GPU backends: losses against the reference, masks bit for bit against the CPU kernels."""
+"""Random cases of the GPU backends: losses and laws from their definitions, masks bit for bit as the CPU kernels'."""
+
+from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
-from random_cases import CASES, check_dce, check_dse, check_masks, fuzz
+from random_cases import CASES, check_dce, check_dse, check_masks, check_reverse, fuzz
 
 FEWER = max(CASES // 20, 1)  # a case is interpreted, or may be compiled
 
@@ -23,3 +25,9 @@ def test_dse(backend, device, data):
 @given(st.data())
 def test_masks(backend, device, data):
     check_masks(data.draw, backend, "cpu", device)
+
+
+@fuzz(max(FEWER // 5, 1))
+@given(st.data())
+def test_reverse(backend, device, data):
+    check_reverse(data.draw, backend, Counter(), device)

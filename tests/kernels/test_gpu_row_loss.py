@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import LOSSES, assert_near, loss_and_grad, loss_of, problem
+from cases import LOSSES, assert_near, large_scores, largest_logits, loss_and_grad, loss_of, problem
 
-from fastdiff import dce_loss, dse_loss
+from fastdiff import dce_loss, dse_loss, linear_dse_loss
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 # "none" runs the kernel without and with gradient; the other two are one kernel, the second with a factor.
@@ -115,6 +115,31 @@ def test_non_finite_rows(value, backend, device):
     for name in ("dce_all", "absorb", "uniform"):
         got, expected = (loss_of(name, p, backend=b) for b in (backend, "reference"))
         torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in place"])
+@pytest.mark.parametrize("graph", ["absorb", "uniform"])
+def test_scores_that_leave_the_type_without_their_weight(graph, in_place, reduction, backend, device):
+    z, options, expected, slope = large_scores(graph, device=device)
+    if in_place:
+        lm_head = torch.eye(1000, device=device)
+        loss = linear_dse_loss(z.requires_grad_(), lm_head, backend=backend, reduction=reduction, **options)
+    else:
+        loss = dse_loss(z.requires_grad_(), backend=backend, reduction=reduction, **options)
+    torch.testing.assert_close(loss.cpu().sum(), expected.sum(), rtol=1e-5, atol=0)
+    (grad,) = torch.autograd.grad(loss.sum(), z)
+    torch.testing.assert_close(grad[:, 2:].cpu(), slope[:, None].expand(3, 998), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_logits_as_large_as_the_type(dtype, backend, device):
+    z, x0 = largest_logits(dtype, device)
+    results = []
+    for b in (backend, "reference"):
+        loss = dce_loss(z.requires_grad_(), x0, weight=0.25, exclude_mask=False, backend=b)
+        results.append((loss.detach(), torch.autograd.grad(loss.sum(), z)[0]))
+    torch.testing.assert_close(*results)
 
 
 def test_statistics(backend, device):

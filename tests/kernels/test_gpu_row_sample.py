@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from fastdiff import reverse_step
 from fastdiff.ops.row_sample import SampleRows, reverse_rows, row_sample
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -156,6 +157,18 @@ def test_rows_at_their_limits(backend, device):
     rows.z -= 300
     torch.testing.assert_close(both_rows(backend, rows, (0.0, 0.0, 0.0, 0.0)), likely, rtol=1e-4, atol=0)
     torch.testing.assert_close(both_rows(backend, rows, (0.1, 1.0, 0.0, 0.0)), stays)
+
+
+@pytest.mark.parametrize("xt", [0, 1])
+def test_the_other_of_two_states_though_its_logit_is_minus_infinity(xt, backend, device):
+    z = torch.full((4, 8, 2), -torch.inf, device=device)
+    z[..., xt] = 0
+    tokens = torch.full((4, 8), xt, device=device)
+    options = dict(graph="uniform", parametrization="logits", seed=3, temperature=0.0)
+    drawn = reverse_step(z, tokens, 20.0, sigma_next=10.0, backend=backend, **options)
+    expected = reverse_step(z, tokens, 20.0, sigma_next=10.0, backend="reference", **options)
+    assert torch.equal(drawn, expected)
+    assert (drawn != xt).any()
 
 
 def test_rows_without_a_law_are_nan(backend, device):

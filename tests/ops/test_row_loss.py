@@ -1,11 +1,13 @@
 """The compiled row losses against the reference: values, gradients, shapes, layouts, bad input."""
 
 import copy
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LOSSES, TOLERANCE, assert_near, loss_and_grad, loss_of, problem
+from cases import LOSSES, TOLERANCE, assert_near, large_scores, largest_logits, loss_and_grad, loss_of, problem
+from exact import EXTENDED, dse_uniform_logits
 from torch.utils.checkpoint import checkpoint
 
 import fastdiff
@@ -250,6 +252,48 @@ def test_non_finite_scores_as_the_reference():
             for name in ("absorb", "uniform"):
                 got, expected = (loss_of(name, p, backend=b) for b in ("cpu", "reference"))
                 torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("graph", ["absorb", "uniform"])
+def test_scores_that_leave_the_type_without_their_weight(graph, dtype, backend):
+    z, options, expected, slope = large_scores(graph, dtype)
+    loss = dse_loss(z.requires_grad_(), backend=backend, **options)
+    torch.testing.assert_close(loss, expected.to(dtype), rtol=1e-5, atol=0)
+    (grad,) = torch.autograd.grad(loss.sum(), z)
+    torch.testing.assert_close(grad[:, 2:], slope.to(dtype)[:, None].expand(3, 998), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_logits_as_large_as_the_type(dtype, backend):
+    z, x0 = largest_logits(dtype)
+    loss = dce_loss(z.requires_grad_(), x0, weight=0.25, exclude_mask=False, backend=backend)
+    expected = 0.25 * torch.tensor([math.log(9), 0, 2 * torch.finfo(dtype).max + math.log(8)], dtype=torch.float64)
+    torch.testing.assert_close(loss, expected.float())
+    (grad,) = torch.autograd.grad(loss.sum(), z)
+    here = F.one_hot(x0, 9)
+    p = torch.stack([torch.full((9,), 1 / 9), here[1], (1 - here[2]) / 8])
+    torch.testing.assert_close(grad, (0.25 * (p - here)).to(dtype))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_conditionals_far_from_x0_in_the_uniform_graph(backend):
+    """In float64, where next to nothing is noised and x0 is next to impossible."""
+    z, sigma, xt, x0 = (
+        torch.zeros(1, 27, dtype=torch.float64),
+        torch.tensor([1e-8]),
+        torch.tensor([3]),
+        torch.tensor([5]),
+    )
+    z[0, 5] = -20
+    loss = dse_loss(z.requires_grad_(), sigma, xt, x0, graph="uniform", parametrization="logits", backend=backend)
+    (grad,) = torch.autograd.grad(loss.sum(), z)
+    rows = (x.detach().double().numpy().astype(EXTENDED) for x in (z, sigma))
+    expected = dse_uniform_logits(*rows, xt.numpy(), x0.numpy())
+    torch.testing.assert_close(loss.detach(), torch.from_numpy(expected.loss.astype(float)), rtol=1e-13, atol=0)
+    torch.testing.assert_close(grad, torch.from_numpy(expected.grad.astype(float)), rtol=1e-13, atol=0)
 
 
 def test_reductions_weights_and_num_items():
