@@ -57,7 +57,7 @@ def test_other_proposals(x: Tensor, proposal: str, num_samples: int) -> None:
 
 
 @each_proposal
-@pytest.mark.parametrize(("x", "tolerance"), [(CERTAIN, 0.3), (ODD, 6.0)], ids=["certain", "odd"])
+@pytest.mark.parametrize(("x", "tolerance"), [(CERTAIN, 1.5), (ODD, 12.0)], ids=["certain", "odd"])
 def test_tolerances(x: Tensor, tolerance: float, proposal: str) -> None:
     """How many passes are made depends on a pilot, and the estimate on nothing of it."""
     options = dict(mask_index=2, num_samples=5, tolerance=tolerance, max_samples=20, proposal=proposal)
