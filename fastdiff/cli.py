@@ -133,7 +133,7 @@ def evaluate(
     num_samples: Annotated[int, typer.Option(help="network passes for each of them")] = 64,
     tolerance: Annotated[
         float | None,
-        typer.Option(help="bits per byte: passes until each text's interval is within +- this"),
+        typer.Option(help="bits per byte: as many passes as each text's interval should take to be within +- this"),
     ] = None,
     proposal: Annotated[str, typer.Option(help="stratified, systematic, uniform or harmonic")] = "stratified",
     seed: Annotated[int, typer.Option(help="of the masks")] = 0,
@@ -185,6 +185,8 @@ def evaluate(
             )
         rows[name] = _row(estimate)
     _show_rows(rows, f"{run}, windows of {length} bytes, {proposal}")
+    if missed := [name for name, row in rows.items() if tolerance is not None and _masking(row) > tolerance]:
+        typer.echo(f"wider than ± {tolerance} bits per byte: {', '.join(missed)}; try more --num-samples", err=True)
     if json_file is not None:
         write_atomically(json_file, json.dumps(rows, indent=1).encode() + b"\n")
 
@@ -243,7 +245,6 @@ def _show_rows(rows: dict[str, dict[str, Any]], title: str) -> None:
     ):
         table.add_column(column, justify="left" if column == "text" else "right")
     for name, row in rows.items():
-        half = (row["bits_per_byte_interval"][1] - row["bits_per_byte_interval"][0]) / 2
         spread = row["bits_per_byte_sd_between_windows"]
         table.add_row(
             name,
@@ -251,11 +252,17 @@ def _show_rows(rows: dict[str, dict[str, Any]], title: str) -> None:
             f"{row['network_passes']}",
             f"{row['nll']:.1f}",
             f"{row['bits_per_byte']:.4f}",
-            f"{half:.4f}",
+            f"{_masking(row):.4f}",
             f"{row['perplexity']:.3f}",
             "one window" if spread is None else f"{_half(spread / math.sqrt(row['windows']), row['windows']):.4f}",
         )
     Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def _masking(row: dict[str, Any]) -> float:
+    """Half of the 95% interval of a text's bits per byte that masking leaves open."""
+    low, high = row["bits_per_byte_interval"]
+    return (high - low) / 2
 
 
 def _half(stderr: float, n: int) -> float:

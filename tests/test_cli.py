@@ -242,7 +242,7 @@ def test_user_errors_are_one_line(folder, capsys, monkeypatch):
     if not torch.cuda.is_available():
         expect(f"train --data text.txt --out run {SMALL} --device cuda", "device: 'cuda' cannot be used here: ")
     expect(f"train --data text.txt --out run {SMALL} --length 0", "length: expected at least 1, got 0")
-    expect(f"train --data text.txt --out run {SMALL} --seed {2**63}", "seed: expected an integer of at least 0")
+    expect(f"train --data text.txt --out run {SMALL} --seed {2**63}", "seed: expected a number below 2^63")
     expect(f"train --data text.txt --out run {SMALL} --length 60", "eval_every: expected 2 held-out sequences")
     (folder / "random.bin").write_bytes(b"\xff" * 2000)
     expect(f"train --data random.bin --out run {SMALL}", "data: expected UTF-8 text, found none in random.bin")

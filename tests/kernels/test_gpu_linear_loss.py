@@ -51,7 +51,7 @@ def test_parts_of_a_row(name, backend, device):
             row_loss_ = getattr(torch.ops.fastdiff.row_loss_, b)
             before = row_loss_(*tensors, *constants, 3 * num_states, False)
             losses = row_loss_(*tensors, *constants, 3 * num_states, True)
-            torch.testing.assert_close(losses, before, equal_nan=True)
+            torch.testing.assert_close(losses, before, rtol=1.3e-6, atol=1e-5, equal_nan=True)  # float32 terms
             results.append((losses.cpu(), tensors[0].cpu()))
         for got, expected in zip(*results, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
