@@ -78,7 +78,7 @@ def test_bad_arguments_take_no_seed():
             lambda: fastdiff.mask_tokens(X0, torch.ones(3), mask_index=M),
             lambda: fastdiff.corrupt(X0, -SIGMA, Uniform(V)),
         ):
-            with pytest.raises(ValueError, match="counts|p|sigma"):
+            with pytest.raises(ValueError, match=r"counts|p|sigma"):
                 call()
 
     assert not is_touched(refused)
