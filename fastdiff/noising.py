@@ -69,9 +69,10 @@ def mask_tokens(
     Raises:
         ValueError, TypeError: an argument does not fit, or (on the CPU) p is outside [0, 1].
     """
-    names = _check(x0, mask_index, maskable, seed, step, sample_ids, generator)
+    rows = _check(x0, mask_index, maskable)
     p = per_token("p", p, x0.shape, x0.device)
     if uniforms is None:
+        names = _names(rows, seed, step, sample_ids, generator)
         return Masked(*ops.mask_tokens(x0.long().contiguous(), p, _contiguous(maskable), names, mask_index, backend))
     check_tensor("uniforms", uniforms)
     if uniforms.shape != x0.shape or not uniforms.is_floating_point():
@@ -107,8 +108,9 @@ def mask_exactly(
     Raises:
         ValueError, TypeError: an argument does not fit, or (on the CPU) a count is out of range.
     """
-    names = _check(x0, mask_index, maskable, seed, step, sample_ids, generator, cu_seqlens)
-    check_tokens("counts", counts, names[1].shape, x0.device)
+    rows = _check(x0, mask_index, maskable, cu_seqlens)
+    check_tokens("counts", counts, rows.shape, x0.device)
+    names = _names(rows, seed, step, sample_ids, generator)
     x0, counts = x0.long().contiguous(), counts.long().contiguous()
     sequences = _contiguous(maskable), _offsets(cu_seqlens)
     return Masked(*ops.mask_exactly(x0, counts, *sequences, names, mask_index, backend))
@@ -139,7 +141,7 @@ def harmonic_mask(
     Raises:
         ValueError, TypeError: an argument does not fit, or (on the CPU) a sequence has no maskable position.
     """
-    names = _check(x0, mask_index, maskable, seed, step, sample_ids, generator, cu_seqlens)
+    names = _names(_check(x0, mask_index, maskable, cu_seqlens), seed, step, sample_ids, generator)
     sequences = _contiguous(maskable), _offsets(cu_seqlens)
     return HarmonicMask(*ops.harmonic_mask(x0.long().contiguous(), *sequences, names, mask_index, backend))
 
@@ -211,12 +213,12 @@ def corrupt(
     """
     if getattr(graph, "name", None) not in ("absorb", "uniform"):
         raise TypeError(f"graph: expected Absorbing or Uniform, got {graph!r}")
-    names = _check(x0, 0, None, seed, step, sample_ids, generator)
+    rows = _check(x0, 0, None)
     sigma = per_token("sigma", sigma, x0.shape, x0.device)
     if values_are_checked(x0.device):
         check_values("sigma", sigma, ~((sigma >= 0) & sigma.isfinite()), "finite numbers >= 0")
         check_values("x0", x0, (x0 < 0) | (x0 >= graph.num_states), f"ids in [0, {graph.num_states})")
-    p, x0 = -torch.expm1(-sigma), x0.long().contiguous()
+    p, x0, names = -torch.expm1(-sigma), x0.long().contiguous(), _names(rows, seed, step, sample_ids, generator)
     if graph.mask_index is None:
         return ops.uniform_tokens(x0, p, names, graph.num_states, backend)
     return ops.mask_tokens(x0, p, None, names, graph.mask_index, backend)[0]
@@ -279,16 +281,8 @@ def resolve_seed(seed: int | Tensor | None, generator: torch.Generator | None, d
     return torch.full((), check_integer("seed", seed), dtype=torch.int64, device=device or "cpu")
 
 
-def _check(
-    x0: Tensor,
-    mask_index: int,
-    maskable: Tensor | None,
-    seed: int | Tensor | None,
-    step: int | Tensor,
-    sample_ids: Tensor | None,
-    generator: torch.Generator | None,
-    cu_seqlens: Tensor | None = None,
-) -> ops.Names:
+def _check(x0: Tensor, mask_index: int, maskable: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Something of each sequence, [B], for `_names`."""
     check_tokens("x0", x0, None)
     if cu_seqlens is None and (x0.dim() != 2 or x0.shape[1] == 0):
         raise ValueError(f"x0: expected shape [B, L] with L >= 1, got {tuple(x0.shape)}")
@@ -302,7 +296,7 @@ def _check(
         raise ValueError(f"mask_index: expected an id >= 0 (the vocabulary size is not known here), got {mask_index}")
     if maskable is not None:
         check_bool("maskable", maskable, x0.shape, x0.device)
-    return _names(x0[:, 0] if cu_seqlens is None else cu_seqlens[1:], seed, step, sample_ids, generator)
+    return x0[:, 0] if cu_seqlens is None else cu_seqlens[1:]
 
 
 def _names(

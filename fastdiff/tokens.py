@@ -81,7 +81,8 @@ def sample_tokens(  # type: ignore[misc]  # the overloads only tell apart what c
         BackendUnavailable: the backend named cannot run here.
     """
     check_rows("logits", logits)
-    rows = token_rows(logits, xt, mask, mask_index, exclude_mask, exclude, (seed, step, sample_ids, generator))
+    names = _names(temperature, seed, step, sample_ids, generator)
+    rows = token_rows(logits, xt, mask, mask_index, exclude_mask, exclude, names)
     _set_law(rows, temperature, top_k, top_p, return_stats)
     return _result(row_sample(rows, backend), return_stats)
 
@@ -117,7 +118,8 @@ def linear_sample_tokens(
     if lm_head.dim() != 2 or lm_head.shape[1] != hidden.shape[-1]:
         raise ValueError(f"lm_head: expected shape [V, D={hidden.shape[-1]}], got {tuple(lm_head.shape)}")
     z = hidden.new_empty(()).expand(*hidden.shape[:-1], len(lm_head))
-    rows = token_rows(z, xt, mask, mask_index, exclude_mask, exclude, (seed, step, sample_ids, generator))
+    names = _names(temperature, seed, step, sample_ids, generator)
+    rows = token_rows(z, xt, mask, mask_index, exclude_mask, exclude, names)
     _set_law(rows, temperature, top_k, top_p, return_stats)
     whole = Drawn(
         rows.xt.clone(), rows.xt.clone(), torch.zeros(3, *rows.xt.shape, dtype=torch.float32, device=xt.device)
@@ -130,6 +132,17 @@ def linear_sample_tokens(
         if return_stats:
             whole.argmax[at], whole.stats[:, at[0], at[1]] = drawn.argmax, drawn.stats
     return _result(whole, return_stats)
+
+
+def _names(
+    temperature: float,
+    seed: int | Tensor | None,
+    step: int | Tensor,
+    sample_ids: Tensor | None,
+    generator: torch.Generator | None,
+) -> Names:
+    """At temperature 0 nothing is drawn, so that no generator is asked for a seed."""
+    return (0, step, sample_ids, None) if temperature == 0 and seed is None else (seed, step, sample_ids, generator)
 
 
 def token_rows(

@@ -1,17 +1,30 @@
 """Stand-ins for the codebases that fastdiff drops into: what each computes at its seam, in plain PyTorch.
 
-Given a folder of their checkouts in FASTDIFF_CHECKOUTS, the real code is used where it can be imported.
+Given a folder of their checkouts in FASTDIFF_CHECKOUTS, each under the name of its file here, the real code is used.
 """
 
 import importlib
 import os
 import sys
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+
+NEEDS = {  # beside torch and, where a version matters, transformers
+    "bd3lm": "datasets einops hydra-core lightning omegaconf timm torchvision",
+    "dllm": "transformers==4.57.0 accelerate==1.11.0 datasets==4.2.0 peft==0.17.1 lm-eval==0.4.9 trl==0.24.0 tyro",
+    "duo": "datasets einops hydra-core lightning omegaconf timm torchvision",
+    "mdlm": "datasets einops hydra-core lightning omegaconf timm torchvision",
+    "radd": "einops omegaconf",
+    "sedd": "einops omegaconf",
+}
+ON_GPUS = ("causal_conv1d", "flash_attn", "mamba_ssm")  # cannot be installed without one, and no seam calls them
 
 
 @dataclass
@@ -41,18 +54,45 @@ def problem(batch: int, length: int, num_states: int, seed: int = 0) -> Problem:
     return Problem(x0, xt, moved, t, -torch.log1p(-t), 1 / (1 - t), num_states)
 
 
-def checkout(name: str, module: str) -> ModuleType | None:
-    """A module of the checkout of this name, or None where there is none. Another checkout may have modules of the same
-    names, so those of this one are not left where an import would find them."""
-    folder = os.environ.get("FASTDIFF_CHECKOUTS")
-    if folder is None or not (path := Path(folder) / name).is_dir():
-        return None
-    sys.path.insert(0, str(path))
+def published(name: str, *modules: str) -> dict[str, ModuleType]:
+    """The modules of a codebase, by their names: those of its checkout, or its stand-in for each of them.
+
+    Other checkouts have modules of the same names, so that these are not left where an import would find them.
+    """
+    folder = Path(os.environ.get("FASTDIFF_CHECKOUTS", "")).resolve() / name
+    if "FASTDIFF_CHECKOUTS" not in os.environ or not folder.is_dir():
+        return dict.fromkeys(modules, sys.modules[f"standins.{name}"])
     before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    sys.meta_path.append(_Uncalled)
     try:
-        return importlib.import_module(module)
+        return {module: importlib.import_module(module) for module in modules}
+    except ImportError as error:
+        raise ImportError(f"{folder}: {error}; pip install {NEEDS.get(name, '')}") from error
     finally:
-        sys.path.remove(str(path))
+        sys.path.remove(str(folder))
+        sys.meta_path.remove(_Uncalled)
         for new in set(sys.modules) - before:
-            if str(getattr(sys.modules[new], "__file__", "")).startswith(str(path)):
+            path = str(getattr(sys.modules[new], "__file__", ""))
+            if path.startswith(str(folder)) or _Uncalled.find_spec(new):
                 del sys.modules[new]
+
+
+class _Uncalled:
+    """Finds something to import for packages that only GPUs have."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, _Uncalled, is_package=True) if name.partition(".")[0] in ON_GPUS else None
+
+    @staticmethod
+    def create_module(spec: ModuleSpec) -> Any:
+        return mock.MagicMock()
+
+    @staticmethod
+    def exec_module(module: Any) -> None:
+        pass
+
+
+def is_real(module: ModuleType) -> bool:
+    return not module.__name__.startswith("standins.")

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastdiff.integrations import bd3lm
-from standins import Problem, checkout, mdlm
-from standins.sedd import default_dtype, sample_categorical
+from standins import Problem, is_real, mdlm, published
+from standins.sedd import default_dtype
+from standins.sedd import sample_categorical as _sample_categorical
 
 
 class LogLinearNoise:
@@ -28,7 +29,7 @@ class LogLinearNoise:
         return -1 / t, t
 
 
-class Diffusion(mdlm.Diffusion):
+class Diffusion(mdlm.StandIn):
     def _process_sigma(self, sigma: Tensor) -> Tensor:
         sigma = sigma.mean(-1)
         return sigma if self.time_conditioning else torch.zeros_like(sigma)
@@ -83,12 +84,15 @@ class Diffusion(mdlm.Diffusion):
             p_x0 = log_p.double()[:, -self.block_size :].exp()
         q_xs = p_x0 * (1 - stay)
         q_xs[:, :, self.mask_index] = stay.squeeze(-1)
-        block = torch.where(block != self.mask_index, block, sample_categorical(q_xs))
+        block = torch.where(block != self.mask_index, block, _sample_categorical(q_xs))
         if kv_cache and self.mask_index not in block:
             self.forward(block, sigma_t, sample_mode=True, store_kv=True)
         x_new = torch.cat((x[:, : -self.block_size], block), -1)
         return (p_x0 if torch.equal(x_new, x) else None), x_new
 
+
+PUBLISHED = published("bd3lm", "diffusion")
+Diffusion = PUBLISHED["diffusion"].Diffusion
 
 SETTINGS = dict(
     noise=LogLinearNoise(),
@@ -111,9 +115,7 @@ def given(cls: type, num_states: int, **attributes: Any) -> Any:
 
 def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
     """SUBS with a time for each block, SUBS weighted as in MDLM, and SEDD's loss; the real code needs a copy of z."""
-    real = checkout("bd3lm", "diffusion")
-    published = real.Diffusion if real else Diffusion
-    ours = type("Ours", (published,), {"_forward_pass_diffusion": bd3lm.Diffusion._forward_pass_diffusion})
+    ours = type("Ours", (Diffusion,), {"_forward_pass_diffusion": bd3lm.Diffusion._forward_pass_diffusion})
     blocks = (p.t[:, None] + 0.37 * (torch.arange(p.x0.shape[1]) // 4)) % 0.9 + 0.05
     config = SimpleNamespace(**vars(SETTINGS["config"]) | dict(model=SimpleNamespace(length=p.x0.shape[1])))
 
@@ -124,12 +126,14 @@ def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[T
                     cls,
                     p.num_states,
                     config=config,
-                    backbone=lambda x, sigma, **flags: z.clone() if real and cls is published else z,
+                    backbone=lambda x, sigma, **flags: (
+                        z.clone() if is_real(PUBLISHED["diffusion"]) and cls is Diffusion else z
+                    ),
                     q_xt=lambda x0, move_chance, **clip: p.xt.clone(),
                     _sample_t=lambda *_, **__: t.to(torch.get_default_dtype()),
                     **options,
                 )
-                return mdlm.Diffusion._loss(diffusion, p.x0, torch.ones_like(p.x0))
+                return mdlm.loss_per_token(diffusion, p.x0, torch.ones_like(p.x0))
 
         return of
 
@@ -138,4 +142,4 @@ def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[T
         "subs_mdlm_loss_scale": dict(t=p.t[:, None], mdlm_loss_scale=True, cross_attn=False),
         "sedd": dict(t=p.t[:, None], parameterization="sedd", cross_attn=False),
     }
-    return {name: (loss(published, **options), loss(ours, **options)) for name, options in settings.items()}
+    return {name: (loss(Diffusion, **options), loss(ours, **options)) for name, options in settings.items()}

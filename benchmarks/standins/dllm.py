@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.integrations import dllm
-from standins import Problem, checkout
+from standins import Problem, published
 
 
-class _LinearAlphaScheduler:
+class LinearAlphaScheduler:
     """alpha = 1 - t; the weight is -alpha' / (1 - alpha + 1e-6)."""
 
     def __call__(self, t: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ class _LinearAlphaScheduler:
         return 1 / (1 - self(t) + 1e-6)
 
 
-class _MDLMTrainer:
+class MDLMTrainer:
     def _preprocess_inputs(self, inputs):
         """Where logits are shifted, a BOS that is never masked comes first, unless something like it does."""
         if not self.right_shift_logits or (inputs["labels"][:, 0] == -100).all():
@@ -72,7 +72,7 @@ class _MDLMTrainer:
         return (nll.sum(), outputs) if return_outputs else nll.sum()
 
 
-class _BD3LMTrainer(_MDLMTrainer):
+class BD3LMTrainer(MDLMTrainer):
     def _forward(self, model, xt, inputs):
         """Noised tokens, then clean ones; who sees whom is a [2 L, 2 L] mask."""
         (batch, length), size = xt.shape, self.block_size
@@ -92,10 +92,9 @@ class _BD3LMTrainer(_MDLMTrainer):
         return super().compute_loss(model, inputs, return_outputs, **kwargs)
 
 
-_trainers, _schedulers = checkout("dllm", "dllm.core.trainers"), checkout("dllm", "dllm.core.schedulers")
-MDLMTrainer = _trainers.MDLMTrainer if _trainers else _MDLMTrainer
-BD3LMTrainer = _trainers.BD3LMTrainer if _trainers else _BD3LMTrainer
-LinearAlphaScheduler = _schedulers.LinearAlphaScheduler if _schedulers else _LinearAlphaScheduler
+PUBLISHED = published("dllm", "dllm.core.trainers", "dllm.core.schedulers")
+MDLMTrainer, BD3LMTrainer = PUBLISHED["dllm.core.trainers"].MDLMTrainer, PUBLISHED["dllm.core.trainers"].BD3LMTrainer
+LinearAlphaScheduler = PUBLISHED["dllm.core.schedulers"].LinearAlphaScheduler
 
 
 class Meter:
@@ -149,7 +148,7 @@ def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[T
         return lambda z: loss(kind.compute_loss, z), lambda z: loss(compute_loss, z)
 
     length = p.x0.shape[1]
-    mdlm, bd3lm = (MDLMTrainer, dllm.mdlm_compute_loss), (BD3LMTrainer, dllm.bd3lm_compute_loss)
+    mdlm, bd3lm = (MDLMTrainer, dllm.MDLMTrainer.compute_loss), (BD3LMTrainer, dllm.BD3LMTrainer.compute_loss)
     return {
         "MDLM": pair(*mdlm, length),
         "MDLM, per sequence": pair(*mdlm, length, loss_norm_type="sequence"),

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.integrations import dream
-from standins import Problem, checkout
+from standins import Problem, published
 
 
-def _context_adaptive_reweight(seq_len, distribution="symmetric-geometric", **kwargs):
+def context_adaptive_reweight(seq_len, distribution="symmetric-geometric", **kwargs):
     """Half a geometric law of the distance, for every pair of positions, [L, L]."""
     p, at = kwargs.get("cart_p", 0.8), torch.arange(seq_len)
     distance = (at[:, None] - at[None, :]).abs()
     return (math.log(p) + (distance - 1) * math.log(1 - p)).exp().mul(0.5).masked_fill(distance == 0, 0)
 
 
-_released = checkout("dream", "instruct.src.diffllm.train_utils")
-context_adaptive_reweight = _released.context_adaptive_reweight if _released else _context_adaptive_reweight
+RELEASED = published("dream", "instruct.src.diffllm.train_utils")["instruct.src.diffllm.train_utils"]
+context_adaptive_reweight = RELEASED.context_adaptive_reweight
 
 
 def cart_weight(masked_mask, t, p=0.3):

@@ -9,22 +9,50 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.integrations import duo
-from standins import Problem, checkout
+from standins import Problem, published
 from standins.sedd import sample_categorical
 
 
-class DUO_BASE:
+class Diffusion:
     """Attributes are those of the codebase: backbone, noise, vocab_size and so on."""
 
+    def _loss(
+        self,
+        x0: Tensor,
+        labels: Tensor | None,
+        valid_tokens: Tensor,
+        current_accumulation_step: int | None = None,
+        train_mode: bool = False,
+    ) -> Any:
+        nlls = self.nll(x0, labels, None, current_accumulation_step, train_mode) * valid_tokens
+        return SimpleNamespace(loss=nlls.sum() / valid_tokens.sum())
+
+    def nll(
+        self,
+        x0: Tensor,
+        labels: Tensor | None,
+        output_tokens: None,
+        current_accumulation_step: int | None = None,
+        train_mode: bool = False,
+    ) -> Tensor:
+        dalpha_t, alpha_t = (value[:, None] for value in self.noise(self._sample_t(len(x0), current_accumulation_step)))
+        xt = self.q_xt(x0, alpha_t)
+        log_x_theta = self.forward(xt, self._sigma_from_alphat(alpha_t), labels)
+        if torch.isnan(log_x_theta).any():
+            print("model_output", log_x_theta)
+        return self.nll_per_token(log_x_theta, xt, x0, alpha_t, dalpha_t)
+
+    def forward(self, xt: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        model_output = self.backbone(x=xt, sigma=sigma.mean(-1), class_cond=labels)
+        return self._process_model_output(model_output=model_output, xt=xt, sigma=sigma)
+
+
+class DUO_BASE(Diffusion):
     def _sigma_from_alphat(self, alpha_t: Tensor) -> Tensor:
         return -torch.log(alpha_t)
 
     def _process_model_output(self, model_output: Tensor, xt: Tensor, sigma: Tensor) -> Tensor:
         return model_output.log_softmax(-1)
-
-    def forward(self, xt: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        model_output = self.backbone(x=xt, sigma=sigma.mean(-1), class_cond=labels)
-        return self._process_model_output(model_output=model_output, xt=xt, sigma=sigma)
 
     def nll_per_token(
         self,
@@ -69,6 +97,10 @@ class DUO_BASE:
         return p_x0, sample_categorical(self._posterior_from_x0(p_x0, x, alpha_s, alpha_t))
 
 
+PUBLISHED = published("duo", "algo", "trainer_base")
+DUO_BASE = PUBLISHED["algo"].DUO_BASE
+
+
 class Backbone:
     """What a network in training says, whatever it is asked."""
 
@@ -90,6 +122,11 @@ def given(cls: type, num_states: int, **attributes: Any) -> Any:
         time_conditioning=True,
         p_nucleus=1.0,
         vocab_size=num_states,
+        T=0,
+        ignore_bos=False,
+        loss_type="elbo",
+        _dtype=torch.float32,
+        _device=torch.device("cpu"),
     )
     made = cls.__new__(cls)
     made.__dict__.update(settings | attributes)
@@ -98,21 +135,21 @@ def given(cls: type, num_states: int, **attributes: Any) -> Any:
 
 def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
     """The NELBO of a token, with the model's log_softmax and the look for NaN that comes before the loss."""
-    real = checkout("duo", "algo")
-    published = real.DUO_BASE if real else DUO_BASE
-    swapped = {name: getattr(duo.DUO_BASE, name) for name in ("nll_per_token", "_process_model_output")}
+    ours = type("Ours", (DUO_BASE,), {n: f for n, f in vars(duo.DUO_BASE).items() if callable(f)})
 
     def loss(cls: type) -> Callable[[Tensor], Tensor]:
         def of(z: Tensor) -> Tensor:
-            alpha_t = torch.exp(-p.sigma)[:, None].to(torch.promote_types(z.dtype, torch.float32))
-            diffusion = given(cls, p.num_states, backbone=Backbone(z))
-            log_x_theta = diffusion._process_model_output(model_output=z, xt=p.moved, sigma=p.sigma)
-            if torch.isnan(log_x_theta).any():
-                print("model_output", log_x_theta)
-            return diffusion.nll_per_token(
-                log_x_theta, p.moved, p.x0, alpha_t, dalpha_t=-torch.ones_like(alpha_t)
-            ).mean()
+            alpha_t = torch.exp(-p.sigma).to(torch.promote_types(z.dtype, torch.float32))
+            diffusion = given(
+                cls,
+                p.num_states,
+                backbone=Backbone(z),
+                noise=lambda t: (-torch.ones_like(alpha_t), alpha_t),
+                _sample_t=lambda n, step: p.t,
+                q_xt=lambda x0, alpha_t: p.moved,
+            )
+            return diffusion._loss(p.x0, None, torch.ones_like(p.x0)).loss
 
         return of
 
-    return {"nelbo": (loss(published), loss(type("Ours", (published,), swapped)))}
+    return {"nelbo": (loss(DUO_BASE), loss(ours))}

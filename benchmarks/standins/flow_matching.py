@@ -1,32 +1,37 @@
 """flow_matching: the generalised KL of its discrete paths, with a path and a scheduler."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 from fastdiff.integrations import flow_matching
-from standins import Problem, checkout
+from standins import Problem, published
 
 
-class _PolynomialConvexScheduler:
+class SchedulerOutput(NamedTuple):
+    alpha_t: Tensor
+    d_alpha_t: Tensor
+
+
+class PolynomialConvexScheduler:
     """alpha = t^n."""
 
     def __init__(self, n):
         self.n = n
 
     def __call__(self, t):
-        return SimpleNamespace(alpha_t=t**self.n, d_alpha_t=self.n * t ** (self.n - 1))
+        return SchedulerOutput(alpha_t=t**self.n, d_alpha_t=self.n * t ** (self.n - 1))
 
 
-class _MixtureDiscreteProbPath:
+class MixtureDiscreteProbPath:
     def __init__(self, scheduler):
         self.scheduler = scheduler
 
 
-class _MixturePathGeneralizedKL(_Loss):
+class MixturePathGeneralizedKL(_Loss):
     def __init__(self, path, reduction="mean"):
         super().__init__(None, None, reduction)
         self.path = path
@@ -48,18 +53,18 @@ class _MixturePathGeneralizedKL(_Loss):
         return loss.mean() if self.reduction == "mean" else loss.sum()
 
 
-_loss, _path = checkout("flow_matching", "flow_matching.loss"), checkout("flow_matching", "flow_matching.path")
-MixturePathGeneralizedKL = _loss.MixturePathGeneralizedKL if _loss else _MixturePathGeneralizedKL
-MixtureDiscreteProbPath = _path.MixtureDiscreteProbPath if _path else _MixtureDiscreteProbPath
-PolynomialConvexScheduler = _path.scheduler.PolynomialConvexScheduler if _path else _PolynomialConvexScheduler
+PUBLISHED = published("flow_matching", *(f"flow_matching{part}" for part in ("", ".loss", ".path", ".path.scheduler")))
+MixturePathGeneralizedKL = PUBLISHED["flow_matching.loss"].MixturePathGeneralizedKL
+MixtureDiscreteProbPath = PUBLISHED["flow_matching.path"].MixtureDiscreteProbPath
+PolynomialConvexScheduler = PUBLISHED["flow_matching.path.scheduler"].PolynomialConvexScheduler
 
 
 def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
     path = MixtureDiscreteProbPath(PolynomialConvexScheduler(2.0))
-    published, ours = MixturePathGeneralizedKL(path), flow_matching.MixturePathGeneralizedKL(path)
+    theirs, ours = MixturePathGeneralizedKL(path), flow_matching.MixturePathGeneralizedKL(path)
 
     def pair(x_t: Tensor):
         arguments = (p.x0, x_t, (1 - p.t).sqrt().float())  # so that a share t is noise
-        return lambda z: published(z, *arguments), lambda z: ours(z, *arguments)
+        return lambda z: theirs(z, *arguments), lambda z: ours(z, *arguments)
 
     return {"uniform source": pair(p.moved), "mask source": pair(p.xt)}

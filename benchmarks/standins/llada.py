@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.integrations import llada
-from standins import Problem, checkout
+from standins import Problem, published
 
 
 def pretraining_loss(logits: Tensor, input_ids: Tensor, masked_indices: Tensor, p_mask: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def _guided(model: Any, xt: Tensor, given: Tensor, cfg_scale: float, mask_id: in
     return un + (cfg_scale + 1) * (cond - un)
 
 
-def _get_log_likelihood(model, prompt, answer, mc_num=128, batch_size=16, cfg_scale=0.0, mask_id=126336):
+def get_log_likelihood(model, prompt, answer, mc_num=128, batch_size=16, cfg_scale=0.0, mask_id=126336):
     """Counts at equal distances from a random start, rounded; one batch of them at a time."""
     x0 = torch.cat([prompt, answer]).expand(batch_size, -1)
     given, length, losses = torch.arange(x0.shape[1]) < len(prompt), len(answer), []
@@ -54,7 +54,7 @@ def _get_log_likelihood(model, prompt, answer, mc_num=128, batch_size=16, cfg_sc
 
 
 @torch.no_grad()
-def _generate(
+def generate(
     model,
     prompt,
     attention_mask=None,
@@ -101,9 +101,9 @@ def _generate(
     return x
 
 
-_likelihood, _sampler = checkout("llada", "get_log_likelihood"), checkout("llada", "generate")
-get_log_likelihood = _likelihood.get_log_likelihood if _likelihood else _get_log_likelihood
-generate = _sampler.generate if _sampler else _generate
+PUBLISHED = published("llada", "generate", "get_log_likelihood")
+get_log_likelihood = PUBLISHED["get_log_likelihood"].get_log_likelihood
+generate = PUBLISHED["generate"].generate
 
 
 def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:

@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdiff.integrations import mdlm
-from standins import Problem, checkout
-from standins.sedd import default_dtype, expm1_sigma, sample_categorical
+from standins import Problem, is_real, published
+from standins.sedd import default_dtype, expm1_sigma
+from standins.sedd import sample_categorical as _sample_categorical
 
 
 class Diffusion:
@@ -73,10 +75,6 @@ class Diffusion:
             return log_p * torch.log1p(-torch.exp(-self.noise.sigma_min))
         return -log_p * (dsigma / torch.expm1(sigma))[:, None]
 
-    def _loss(self, x0: Tensor, attention_mask: Tensor) -> Tensor:
-        """Per token that is no padding."""
-        return (self._forward_pass_diffusion(x0) * attention_mask).sum() / attention_mask.sum()
-
     def _ddpm_caching_update(
         self, x: Tensor, t: Tensor, dt: float, p_x0: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -87,10 +85,15 @@ class Diffusion:
             p_x0 = self.forward(x, sigma_t).exp()
         q_xs = p_x0 * (move_t - move_s)
         q_xs[:, :, self.mask_index] = move_s[:, :, 0]
-        return p_x0, torch.where(x != self.mask_index, x, sample_categorical(q_xs))
+        return p_x0, torch.where(x != self.mask_index, x, _sample_categorical(q_xs))
+
+
+PUBLISHED, StandIn = published("mdlm", "diffusion"), Diffusion
+Diffusion = PUBLISHED["diffusion"].Diffusion
 
 
 SETTINGS = dict(
+    config=SimpleNamespace(noise=SimpleNamespace(type="loglinear")),
     parameterization="subs",
     T=0,
     time_conditioning=True,
@@ -118,11 +121,14 @@ def given(cls: type, num_states: int, **attributes: Any) -> Any:
     return made
 
 
+def loss_per_token(diffusion: Any, x0: Tensor, attention_mask: Tensor) -> Tensor:
+    """Per token that is no padding."""
+    return (diffusion._forward_pass_diffusion(x0) * attention_mask).sum() / attention_mask.sum()
+
+
 def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
     """SUBS with times as they come and by importance, and SEDD's loss, per token; the real code needs a copy of z."""
-    real = checkout("mdlm", "diffusion")
-    published = real.Diffusion if real else Diffusion
-    ours = type("Ours", (published,), {"_forward_pass_diffusion": mdlm.Diffusion._forward_pass_diffusion})
+    ours = type("Ours", (Diffusion,), {"_forward_pass_diffusion": mdlm.Diffusion._forward_pass_diffusion})
 
     def loss(cls: type, **options: Any) -> Callable[[Tensor], Tensor]:
         def of(z: Tensor) -> Tensor:
@@ -130,13 +136,13 @@ def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[T
                 diffusion = given(
                     cls,
                     p.num_states,
-                    backbone=lambda x, sigma: z.clone() if real and cls is published else z,
+                    backbone=lambda x, sigma: z.clone() if is_real(PUBLISHED["diffusion"]) and cls is Diffusion else z,
                     noise=Noise(p, torch.get_default_dtype()),
                     _sample_t=lambda n, device: p.t.to(torch.get_default_dtype()),
                     q_xt=lambda x0, move_chance: p.xt,
                     **options,
                 )
-                return Diffusion._loss(diffusion, p.x0, torch.ones_like(p.x0))
+                return loss_per_token(diffusion, p.x0, torch.ones_like(p.x0))
 
         return of
 
@@ -145,4 +151,4 @@ def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[T
         "subs_importance": dict(importance_sampling=True),
         "sedd": dict(parameterization="sedd"),
     }
-    return {name: (loss(published, **options), loss(ours, **options)) for name, options in settings.items()}
+    return {name: (loss(Diffusion, **options), loss(ours, **options)) for name, options in settings.items()}

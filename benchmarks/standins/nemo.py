@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastdiff.integrations import nemo
-from standins import Problem, checkout
+from standins import Problem, published
 
 
-class _DLLMLossOutput(NamedTuple):
+class DLLMLossOutput(NamedTuple):
     total_loss: Tensor
     dllm_loss: Tensor
     draft_correct_per_pos: Tensor | None = None
     draft_count_per_pos: Tensor | None = None
 
 
-class _MDLMCrossEntropyLoss(nn.Module):
+class MDLMCrossEntropyLoss(nn.Module):
     def __init__(self, fp32_upcast=True):
         super().__init__()
         self.fp32_upcast = fp32_upcast
@@ -45,23 +45,28 @@ class _MDLMCrossEntropyLoss(nn.Module):
         loss = (nll * scored * (1 / p_mask.clamp(min=1e-8))).sum()
         if num_diffusion_tokens is not None:
             loss = loss / max(num_diffusion_tokens, 1)
-        return _DLLMLossOutput(loss, loss.detach().clone())
+        return DLLMLossOutput(loss, loss.detach().clone())
 
 
-_losses = checkout("nemo", "nemo_automodel.components.loss.dllm_loss")
-MDLMCrossEntropyLoss = _losses.MDLMCrossEntropyLoss if _losses else _MDLMCrossEntropyLoss
-DLLMLossOutput = _losses.DLLMLossOutput if _losses else _DLLMLossOutput
+class MDLMStrategy:
+    def create_loss_fn(self, dllm_cfg):
+        return MDLMCrossEntropyLoss()
+
+
+PUBLISHED = published("nemo", "nemo_automodel.components.loss.dllm_loss", "nemo_automodel.recipes.dllm.strategy")
+MDLMCrossEntropyLoss = PUBLISHED["nemo_automodel.components.loss.dllm_loss"].MDLMCrossEntropyLoss
+DLLMLossOutput = PUBLISHED["nemo_automodel.components.loss.dllm_loss"].DLLMLossOutput
 
 
 def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
     supervised = (torch.arange(p.x0.shape[1]) > 1).long().expand(p.x0.shape)
     arguments = (p.x0, p.xt == p.mask_index, p.t[:, None].expand(p.x0.shape), supervised)
-    published, ours = MDLMCrossEntropyLoss(), nemo.MDLMCrossEntropyLoss()
+    theirs, ours = MDLMCrossEntropyLoss(), nemo.MDLMCrossEntropyLoss()
     tokens = 3 * int(supervised.sum())  # of all ranks
 
     def pair(**options: int):
         return (
-            lambda z: published(z, *arguments, **options).total_loss,
+            lambda z: theirs(z, *arguments, **options).total_loss,
             lambda z: ours(z, *arguments, **options).total_loss,
         )
 

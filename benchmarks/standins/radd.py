@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.integrations import radd
-from standins import Problem, checkout
+from standins import Problem, published
 
 
 def log_probs(x: Tensor) -> Tensor:
@@ -85,6 +85,29 @@ def get_loss_fn(
     return count_loss if loss_type in ("lambda_DCE", "k_DCE") else t_loss
 
 
+class RADD(nn.Module):
+    def logits(self, indices: Tensor) -> Tensor:
+        return self.output_layer(self.vocab_embed(indices))
+
+    def forward(self, indices: Tensor) -> Tensor:
+        x = self.logits(indices)
+        x[..., :-1] = x[..., :-1].log_softmax(-1)
+        return x
+
+
+PUBLISHED = published("radd", "losses", "noise_lib", "model", "sampling")
+RADD = PUBLISHED["model"].RADD
+
+
+def network(answer: Callable[[Tensor], Tensor]) -> nn.Module:
+    """The codebase's model, whose last layer gives these logits."""
+    made = RADD.__new__(RADD)
+    nn.Module.__init__(made)
+    made.vocab_embed, made.rotary_emb, made.blocks, made.output_layer = lambda x: x, lambda x: None, [], answer
+    made.dtype = torch.float32
+    return made
+
+
 class Given(nn.Module):
     """A model that answers with these numbers."""
 
@@ -98,8 +121,7 @@ class Given(nn.Module):
 
 def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
     """The four losses of log-probabilities, the model's tail included, against those of logits; both at this noise."""
-    here = sys.modules[__name__]
-    published = checkout("radd", "losses") or here
+    here, losses = sys.modules[__name__], PUBLISHED["losses"]
     masked = (p.xt == p.mask_index).sum(1)
 
     def loss(module: ModuleType, loss_type: str, tail: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -121,7 +143,7 @@ def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[T
 
     # The real k_DCE ends in float32, which comparisons in float64 would see.
     pairs = {
-        name: (loss(here if name == "k_DCE" else published, name, log_probs), loss(radd, name, lambda z: z))
+        name: (loss(here if name == "k_DCE" else losses, name, log_probs), loss(radd, name, lambda z: z))
         for name in radd.LOSSES
     }
     published_t_dce, ours = pairs["t_DCE"]

@@ -1,17 +1,15 @@
 """SEDD's seams: the score entropies of its graphs, the tail of its model, its noise and its predictors."""
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import MethodType
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.integrations import sedd
-from standins import Problem, checkout
+from standins import Problem, published
 
 
 def expm1_sigma(sigma: Tensor) -> Tensor:
@@ -138,15 +136,45 @@ class Denoiser(Predictor):
         return sample_categorical(probs[..., :-1] if self.graph.absorb else probs)
 
 
-def get_loss_fn(noise: Callable, graph: Graph) -> Callable[[Callable, Tensor, Tensor], Tensor]:
-    """The loss of each sequence, [B], given its time and its noised tokens."""
+def get_loss_fn(
+    noise: Callable, graph: Graph, train: bool, sampling_eps: float = 1e-3, lv: bool = False
+) -> Callable[..., Tensor]:
+    """The loss of each sequence, [B]."""
 
-    def loss_fn(model: Callable, batch: Tensor, t: Tensor, perturbed_batch: Tensor) -> Tensor:
+    def loss_fn(
+        model: nn.Module,
+        batch: Tensor,
+        cond: None = None,
+        t: Tensor | None = None,
+        perturbed_batch: Tensor | None = None,
+    ) -> Tensor:
+        if t is None:
+            t = (1 - sampling_eps) * torch.rand(len(batch), device=batch.device) + sampling_eps
         sigma, dsigma = noise(t)
+        if perturbed_batch is None:
+            perturbed_batch = graph.sample_transition(batch, sigma[:, None])
+        model.train(train)
         loss = graph.score_entropy(model(perturbed_batch, sigma), sigma[:, None], perturbed_batch, batch)
         return (dsigma[:, None] * loss).sum(-1)
 
     return loss_fn
+
+
+PUBLISHED = published("sedd", "graph_lib", "losses", "sampling")
+Absorbing, Uniform = PUBLISHED["graph_lib"].Absorbing, PUBLISHED["graph_lib"].Uniform
+AnalyticPredictor, Denoiser = PUBLISHED["sampling"].AnalyticPredictor, PUBLISHED["sampling"].Denoiser
+EulerPredictor, get_loss_fn = PUBLISHED["sampling"].EulerPredictor, PUBLISHED["losses"].get_loss_fn
+
+
+class Network(nn.Module):
+    """Answers with these numbers, scaled by sigma or not, as the model ends."""
+
+    def __init__(self, answer: Tensor, scale_by_sigma: bool) -> None:
+        super().__init__()
+        self.answer, self.scale_by_sigma = answer, scale_by_sigma
+
+    def forward(self, indices: Tensor, sigma: Tensor) -> Tensor:
+        return scale_by_sigma(self.answer, indices, sigma) if self.scale_by_sigma else self.answer
 
 
 @contextmanager
@@ -161,31 +189,23 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
-    """The loss of each graph after the model's tail, and of the absorbing one with the tail."""
-    lib = checkout("sedd", "graph_lib")
-    absorb = (lib.Absorbing if lib else Absorbing)(p.num_states - 1)
-    uniform = (lib.Uniform if lib else Uniform)(p.num_states)
+    """The loss of each graph from log scores, and of the absorbing one from what the model scales to them."""
+    absorb, uniform = Absorbing(p.num_states - 1), Uniform(p.num_states)
 
-    def swapped(graph: Graph, methods: type) -> Graph:
-        graph = copy.copy(graph)
-        graph.score_entropy = MethodType(methods.score_entropy, graph)
-        return graph
+    def noise(t: Tensor) -> tuple[Tensor, Tensor]:
+        return p.sigma.to(torch.get_default_dtype()), p.dsigma.to(torch.get_default_dtype())
 
-    def loss(graph: Graph, xt: Tensor, tail: bool = False) -> Callable[[Tensor], Tensor]:
+    def loss(get_loss_fn: Callable, graph: Graph, xt: Tensor, scaled: bool) -> Callable[[Tensor], Tensor]:
         def of(z: Tensor) -> Tensor:
-            def noise(t: Tensor) -> tuple[Tensor, Tensor]:
-                return p.sigma.to(torch.get_default_dtype()), p.dsigma.to(torch.get_default_dtype())
-
-            def model(x: Tensor, sigma: Tensor) -> Tensor:
-                return scale_by_sigma(z, x, sigma) if tail else z
-
             with default_dtype(z.dtype):
-                return get_loss_fn(noise, graph)(model, p.x0, p.t, xt).mean()
+                loss_fn = get_loss_fn(noise, graph, True)
+                return loss_fn(Network(z, scaled), p.x0, t=p.t, perturbed_batch=xt).mean()
 
         return of
 
-    return {
-        "absorb": (loss(absorb, p.xt), loss(swapped(absorb, sedd.Absorbing), p.xt)),
-        "absorb_scaled": (loss(absorb, p.xt, tail=True), loss(swapped(absorb, sedd.UnscaledAbsorbing), p.xt)),
-        "uniform": (loss(uniform, p.moved), loss(swapped(uniform, sedd.Uniform), p.moved)),
+    settings = {
+        "absorb": (absorb, p.xt, False),
+        "absorb_scaled": (absorb, p.xt, True),
+        "uniform": (uniform, p.moved, False),
     }
+    return {name: (loss(get_loss_fn, *case), loss(sedd.get_loss_fn, *case)) for name, case in settings.items()}

@@ -154,9 +154,10 @@ def time_free_nll(
         differentiable=differentiable,
         backend=backend,
     )
-    seed, sample_ids = draw_names(x0, seed, sample_ids)
     most = torch.full_like(score.num_tokens, num_samples)
-    check_enough(num_samples, proposal, all_enumerated=bool(fits(score.num_tokens, most).all()))
+    all_enumerated = bool(fits(score.num_tokens, most).all())
+    check_enough(num_samples, proposal, all_enumerated=all_enumerated)
+    seed, sample_ids = draw_names(x0, 0 if all_enumerated and seed is None else seed, sample_ids)
     if tolerance is None:
         return _in_order(_estimates(score, most, num_samples, proposal, seed, sample_ids, 0), x0)
     if not tolerance > 0:

@@ -1,10 +1,9 @@
 """BD3-LM (kuleshov-group/bd3lms): its losses, and the reverse step of its sampler, from the backbone's logits.
 
-Methods of the codebase's own names and signatures; one assignment puts one in its place:
-
-    diffusion.Diffusion._forward_pass_diffusion = fastdiff.integrations.bd3lm.Diffusion._forward_pass_diffusion
+undo = apply_to_bd3lm()
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,8 +11,18 @@ from torch import Tensor
 
 from fastdiff.checks import check_choice
 from fastdiff.integrations import mdlm
+from fastdiff.integrations.patching import patch
 from fastdiff.losses import dce_loss, dse_loss
 from fastdiff.tokens import sample_tokens
+
+
+def apply_to_bd3lm() -> Callable[[], None]:
+    """Replaces the methods of `diffusion.Diffusion` that are here; returns what undoes that.
+
+    Raises:
+        ImportError, RuntimeError: as `patch`.
+    """
+    return patch("BD3-LM", {"diffusion": (Diffusion,)})
 
 
 class Diffusion:
@@ -50,7 +59,11 @@ class Diffusion:
             xt[:, 0] = x0[:, 0]
         logits = _logits(self, torch.cat((xt, x0), -1) if self.cross_attn else xt, sigma)
         if self.parameterization == "sedd":
-            options: dict[str, Any] = dict(parametrization="scale_by_sigma", mask_index=self.mask_index)
+            parametrization = "scale_by_sigma"
+            if sigma.shape[1] > 1:  # the tail has the mean of a sequence's noise, and the loss that of each token
+                logits = self._sedd_parameterization(logits, xt, self._process_sigma(sigma))
+                parametrization = "log_score"
+            options: dict[str, Any] = dict(parametrization=parametrization, mask_index=self.mask_index)
             return dse_loss(logits, sigma, xt, x0, dsigma=weight * torch.expm1(sigma), **options)
         if sampling_eps_min is not None and sampling_eps_min > 0.5:
             weight = torch.ones_like(weight)
@@ -87,7 +100,7 @@ class Diffusion:
 
 
 def _logits(diffusion: Any, x: Tensor, sigma: Tensor, sample_mode: bool = False, store_kv: bool = False) -> Tensor:
-    """What `Diffusion.forward` has before it is parametrised, under the same autocast."""
+    """What `Diffusion.forward` has before it is parametrised."""
     flags = dict(sample_mode=sample_mode, store_kv=store_kv) if diffusion.config.algo.name == "bd3lm" else {}
-    with torch.autocast(x.device.type, dtype=torch.float32, enabled=x.is_cuda):
+    with mdlm.float32_on_gpus(x):
         return diffusion.backbone(x, diffusion._process_sigma(sigma), **flags)

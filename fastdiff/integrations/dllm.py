@@ -1,10 +1,8 @@
 """dllm (ZHZisZZ/dllm): the loss of MDLMTrainer and BD3LMTrainer, and of those that inherit it (DreamTrainer).
 
-undo = apply_to_dllm()    # once, before trainer.train()
+undo = apply_to_dllm()
 """
 
-import importlib
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,69 +13,59 @@ from torch import Tensor
 
 from fastdiff import dce_loss, mask_tokens
 from fastdiff.checks import check_choice, check_values
+from fastdiff.integrations.patching import patch
 
 
 def apply_to_dllm() -> Callable[[], None]:
     """Replaces `compute_loss` of both trainers, and returns what puts the published ones back.
 
     Raises:
-        ImportError: dllm is not installed.
-        RuntimeError: this dllm has no such method, or with other arguments; nothing is replaced then.
+        ImportError, RuntimeError: as `patch`.
     """
-    trainers = importlib.import_module("dllm.core.trainers")
-    found = []
-    for name, ours in (("MDLMTrainer", mdlm_compute_loss), ("BD3LMTrainer", bd3lm_compute_loss)):
-        trainer = getattr(trainers, name, None)
-        published = getattr(trainer, "compute_loss", None)
-        if published is None or [*inspect.signature(published).parameters] != [*inspect.signature(ours).parameters]:
-            raise RuntimeError(
-                f"dllm: expected {name}.compute_loss{inspect.signature(ours)}, not found in this version"
-            )
-        found.append((trainer, published, ours))
-    for trainer, _, ours in found:
-        trainer.compute_loss = ours  # type: ignore[union-attr]
-
-    def undo() -> None:
-        for trainer, published, _ in found:
-            trainer.compute_loss = published  # type: ignore[union-attr]
-
-    return undo
+    return patch("dllm", {"dllm.core.trainers": (MDLMTrainer, BD3LMTrainer)})
 
 
-def mdlm_compute_loss(
-    self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
-) -> Tensor | tuple[Tensor, Any]:
-    """`MDLMTrainer.compute_loss`: cross-entropy of masked tokens, weighted by time, in nats over the trainer's norm.
+class MDLMTrainer:
+    """For `dllm.core.trainers.MDLMTrainer`."""
 
-    Masks are those of the published method under the same torch seed. Logits are neither copied nor shifted: where
-    those at i predict token i + 1, tokens, masks and weights move instead, and nothing predicts the first token.
+    def compute_loss(
+        self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Cross-entropy of masked tokens, weighted by time, in nats over the trainer's norm.
 
-    Args:
-        model: (input_ids, attention_mask) -> an object with `.logits` [B, L, V].
-        inputs: input_ids and labels [B, L] int64, labels -100 where a token is never masked; maybe an attention_mask.
-        return_outputs: also return the model's outputs, with their logits shifted.
+        Masks are those of the published method under the same torch seed. Logits are neither copied nor shifted: where
+        those at i predict token i + 1, tokens, masks and weights move instead, and nothing predicts the first token.
 
-    Raises:
-        ValueError, TypeError: padding is not on the right, an unknown norm, as `dce_loss`, or (on the CPU) a label that
-            is neither the token nor -100.
-    """
-    return _compute_loss(self, model, inputs, return_outputs, _mdlm_arguments)
+        Args:
+            model: (input_ids, attention_mask) -> an object with `.logits` [B, L, V].
+            inputs: input_ids and labels [B, L] int64, labels -100 where a token is never masked; maybe an
+                attention_mask.
+            return_outputs: also return the model's outputs, with their logits shifted.
+
+        Raises:
+            ValueError, TypeError: padding is not on the right, an unknown norm, as `dce_loss`, or (on the CPU) a label
+                that is neither the token nor -100.
+        """
+        return _compute_loss(self, model, inputs, return_outputs, _mdlm_arguments)
 
 
-def bd3lm_compute_loss(
-    self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
-) -> Tensor | tuple[Tensor, Any]:
-    """`BD3LMTrainer.compute_loss`: as `mdlm_compute_loss`, from the noised and the clean tokens side by side.
+class BD3LMTrainer:
+    """For `dllm.core.trainers.BD3LMTrainer`."""
 
-    Args:
-        model: (input_ids, attention_mask, position_ids) -> an object with `.logits` [B, 2 L, V]; its attention is
-            "sdpa" or "flex_attention".
-        inputs, return_outputs: as in `mdlm_compute_loss`.
+    def compute_loss(
+        self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, Any]:
+        """As `MDLMTrainer.compute_loss`, from the noised and the clean tokens side by side.
 
-    Raises:
-        ValueError, TypeError: as `mdlm_compute_loss`; another kind of attention.
-    """
-    return _compute_loss(self, model, inputs, return_outputs, _bd3lm_arguments)
+        Args:
+            model: (input_ids, attention_mask, position_ids) -> an object with `.logits` [B, 2 L, V]; its attention is
+                "sdpa" or "flex_attention".
+            inputs, return_outputs: as there.
+
+        Raises:
+            ValueError, TypeError: as there; another kind of attention.
+        """
+        return _compute_loss(self, model, inputs, return_outputs, _bd3lm_arguments)
 
 
 def _mdlm_arguments(trainer: Any, model: Any, xt: Tensor, inputs: dict[str, Any]) -> dict[str, Any]:

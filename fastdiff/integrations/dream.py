@@ -5,9 +5,10 @@
 
 and in dllm, whose DreamTrainer has the same weights (its loss: `fastdiff.integrations.dllm`):
 
-    dllm.pipelines.dream.trainer.cart_weight = cart_weight
+    undo = apply_to_dream()
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff import dce_loss
+from fastdiff.integrations.patching import patch
+
+
+def apply_to_dream() -> Callable[[], None]:
+    """Replaces the weights of dllm's DreamTrainer, and returns what undoes that.
+
+    Raises:
+        ImportError, RuntimeError: as `patch`.
+    """
+    return patch("dllm", {"dllm.pipelines.dream.trainer": (cart_weight,)})
 
 
 def cart_weight(masked_mask: Tensor, t: Tensor, p: float = 0.3) -> Tensor:
@@ -33,7 +44,9 @@ def cart_weight(masked_mask: Tensor, t: Tensor, p: float = 0.3) -> Tensor:
 
 
 def sft_loss(logits: Tensor, labels: Tensor, loss_mask: Tensor, t: Tensor, diffusion: Any) -> Tensor:
-    """Weighted cross-entropy of the masked tokens over their number, in nats; 0 if there are none.
+    """Weighted cross-entropy of the masked tokens over their number, in nats, float32 (float64 for float64 logits) [].
+
+    It is 0 if there are none.
 
     Logits at i predict token i + 1 and are not copied for it; nothing predicts the first token.
 
@@ -57,7 +70,7 @@ def sft_loss(logits: Tensor, labels: Tensor, loss_mask: Tensor, t: Tensor, diffu
         return dce_loss(logits, x0, mask=mask, weight=weight, exclude_mask=False, reduction="mean")
     nll = dce_loss(logits, x0, mask=mask, exclude_mask=False)
     focal = diffusion.alpha * (-torch.expm1(-nll)) ** diffusion.gamma * nll
-    return (focal * weight).sum() / mask.sum().clamp_min(1)
+    return ((focal * weight).sum() / mask.sum().clamp_min(1)).to(nll.dtype)
 
 
 def _cart(masked: Tensor, p: float) -> Tensor:

@@ -1,27 +1,48 @@
 """Duo (s-sahoo/duo): the uniform-state NELBO, and the reverse step of its samplers.
 
-Methods of the codebase's own names and signatures; one assignment puts one in its place:
-
-    algo.DUO_BASE.nll_per_token = fastdiff.integrations.duo.DUO_BASE.nll_per_token
+undo = apply_to_duo()
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastdiff.integrations.patching import patch, setting
 from fastdiff.losses import dse_loss
 from fastdiff.reverse import reverse_step
+
+
+def apply_to_duo() -> Callable[[], None]:
+    """Replaces the methods of `algo.DUO_BASE`, and so of what derives from it; returns what undoes that.
+
+    Raises:
+        ImportError, RuntimeError: as `patch`.
+    """
+    return patch("Duo", {"algo": (DUO_BASE,)})
 
 
 class DUO_BASE:
     """For `algo.DUO_BASE`, whose attributes the methods read."""
 
+    def _loss(
+        self: Any,
+        x0: Tensor,
+        labels: Tensor | None,
+        valid_tokens: Tensor,
+        current_accumulation_step: int | None = None,
+        train_mode: bool = False,
+    ) -> Any:
+        """That of the base class, to which the model gives logits, except for distillation, which compares
+        log-probabilities."""
+        here = next(c for c in type(self).__mro__ if vars(c).get("_loss") is DUO_BASE._loss)
+        with setting(self, "gives_logits", self.config.algo.name != "distillation"):
+            return super(here, self)._loss(x0, labels, valid_tokens, current_accumulation_step, train_mode)
+
     def _process_model_output(self: Any, model_output: Tensor, xt: Tensor, sigma: Tensor) -> Tensor:
-        """Logits [B, L, V] as they are while training, since `nll_per_token` normalises; log-probabilities elsewhere,
-        and for distillation, which compares them. Not without this `nll_per_token`."""
-        trains = self.backbone.training and self.config.algo.name != "distillation"
-        return model_output if trains else model_output.log_softmax(-1)
+        """Log-probabilities [B, L, V]; or within `_loss` the logits as they are, which `nll_per_token` normalises."""
+        return model_output if getattr(self, "gives_logits", False) else model_output.log_softmax(-1)
 
     def nll_per_token(
         self: Any,

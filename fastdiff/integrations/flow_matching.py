@@ -1,8 +1,9 @@
-"""flow_matching (facebookresearch/flow_matching): the loss of discrete flow matching. Before anything imports its name:
+"""flow_matching (facebookresearch/flow_matching): the loss of discrete flow matching.
 
-flow_matching.loss.MixturePathGeneralizedKL = MixturePathGeneralizedKL
+undo = apply_to_flow_matching()
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,18 @@ from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 from fastdiff import dce_loss
+from fastdiff.integrations.patching import patch
+from fastdiff.losses import dce_rows
+from fastdiff.ops.row_loss import row_loss_grad
+
+
+def apply_to_flow_matching() -> Callable[[], None]:
+    """Replaces what `MixturePathGeneralizedKL` computes, not the class, and returns what undoes that.
+
+    Raises:
+        ImportError, RuntimeError: as `patch`.
+    """
+    return patch("flow_matching", {"flow_matching.loss": (MixturePathGeneralizedKL,)})
 
 
 class MixturePathGeneralizedKL(_Loss):
@@ -57,13 +70,10 @@ class _TwoNLL(torch.autograd.Function):
         return dce_loss(logits, x_1, exclude_mask=False), dce_loss(logits, x_t, mask=moved, exclude_mask=False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_t: Tensor) -> tuple[Tensor | None, ...]:
         logits, x_1, x_t, moved = ctx.saved_tensors
         grad_t = grad_t.masked_fill(~moved, 0)
-        with torch.enable_grad():
-            leaf = logits.detach().requires_grad_()
-            loss = dce_loss(leaf, x_1, weight=grad + grad_t, exclude_mask=False, reduction="sum")
-        (both,) = torch.autograd.grad(loss, leaf)
+        rows = dce_rows(logits, x_1, None, None, None, -1, False, -100, 0.0, "none", None)
+        both = row_loss_grad(rows, grad + grad_t)
         correction = torch.stack([grad_t, -grad_t], -1).to(both.dtype)
         return both.scatter_add_(-1, torch.stack([x_1, x_t], -1), correction), None, None, None

@@ -1,12 +1,11 @@
-"""LLaDA (ML-GSAI/LLaDA): the losses of GUIDELINES.md, `get_log_likelihood` and `generate`. One import each:
+"""LLaDA (ML-GSAI/LLaDA): the losses of GUIDELINES.md, for a training loop, and `get_log_likelihood` and `generate`:
 
-    from fastdiff.integrations.llada import pretraining_loss, sft_loss    # in the training loop
-    from fastdiff.integrations.llada import get_log_likelihood            # instead of get_log_likelihood.py's
-    from fastdiff.integrations.llada import generate                      # instead of generate.py's
+    undo = apply_to_llada()
 
 Softmax runs over all V = 126464 ids, the mask included.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +14,18 @@ from torch import Tensor
 
 from fastdiff import conditional_nll, dce_loss, sample_tokens
 from fastdiff.checks import check_choice
+from fastdiff.integrations.patching import patch
 
 MASK, EOS, EOT = 126336, 126081, 126348
+
+
+def apply_to_llada() -> Callable[[], None]:
+    """Replaces `generate` and `get_log_likelihood`, and returns what undoes that.
+
+    Raises:
+        ImportError, RuntimeError: as `patch`.
+    """
+    return patch("LLaDA", {"generate": (generate,), "get_log_likelihood": (get_log_likelihood,)})
 
 
 def pretraining_loss(logits: Tensor, input_ids: Tensor, masked_indices: Tensor, p_mask: Tensor) -> Tensor:

@@ -1,18 +1,28 @@
 """MDLM (kuleshov-group/mdlm): its losses, and the reverse step of its sampler, from the backbone's logits.
 
-Methods of the codebase's own names and signatures; one assignment puts one in its place:
-
-    diffusion.Diffusion._forward_pass_diffusion = fastdiff.integrations.mdlm.Diffusion._forward_pass_diffusion
+undo = apply_to_mdlm()
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdiff.checks import check_choice
+from fastdiff.integrations.patching import patch
 from fastdiff.losses import dce_loss, dse_loss
 from fastdiff.tokens import sample_tokens
+
+
+def apply_to_mdlm() -> Callable[[], None]:
+    """Replaces the methods of `diffusion.Diffusion` that are here; returns what undoes that.
+
+    Raises:
+        ImportError, RuntimeError: as `patch`.
+    """
+    return patch("MDLM", {"diffusion": (Diffusion,)})
 
 
 class Diffusion:
@@ -79,9 +89,14 @@ class Diffusion:
 
 
 def _logits(diffusion: Any, x: Tensor, sigma: Tensor) -> Tensor:
-    """What `Diffusion.forward` has before it is parametrised, under the same autocast."""
-    with torch.autocast(x.device.type, dtype=torch.float32, enabled=x.is_cuda):
+    """What `Diffusion.forward` has before it is parametrised."""
+    with float32_on_gpus(x):
         return diffusion.backbone(x, diffusion._process_sigma(sigma))
+
+
+def float32_on_gpus(x: Tensor) -> AbstractContextManager[Any]:
+    """The autocast of `Diffusion.forward`: CUDA's alone."""
+    return torch.autocast("cuda", dtype=torch.float32) if x.is_cuda else nullcontext()
 
 
 def _log_masked(sigma: Tensor) -> Tensor:

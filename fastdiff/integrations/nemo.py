@@ -1,13 +1,24 @@
-"""NVIDIA NeMo Automodel: the loss of masked diffusion in its dLLM recipes. Before the recipe is set up:
+"""NVIDIA NeMo Automodel: the loss of masked diffusion in its dLLM recipes.
 
-nemo_automodel.recipes.dllm.strategy.MDLMCrossEntropyLoss = MDLMCrossEntropyLoss
+undo = apply_to_nemo()
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from fastdiff import dce_loss
+from fastdiff.integrations.patching import patch
+
+
+def apply_to_nemo() -> Callable[[], None]:
+    """Replaces what `MDLMCrossEntropyLoss` computes, not the class, and returns what undoes that.
+
+    Raises:
+        ImportError, RuntimeError: as `patch`.
+    """
+    return patch("NeMo Automodel", {"nemo_automodel.components.loss.dllm_loss": (MDLMCrossEntropyLoss,)})
 
 
 class DLLMLossOutput(NamedTuple):

@@ -1,10 +1,6 @@
 """RADD (ML-GSAI/RADD): its four losses t_DSE, t_DCE, lambda_DCE and k_DCE, and its noise.
 
-One line, before the training step is made or the evaluation runs:
-
-    losses.get_loss_fn = fastdiff.integrations.radd.get_loss_fn
-
-The losses normalise by themselves, so that `RADD.forward = RADD.logits` may save the model its log_softmax.
+undo = apply_to_radd()    # before losses.get_step_fn, or the evaluation's get_loss_fn
 """
 
 from collections.abc import Callable
@@ -14,11 +10,33 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checks import check_choice
+from fastdiff.integrations.patching import patch, setting
 from fastdiff.losses import dce_loss
 from fastdiff.noising import mask_exactly, mask_tokens
 
 LOSSES = ("t_DSE", "t_DCE", "lambda_DCE", "k_DCE")
 Noise = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def apply_to_radd() -> Callable[[], None]:
+    """Replaces the losses, the noise that they draw and the model's tail; returns what undoes that.
+
+    Raises:
+        ImportError, RuntimeError: as `patch`.
+    """
+    noise = (add_noise_t, add_noise_lambda, add_noise_k)
+    return patch("RADD", {"losses": (get_loss_fn, Batch_Uniform_Sampler), "noise_lib": noise, "model": (RADD,)})
+
+
+class RADD:
+    """For `model.RADD`."""
+
+    def forward(self: Any, indices: Tensor) -> Tensor:
+        """Log-probabilities [B, L, V] of indices [B, L] int64; to these losses, which normalise them, logits."""
+        x = self.logits(indices)
+        if not getattr(self, "gives_logits", False):
+            x[..., :-1] = x[..., :-1].log_softmax(-1)
+        return x
 
 
 def add_noise_t(batch: Tensor, sigma: Tensor, mask_token: int) -> Tensor:
@@ -84,7 +102,9 @@ def get_loss_fn(
             sigma, dsigma = noise((1 - sampling_eps) * Batch_Uniform_Sampler(B, "vdm", batch.device) + sampling_eps)
             weight, perturbed_batch = dsigma / torch.expm1(sigma), add_noise_t(batch, sigma[:, None], token_dim - 1)
         model.train(train)
-        loss = dce_loss(model(perturbed_batch), batch, xt=perturbed_batch, weight=weight)
+        with setting(getattr(model, "module", model), "gives_logits", True):
+            out = model(perturbed_batch)
+        loss = dce_loss(out, batch, xt=perturbed_batch, weight=weight)
         return loss.sum(-1, dtype=torch.float64 if loss_type == "lambda_DCE" else None)
 
     return loss_fn

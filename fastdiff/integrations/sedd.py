@@ -1,21 +1,72 @@
-"""SEDD (louaaron/Score-Entropy-Discrete-Diffusion): its score entropy, its forward noise and its reverse steps.
+"""SEDD (louaaron/Score-Entropy-Discrete-Diffusion): its loss, its forward noise and its reverse steps.
 
-Methods of the codebase's own names and signatures; one assignment puts one in its place:
-
-    graph_lib.Absorbing.score_entropy = fastdiff.integrations.sedd.Absorbing.score_entropy
-
-and so for `Uniform`, for `sample_transition`, and for `sampling.AnalyticPredictor.update_fn` and its like.
+undo = apply_to_sedd()    # before losses.get_step_fn
 """
 
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from fastdiff import graphs
+from fastdiff.integrations.patching import patch, setting
 from fastdiff.losses import dse_loss
 from fastdiff.noising import corrupt
 from fastdiff.reverse import reverse_step
+
+
+def apply_to_sedd() -> Callable[[], None]:
+    """Replaces `losses.get_loss_fn`, the methods of both graphs and the predictors' steps; returns what undoes that.
+
+    Raises:
+        ImportError, RuntimeError: as `patch`.
+    """
+    predictors = (AnalyticPredictor, EulerPredictor, Denoiser)
+    return patch("SEDD", {"losses": (get_loss_fn,), "graph_lib": (Absorbing, Uniform), "sampling": predictors})
+
+
+def get_loss_fn(
+    noise: "Noise", graph: Any, train: bool, sampling_eps: float = 1e-3, lv: bool = False
+) -> Callable[..., Tensor]:
+    """For `losses.get_loss_fn`: a function of (model, batch [B, L] int64) that noises the batch and bounds its NLL.
+
+    A model that scales by sigma is spared that tail, which the loss has in it.
+
+    Args:
+        noise: t [B] -> (sigma, dsigma), each [B].
+        graph: `Absorbing` or `Uniform`, of here or of SEDD.
+        train: whether the model is put into training or evaluation mode.
+        sampling_eps: the smallest t.
+        lv: unused, as there.
+
+    Returns:
+        The function, whose result is [B] float32 in nats per sequence. It draws the times t [B] and the noised tokens
+        perturbed_batch [B, L] unless they are given. Its model maps [B, L] int64 and sigma [B] to [B, L, V] log scores.
+    """
+
+    def loss_fn(
+        model: nn.Module,
+        batch: Tensor,
+        cond: None = None,
+        t: Tensor | None = None,
+        perturbed_batch: Tensor | None = None,
+    ) -> Tensor:
+        if t is None:
+            t = (1 - sampling_eps) * torch.rand(len(batch), device=batch.device) + sampling_eps
+        sigma, dsigma = noise(t)
+        if perturbed_batch is None:
+            perturbed_batch = graph.sample_transition(batch, sigma[:, None])
+        network = getattr(model, "module", model)
+        scaled = getattr(network, "scale_by_sigma", False)
+        model.train(train)
+        with setting(network, "scale_by_sigma", False):
+            out = model(perturbed_batch, sigma)
+        parametrization = "scale_by_sigma" if scaled else "log_score"
+        law = dict(graph=_name(graph), parametrization=parametrization)
+        return dse_loss(out, sigma, perturbed_batch, batch, dsigma=dsigma, **law).sum(-1)
+
+    return loss_fn
 
 
 class Absorbing:
@@ -40,14 +91,6 @@ class Absorbing:
         return corrupt(i, sigma, graphs.Absorbing(self.dim))
 
 
-class UnscaledAbsorbing:
-    """For `graph_lib.Absorbing`, once `model.scale_by_sigma` has been turned off to save the tail its passes."""
-
-    def score_entropy(self, score: Tensor, sigma: Tensor, x: Tensor, x0: Tensor) -> Tensor:
-        """`Absorbing.score_entropy` of score - log(expm1(sigma)) - log(dim - 1), which the model's tail would give."""
-        return dse_loss(score, sigma, x, x0, parametrization="scale_by_sigma")
-
-
 class Uniform:
     """For `graph_lib.Uniform`: dim states."""
 
@@ -62,12 +105,13 @@ class Uniform:
         return corrupt(i, sigma, graphs.Uniform(self.dim))
 
 
+Noise = Callable[[Tensor], tuple[Tensor, Tensor]]  # t -> sigma, dsigma
 ScoreFn = Callable[[Tensor, Tensor], Tensor]  # x [B, L], sigma [B, 1] -> score [B, L, dim], not its logarithm
 
 
 class _Step:
-    graph: Any  # graph.absorb says which of the two it is
-    noise: Callable[[Tensor], tuple[Tensor, Tensor]]
+    graph: Any
+    noise: Noise
 
 
 class AnalyticPredictor(_Step):
@@ -97,4 +141,8 @@ class Denoiser(_Step):
 
 def _draw(step: _Step, score_fn: ScoreFn, x: Tensor, sigma: Tensor, **move: Any) -> Tensor:
     log_score = score_fn(x, sigma).float().log()  # in bfloat16 the logarithm would be off by up to 3%
-    return reverse_step(log_score, x, sigma, graph="absorb" if step.graph.absorb else "uniform", **move)
+    return reverse_step(log_score, x, sigma, graph=_name(step.graph), **move)
+
+
+def _name(graph: Any) -> str:
+    return "absorb" if graph.absorb else "uniform"

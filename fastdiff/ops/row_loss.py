@@ -76,6 +76,19 @@ def row_loss(rows: Rows, backend: str | None, with_stats: bool = False) -> tuple
     return loss, stats
 
 
+def row_loss_grad(rows: Rows, upstream: Tensor) -> Tensor:
+    """The gradient of the losses per token with respect to z, given theirs, [...]: for a backward that is traced."""
+    backend = resolve(None, rows.z.device, "row_loss", rows.z.shape[-1])
+    if backend == "reference" or (backend != "cpu" and rows.z.dtype == torch.float64):
+        rows.z = rows.z.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = reference_loss(rows)
+        return torch.autograd.grad(loss, rows.z, upstream)[0]
+    if rows.z.stride(-1) != 1:
+        rows.z = rows.z.contiguous()
+    return _row_loss_backward[backend](upstream, *rows.arguments())
+
+
 def row_losses_(rows: Rows, backend: str, all_states: int, with_grad: bool) -> Tensor:
     """Losses per token in float64, whatever the reduction; with_grad, rows.z becomes the gradient of their sum.
 

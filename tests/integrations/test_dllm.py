@@ -1,8 +1,6 @@
-"""dllm's trainers: that the line swaps their losses in and out, and what these do at the edges."""
+"""dllm's trainers: what their losses do at the edges, and call after call."""
 
-import inspect
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,19 +10,12 @@ from standins import problem
 from fastdiff.integrations import dllm
 
 B, L, V = 3, 12, 33
-KINDS = {"MDLMTrainer": dllm.mdlm_compute_loss, "BD3LMTrainer": dllm.bd3lm_compute_loss}
+KINDS = {"MDLMTrainer": dllm.MDLMTrainer.compute_loss, "BD3LMTrainer": dllm.BD3LMTrainer.compute_loss}
 
 
 @pytest.fixture
 def p():
     return problem(B, L, V)
-
-
-@pytest.fixture
-def installed(monkeypatch):
-    """What `import dllm.core.trainers` gives."""
-    monkeypatch.setitem(sys.modules, "dllm.core.trainers", standin._trainers or standin)
-    return sys.modules["dllm.core.trainers"]
 
 
 def made_inputs(p, prompts=(3, 1, 12)):
@@ -93,7 +84,7 @@ def test_flex_attention_sees_what_sdpa_sees(p):
     trainer = standin.trainer(standin.BD3LMTrainer, p.mask_index)
     for kind in ("sdpa", "flex_attention"):
         network = standin.Network(torch.randn(B, 2 * L, V), config=SimpleNamespace(_attn_implementation=kind))
-        dllm.bd3lm_compute_loss(trainer, network, made_inputs(p))
+        dllm.BD3LMTrainer.compute_loss(trainer, network, made_inputs(p))
         if kind == "sdpa":
             dense = network.asked["attention_mask"]
     rule, at = network.asked["attention_mask"].mask_mod, torch.arange(2 * L)
@@ -101,35 +92,18 @@ def test_flex_attention_sees_what_sdpa_sees(p):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_line_swaps_the_losses_and_undo_swaps_them_back(kind, p, installed):
-    trainer_class, published = getattr(installed, kind), getattr(installed, kind).compute_loss
-    assert [*inspect.signature(published).parameters] == [*inspect.signature(KINDS[kind]).parameters]
-    undo = dllm.apply_to_dllm()
-    try:
-        assert trainer_class.compute_loss is KINDS[kind]
-        trainer = standin.trainer(trainer_class, p.mask_index)
-        logits = torch.randn(B, 2 * L, V)
-        loss = trainer.compute_loss(standin.Network(logits), made_inputs(p))
-        assert loss.isfinite()
-    finally:
-        undo()
-    assert trainer_class.compute_loss is published
-
-
-def test_says_if_the_seam_is_not_there(monkeypatch):
-    trainers = ModuleType("dllm.core.trainers")
-    trainers.MDLMTrainer = type("MDLMTrainer", (), {"compute_loss": standin.MDLMTrainer.compute_loss})
-    trainers.BD3LMTrainer = type("BD3LMTrainer", (), {"compute_loss": lambda self, model, batch: None})
-    monkeypatch.setitem(sys.modules, "dllm.core.trainers", trainers)
-    with pytest.raises(RuntimeError, match=r"BD3LMTrainer\.compute_loss\(self"):
-        dllm.apply_to_dllm()
-    assert trainers.MDLMTrainer.compute_loss is standin.MDLMTrainer.compute_loss  # neither is replaced
-    del trainers.MDLMTrainer
-    with pytest.raises(RuntimeError, match="MDLMTrainer"):
-        dllm.apply_to_dllm()
-    monkeypatch.setitem(sys.modules, "dllm.core.trainers", None)
-    with pytest.raises(ImportError, match="dllm"):
-        dllm.apply_to_dllm()
+def test_steps_in_a_row_have_the_published_masks(kind, p, applied):
+    """One seed, and then call after call."""
+    rows, seen = L if kind == "MDLMTrainer" else 2 * L, []
+    for _ in range(2):
+        torch.manual_seed(0)
+        trainer = standin.trainer(getattr(standin, kind), p.mask_index)
+        network = standin.Network(torch.randn(B, rows, V, generator=torch.Generator().manual_seed(1)))
+        losses = [trainer.compute_loss(network, made_inputs(p)) for _ in range(3)]
+        seen.append((torch.stack(losses), network.asked["input_ids"]))
+        applied(standin, dllm.apply_to_dllm)
+    torch.testing.assert_close(*seen)
+    assert len(seen[0][0].unique()) == 3
 
 
 def test_errors_name_the_argument(p):

@@ -1,6 +1,5 @@
-"""Duo: signatures, swapping, what the model's output is when, digits near alpha = 1, the step by frequency, labels."""
+"""Duo: what the model's output is when, digits near alpha = 1, the step by frequency, labels."""
 
-from inspect import getfullargspec
 from types import SimpleNamespace
 from unittest import mock
 
@@ -14,7 +13,6 @@ from fastdiff.schedules import LogLinear
 
 P = problem(3, 8, 7)
 Z = torch.randn(3, 8, 7, generator=torch.Generator().manual_seed(1))
-METHODS = ["_process_model_output", "nll_per_token", "_ancestral_update"]
 
 
 def noise(t):
@@ -32,37 +30,48 @@ def diffusion(guid_weight=None, algo="duo_base", **attributes):
 
 
 @pytest.fixture
-def swap(monkeypatch):
-    return lambda *names: [monkeypatch.setattr(published.DUO_BASE, name, getattr(duo.DUO_BASE, name)) for name in names]
+def swap(applied):
+    return lambda: applied(published, duo.apply_to_duo)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_signatures_are_those_of_the_seam(name):
-    assert getfullargspec(getattr(duo.DUO_BASE, name))[:4] == getfullargspec(getattr(published.DUO_BASE, name))[:4]
-
-
-@pytest.mark.parametrize("swapped", [METHODS[1:2], METHODS[:2]])
-@pytest.mark.parametrize("dalpha_t", [-1.0, torch.tensor([[-1.0], [-0.5], [-2.0]])])
 @pytest.mark.parametrize("xt", [P.x0, P.moved, (P.x0 + 1) % 7], ids=["none moved", "some", "all"])
-def test_nll_through_the_model(swapped, dalpha_t, xt, swap):
-    """From log-probabilities, and from logits."""
+def test_loss_through_the_model(xt, swap):
+    attention = torch.ones(3, 8).index_fill(1, torch.tensor([6, 7]), 0)
+
+    def loss():
+        it = diffusion(_sample_t=lambda n, step: P.t.float(), q_xt=lambda x0, alpha_t: xt)
+        return it._loss(P.x0, None, attention).loss
+
+    expected = loss()
+    swap()
+    torch.testing.assert_close(loss(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dalpha_t", [-1.0, torch.tensor([[-1.0], [-0.5], [-2.0]])])
+def test_nll_of_log_probabilities_and_of_logits(dalpha_t, swap):
     it, alpha_t = diffusion(), torch.exp(-P.sigma)[:, None]
-
-    def nll():
-        return it.nll_per_token(it.forward(xt, it._sigma_from_alphat(alpha_t)), xt, P.x0, alpha_t, dalpha_t)
-
-    expected = nll()
-    swap(*swapped)
-    torch.testing.assert_close(nll(), expected, check_dtype=False, rtol=1e-5, atol=1e-5)
+    expected = it.nll_per_token(Z.log_softmax(-1), P.moved, P.x0, alpha_t, dalpha_t)
+    swap()
+    for z in (Z, Z.log_softmax(-1)):
+        nll = it.nll_per_token(z, P.moved, P.x0, alpha_t, dalpha_t)
+        torch.testing.assert_close(nll, expected, check_dtype=False, rtol=1e-5, atol=1e-5)
 
 
-def test_log_probabilities_are_kept_for_those_who_need_them():
-    """Sampling, and distillation, which compares them; training has logits and not a copy."""
-    process = duo.DUO_BASE._process_model_output
-    assert process(diffusion(), Z, P.moved, P.sigma) is Z
-    sampling = diffusion(backbone=SimpleNamespace(training=False))
-    for it in (sampling, diffusion(algo="distillation")):
-        assert torch.equal(process(it, Z, P.moved, P.sigma), Z.log_softmax(-1))
+@pytest.mark.parametrize("algo", ["duo_base", "distillation"])
+def test_the_loss_has_logits_and_all_others_log_probabilities(algo, swap):
+    """In whatever mode the network is; distillation compares log-probabilities in its loss."""
+    seen = []
+
+    def nll_per_token(log_x_theta, *_, **__):
+        seen.append(log_x_theta)
+        return log_x_theta.sum(-1)
+
+    swap()
+    it = diffusion(algo=algo, _sample_t=lambda n, step: P.t, q_xt=lambda *_: P.moved, nll_per_token=nll_per_token)
+    it._loss(P.x0, None, torch.ones(3, 8))
+    assert torch.equal(seen[0], Z if algo == "duo_base" else Z.log_softmax(-1))
+    assert torch.equal(it.forward(P.moved, P.sigma[:, None]), Z.log_softmax(-1))
+    assert it.backbone.training
 
 
 def test_little_noise_keeps_its_digits():
@@ -80,10 +89,10 @@ def test_a_step_is_drawn_from_the_published_law(noise_removal_step, swap):
     n, x, dt = 20_000, torch.tensor([[0, 3, 6]]), None if noise_removal_step else 0.3
     backbone = mock.Mock(side_effect=lambda x, **_: Z[:1, :3].expand(len(x), 3, 7), training=False)
     it = diffusion(backbone=backbone)
-    with mock.patch.object(published, "sample_categorical", return_value=x) as drawn_from:
+    with mock.patch.object(published.PUBLISHED["trainer_base"], "sample_categorical", return_value=x) as drawn_from:
         it._ancestral_update(x, torch.full((1, 1), 0.6), None, dt, noise_removal_step=noise_removal_step)
     law = drawn_from.call_args[0][0][0]
-    swap("_ancestral_update")
+    swap()
     torch.manual_seed(0)
     arguments = (x.expand(n, 3), torch.full((n, 1), 0.6), None, dt)
     cache, drawn = it._ancestral_update(*arguments, noise_removal_step=noise_removal_step)

@@ -1,6 +1,5 @@
-"""MDLM: signatures, swapping, its times and weights, padding, the sampler's step by frequency, errors."""
+"""MDLM: its times and weights, padding, the sampler's step by frequency, autocast, errors."""
 
-from inspect import getfullargspec
 from unittest import mock
 
 import pytest
@@ -11,7 +10,6 @@ from standins import problem
 from fastdiff.integrations import mdlm
 from fastdiff.schedules import Cosine, LogLinear
 
-METHODS = ["_forward_pass_diffusion", "_score_entropy", "_ddpm_caching_update"]
 P = problem(3, 8, 11)
 Z = torch.randn(3, 8, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -19,7 +17,7 @@ Z = torch.randn(3, 8, 11, generator=torch.Generator().manual_seed(1), dtype=torc
 def diffusion(**attributes):
     """A Diffusion of the codebase at the problem's noise, whose backbone gives Z."""
     settings = dict(
-        backbone=lambda x, sigma: Z,
+        backbone=lambda x, sigma: Z.clone(),
         noise=published.Noise(P, torch.float64),
         _sample_t=lambda n, device: P.t,
         q_xt=lambda x0, move_chance: P.xt,
@@ -28,39 +26,33 @@ def diffusion(**attributes):
 
 
 @pytest.fixture
-def swap(monkeypatch):
-    return lambda name: monkeypatch.setattr(published.Diffusion, name, getattr(mdlm.Diffusion, name))
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_signatures_are_those_of_the_seam(name):
-    ours, theirs = (getattr(m.Diffusion, name) for m in (mdlm, published))
-    assert getfullargspec(ours)[:4] == getfullargspec(theirs)[:4]
+def swap(applied):
+    return lambda: applied(published, mdlm.apply_to_mdlm)
 
 
 def test_padding_weighs_nothing(swap):
     attention_mask = torch.ones(3, 8).index_fill(1, torch.tensor([6, 7]), 0)
-    expected = diffusion()._loss(P.x0, attention_mask)
-    swap("_forward_pass_diffusion")
-    loss = diffusion()._loss(P.x0, attention_mask)
+    expected = published.loss_per_token(diffusion(), P.x0, attention_mask)
+    swap()
+    loss = published.loss_per_token(diffusion(), P.x0, attention_mask)
     torch.testing.assert_close(loss, expected)
-    assert not torch.isclose(loss, diffusion()._loss(P.x0, torch.ones(3, 8)))
+    assert not torch.isclose(loss, published.loss_per_token(diffusion(), P.x0, torch.ones(3, 8)))
 
 
 @pytest.mark.parametrize("options", [dict(change_of_variables=True), dict(parameterization="sedd"), {}])
 def test_noise_and_conditioning_are_the_published_ones(options, swap):
     seen = []
     for _ in range(2):
-        q_xt, backbone = mock.Mock(return_value=P.xt), mock.Mock(return_value=Z)
+        q_xt, backbone = mock.Mock(return_value=P.xt), mock.Mock(side_effect=lambda *_: Z.clone())
         with published.default_dtype(torch.float64):
             loss = diffusion(q_xt=q_xt, backbone=backbone, **options)._forward_pass_diffusion(P.x0)
         seen.append((loss, q_xt.call_args[0][1], backbone.call_args[0][1]))
-        swap("_forward_pass_diffusion")
+        swap()
     torch.testing.assert_close(*seen, rtol=1e-9, atol=1e-12)
 
 
 def test_without_time_conditioning_the_backbone_is_told_no_time():
-    backbone = mock.Mock(return_value=Z)
+    backbone = mock.Mock(side_effect=lambda *_: Z.clone())
     mdlm.Diffusion._forward_pass_diffusion(diffusion(backbone=backbone, time_conditioning=False), P.x0)
     assert torch.equal(backbone.call_args[0][1], torch.zeros(3, dtype=torch.float64))
 
@@ -69,7 +61,7 @@ def test_without_time_conditioning_the_backbone_is_told_no_time():
 def test_nothing_and_everything_masked(masked, swap):
     xt = torch.full_like(P.x0, 10) if masked else P.x0
     expected = diffusion(q_xt=lambda *_: xt)._forward_pass_diffusion(P.x0)
-    swap("_forward_pass_diffusion")
+    swap()
     loss = diffusion(q_xt=lambda *_: xt)._forward_pass_diffusion(P.x0)
     torch.testing.assert_close(loss, expected)
     assert bool(loss.any()) == masked
@@ -90,12 +82,12 @@ def test_a_step_is_drawn_from_the_published_law(swap):
     x = torch.tensor([10, 2, 10]).expand(n, 3)
     it = diffusion(noise=LogLinear(), backbone=lambda x, sigma: Z[0, :3].expand(len(x), 3, 11))
     time = torch.full((n, 1), t, dtype=torch.float64)
-    with mock.patch.object(published, "sample_categorical", return_value=x[:1]) as drawn_from:
+    with mock.patch.object(published.PUBLISHED["diffusion"], "_sample_categorical", return_value=x[:1]) as drawn_from:
         it._ddpm_caching_update(x[:1], time[:1], dt)
     weights = drawn_from.call_args[0][0][0]
     law = weights / weights.sum(-1, keepdim=True)
     law[1] = torch.eye(11)[2]  # not masked
-    swap("_ddpm_caching_update")
+    swap()
     torch.manual_seed(0)
     _, drawn = it._ddpm_caching_update(x, time, dt)
     share = torch.nn.functional.one_hot(drawn, 11).double().mean(0)
@@ -103,7 +95,7 @@ def test_a_step_is_drawn_from_the_published_law(swap):
 
 
 def test_the_cache_saves_the_backbone():
-    backbone = mock.Mock(return_value=Z)
+    backbone = mock.Mock(side_effect=lambda *_: Z.clone())
     it = diffusion(noise=LogLinear(), backbone=backbone)
     x, t = torch.full((3, 8), 10), torch.full((3,), 0.5)
     cache, _ = mdlm.Diffusion._ddpm_caching_update(it, x, t, 0.1)
@@ -131,3 +123,16 @@ def test_what_is_not_here_is_an_error():
         mdlm.Diffusion._forward_pass_diffusion(diffusion(T=1000), P.x0)
     with pytest.raises(ValueError, match="parameterization"):
         mdlm.Diffusion._ddpm_caching_update(diffusion(parameterization="d3pm"), P.xt, P.t, 0.1)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_autocast_on_the_cpu_stays_as_it_is(enabled):
+    seen = []
+
+    def backbone(x, sigma):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return Z
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        mdlm.Diffusion._forward_pass_diffusion(diffusion(backbone=backbone), P.x0)
+    assert seen == [enabled]

@@ -1,7 +1,4 @@
-"""NeMo Automodel's loss where the shared test does not look: its signature, edges, and logits that ranks share."""
-
-import inspect
-from types import SimpleNamespace
+"""NeMo Automodel's loss where the shared test does not look: edges, and logits that ranks share."""
 
 import pytest
 import torch
@@ -32,31 +29,26 @@ def agree(arguments, **options):
     return results[0]
 
 
-def test_signatures_are_the_seams():
-    def arguments(function):
-        return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
-
-    ours, theirs = (arguments(c.forward) for c in (nemo.MDLMCrossEntropyLoss, standin.MDLMCrossEntropyLoss))
-    assert ours[: len(theirs)] == theirs  # noisy_input_ids came later
-    assert arguments(nemo.MDLMCrossEntropyLoss) == arguments(standin.MDLMCrossEntropyLoss)
+def test_what_the_recipe_takes_from_a_loss():
     assert nemo.DLLMLossOutput._fields == standin.DLLMLossOutput._fields
     assert nemo.DLLMLossOutput._field_defaults == standin.DLLMLossOutput._field_defaults
 
 
-def test_the_line_swaps_the_loss():
-    """The recipe calls by keyword what a strategy of that module made, and multiplies the loss by its ranks."""
-    strategy = SimpleNamespace(MDLMCrossEntropyLoss=standin.MDLMCrossEntropyLoss)
+def test_one_call_swaps_the_loss_of_the_recipe(applied):
+    """It calls by keyword what its strategy made, and multiplies the loss by its ranks."""
+    strategy = standin.PUBLISHED["nemo_automodel.recipes.dllm.strategy"].MDLMStrategy()
     names = ("logits", "target_ids", "noise_mask", "p_mask", "loss_mask")
-    outputs = []
+    loss_fn, outputs = strategy.create_loss_fn({}), []  # before
     for _ in range(2):
         arguments = dict(
             zip(names, made(), strict=True), num_diffusion_tokens=99, loss_mask_ar=None, causal_logits=None
         )
-        result = strategy.MDLMCrossEntropyLoss()(**arguments)
+        result = loss_fn(**arguments)
         (4 * result.total_loss).backward()
         outputs.append((result.total_loss.detach(), arguments["logits"].grad))
-        strategy.MDLMCrossEntropyLoss = nemo.MDLMCrossEntropyLoss
+        applied(standin, nemo.apply_to_nemo)
     torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-14)
+    assert loss_fn.forward.__func__ is nemo.MDLMCrossEntropyLoss.forward
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])

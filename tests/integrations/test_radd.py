@@ -1,9 +1,8 @@
-"""RADD: signatures, noise, what the losses are on average, and which networks they take."""
-
-from inspect import getfullargspec
+"""RADD: noise, what the losses are on average, which networks they take, and what these say to a sampler."""
 
 import pytest
 import torch
+from standins import is_real
 from standins import radd as published
 
 from fastdiff.integrations import radd
@@ -18,25 +17,10 @@ def logits(xt):
     return torch.randn(*X0.shape, V, generator=torch.Generator().manual_seed(1)).repeat(len(xt) // len(X0), 1, 1)
 
 
-class Model(torch.nn.Module):
-    def __init__(self, answer):
-        super().__init__()
-        self.answer = answer
-
-    def forward(self, xt):
-        return self.answer(xt)
-
-
-@pytest.mark.parametrize(
-    "name", ["get_loss_fn", "Batch_Uniform_Sampler", "add_noise_t", "add_noise_lambda", "add_noise_k"]
-)
-def test_signatures_are_those_of_the_seam(name):
-    assert getfullargspec(getattr(radd, name))[:4] == getfullargspec(getattr(published, name))[:4]
-
-
 @pytest.mark.parametrize("type", ["naive", "vdm", "decoupled"])
 def test_times_are_the_published_ones(type):
-    theirs, ours = (torch.manual_seed(0) and m.Batch_Uniform_Sampler(7, type, "cpu") for m in (published, radd))
+    samplers = (published.PUBLISHED["losses"].Batch_Uniform_Sampler, radd.Batch_Uniform_Sampler)
+    theirs, ours = (torch.manual_seed(0) and sampler(7, type, "cpu") for sampler in samplers)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
@@ -53,17 +37,19 @@ def test_noise_has_the_published_law():
 
 
 @pytest.mark.parametrize("loss_type", radd.LOSSES)
-def test_every_loss_averages_to_the_likelihood(loss_type, monkeypatch):
-    """Of a network that thinks the same at any noise; swapped in by the documented line."""
-    monkeypatch.setattr(published, "get_loss_fn", radd.get_loss_fn)
-    loss_fn = published.get_loss_fn(LogLinear(), V, True, loss_type=loss_type)
+def test_every_loss_averages_to_the_likelihood(loss_type, applied):
+    """Of a network that thinks the same at any noise."""
+    applied(published, radd.apply_to_radd)
+    loss_fn = published.PUBLISHED["losses"].get_loss_fn(LogLinear(), V, True, loss_type=loss_type)
     torch.manual_seed(0)
-    losses = loss_fn(Model(logits), X0.repeat(2000, 1)).view(2000, 4).double()
+    losses = loss_fn(published.network(logits), X0.repeat(2000, 1)).view(2000, 4).double()
     z = logits(X0)
     nll = -(z[..., :-1].log_softmax(-1)).gather(-1, X0[..., None]).sum((1, 2)).double()
     # From sampling_eps on, and over weights 1 / t, the t losses miss 1e-3 of it.
     assert ((losses.mean(0) - nll).abs() <= 5 * losses.std(0) / 2000**0.5 + 2e-3 * nll).all()
-    assert loss_fn(Model(logits), X0).dtype == (torch.float64 if loss_type == "lambda_DCE" else torch.float32)
+    assert loss_fn(published.network(logits), X0).dtype == (
+        torch.float64 if loss_type == "lambda_DCE" else torch.float32
+    )
 
 
 def test_t_dce_is_t_dse():
@@ -71,7 +57,7 @@ def test_t_dce_is_t_dse():
     losses = []
     for loss_type in ("t_DSE", "t_DCE"):
         torch.manual_seed(0)
-        losses.append(radd.get_loss_fn(LogLinear(), V, True, loss_type=loss_type)(Model(logits), X0))
+        losses.append(radd.get_loss_fn(LogLinear(), V, True, loss_type=loss_type)(published.network(logits), X0))
     assert torch.equal(*losses)
 
 
@@ -80,18 +66,18 @@ def test_logits_do_as_well_as_log_probabilities(loss_type):
     losses = []
     for answer in (logits, lambda xt: published.log_probs(logits(xt))):
         torch.manual_seed(0)
-        losses.append(radd.get_loss_fn(LogLinear(), V, True, loss_type=loss_type)(Model(answer), X0))
+        losses.append(radd.get_loss_fn(LogLinear(), V, True, loss_type=loss_type)(published.network(answer), X0))
     torch.testing.assert_close(*losses)
 
 
 def test_nothing_masked_is_no_loss(monkeypatch):
     monkeypatch.setattr(radd, "Batch_Uniform_Sampler", lambda B, type, device: torch.zeros(B))
-    assert not radd.get_loss_fn(LogLinear(), V, True)(Model(logits), X0).any()
+    assert not radd.get_loss_fn(LogLinear(), V, True)(published.network(logits), X0).any()
 
 
 @pytest.mark.parametrize("train", [True, False])
 def test_the_model_is_put_into_its_mode(train):
-    model = Model(logits).train(not train)
+    model = published.network(logits).train(not train)
     radd.get_loss_fn(LogLinear(), V, train)(model, X0)
     assert model.training == train
 
@@ -99,3 +85,28 @@ def test_the_model_is_put_into_its_mode(train):
 def test_other_losses_are_an_error():
     with pytest.raises(ValueError, match="loss_type"):
         radd.get_loss_fn(LogLinear(), V, True, loss_type="ar_forward")
+
+
+@pytest.mark.parametrize("loss_type", radd.LOSSES)
+def test_the_losses_have_logits_and_who_samples_log_probabilities(loss_type, applied):
+    applied(published, radd.apply_to_radd)
+    model, seen = published.network(logits), []
+    model.register_forward_hook(lambda module, arguments, out: seen.append(out))
+    loss_fn = published.PUBLISHED["losses"].get_loss_fn(LogLinear(), V, True, loss_type=loss_type)
+    loss_fn(model, X0)
+    assert torch.equal(seen[0], logits(X0))
+    log_p = model(X0)  # in training mode
+    torch.testing.assert_close(log_p, published.log_probs(logits(X0)))
+
+
+@pytest.mark.skipif(not is_real(published.PUBLISHED["model"]), reason="RADD's sampler is in its checkout")
+def test_its_direct_sampler_draws_from_the_probabilities(applied):
+    applied(published, radd.apply_to_radd)
+    z = torch.zeros(V, dtype=torch.float16).index_fill(0, torch.tensor([3]), 2.0)  # as the sampler has it
+    model = published.network(lambda xt: z.repeat(*xt.shape, 1))
+    radd.get_loss_fn(LogLinear(), V, True)(model, X0)
+    DiffusionSampler = published.PUBLISHED["sampling"].DiffusionSampler
+    sampler = DiffusionSampler("tweedie", model, LogLinear(), (200, 24), V, "direct", device=torch.device("cpu"))
+    torch.manual_seed(0)
+    share = (sampler.sample(4) == 3).double().mean()
+    torch.testing.assert_close(share, z[:-1].double().softmax(0)[3], rtol=0, atol=0.03)

@@ -1,8 +1,5 @@
 """SEDD: signatures, reverse steps by frequency, noise, edge cases and what the published formula loses."""
 
-from inspect import getfullargspec
-from unittest import mock
-
 import pytest
 import torch
 from standins import problem
@@ -11,41 +8,27 @@ from standins import sedd as published
 from fastdiff.integrations import sedd
 from fastdiff.schedules import Geometric, LogLinear
 
-METHODS = [
-    ("Absorbing", "score_entropy"),
-    ("Absorbing", "sample_transition"),
-    ("Uniform", "score_entropy"),
-    ("Uniform", "sample_transition"),
-    ("AnalyticPredictor", "update_fn"),
-    ("EulerPredictor", "update_fn"),
-    ("Denoiser", "update_fn"),
-]
-
 
 @pytest.fixture(params=["absorb", "uniform"])
 def graph(request):
     return published.Absorbing(6) if request.param == "absorb" else published.Uniform(7)
 
 
-@pytest.mark.parametrize(("name", "method"), METHODS)
-def test_signatures_are_those_of_the_seam(name, method):
-    ours, theirs = (getattr(getattr(module, name), method) for module in (sedd, published))
-    assert getfullargspec(ours)[:4] == getfullargspec(theirs)[:4]
-
-
 @pytest.mark.parametrize("predictor", ["AnalyticPredictor", "EulerPredictor", "Denoiser"])
-def test_a_step_is_drawn_from_the_published_law(predictor, graph, monkeypatch):
-    """Swapped in by the documented assignment, from a score as SEDD gives it, which is 1 at x."""
+def test_a_step_is_drawn_from_the_published_law(predictor, graph, monkeypatch, applied):
+    """Of a score as SEDD gives it, which is 1 at x."""
     noise, n = (LogLinear() if graph.absorb else Geometric()), 20_000
     rows = torch.tensor([[6, 2, 6, 0]])
     score = (torch.randn(1, 4, 7, generator=torch.Generator().manual_seed(0)) - 3).exp().scatter(-1, rows[..., None], 1)
     arguments = (torch.full((n, 1), 0.6),) + ((0.1,) if predictor != "Denoiser" else ())
     step = getattr(published, predictor)(graph, noise)
-    with mock.patch.object(published, "sample_categorical", lambda probs: probs):
+    with monkeypatch.context() as patched:
+        for module in published.PUBLISHED.values():
+            patched.setattr(module, "sample_categorical", lambda probs: probs, raising=False)
         law = step.update_fn(lambda x, sigma: score.expand(n, 4, 7), rows.expand(n, 4), *arguments)[0].clamp_min(0)
     law = law / law.sum(-1, keepdim=True)
 
-    monkeypatch.setattr(getattr(published, predictor), "update_fn", getattr(sedd, predictor).update_fn)
+    applied(published, sedd.apply_to_sedd)
     torch.manual_seed(0)
     drawn = step.update_fn(lambda x, sigma: score.expand(n, 4, 7), rows.expand(n, 4), *arguments)
     assert (drawn < law.shape[-1]).all()  # no mask after the last step
@@ -62,9 +45,8 @@ def test_a_score_of_zero_is_never_drawn(dtype, graph):
     assert not (drawn == 3).any()
 
 
-def test_noise_moves_tokens_as_often_as_published(graph, monkeypatch):
-    methods = sedd.Absorbing if graph.absorb else sedd.Uniform
-    monkeypatch.setattr(type(graph), "sample_transition", methods.sample_transition)
+def test_noise_moves_tokens_as_often_as_published(graph, applied):
+    applied(published, sedd.apply_to_sedd)
     x0, sigma = torch.arange(6).repeat(3, 5000), torch.tensor([[0.0], [0.5], [20.0]])
     torch.manual_seed(0)
     xt = graph.sample_transition(x0, sigma)
@@ -103,3 +85,31 @@ def test_swapped_arguments_are_named():
         sedd.Absorbing.score_entropy(graph, z, p.sigma[:, None], p.x0, p.xt)
     with pytest.raises(ValueError, match="sigma"):
         sedd.Denoiser.update_fn(published.Denoiser(graph, LogLinear()), lambda *_: z, p.xt, torch.zeros(2, 1))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_losses_of_a_model_that_ddp_has_wrapped(train, graph, applied):
+    x0, t = torch.arange(6).repeat(2, 4), torch.tensor([0.3, 0.9])
+    model, xt = torch.nn.Module(), graph.sample_transition(x0, t[:, None])
+    model.module = published.Network(torch.randn(2, 24, 7), scale_by_sigma=graph.absorb)
+    model.forward = lambda x, sigma: model.module(x, sigma)
+
+    def loss():
+        loss_fn = published.PUBLISHED["losses"].get_loss_fn(LogLinear(), graph, train)
+        assert loss_fn(model, x0).shape == (2,)  # at times and with noise of its own
+        assert model.training == train
+        return loss_fn(model, x0, cond=None, t=t, perturbed_batch=xt)
+
+    expected = loss()
+    applied(published, sedd.apply_to_sedd)
+    torch.testing.assert_close(loss(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_tail_is_left_out_for_the_loss_alone():
+    p, seen = problem(2, 6, 11), []
+    model = published.Network(torch.randn(2, 6, 11), scale_by_sigma=True)
+    model.register_forward_hook(lambda module, arguments, out: seen.append(out))
+    sedd.get_loss_fn(LogLinear(), published.Absorbing(10), train=True)(model, p.x0)
+    score = published.scale_by_sigma(model.answer, p.xt, p.sigma.float())
+    assert torch.equal(seen[0], model.answer)
+    assert torch.equal(model(p.xt, p.sigma.float()), score)  # though the model is still in training mode
