@@ -38,7 +38,8 @@ class DUO_BASE:
         log-probabilities."""
         here = next(c for c in type(self).__mro__ if vars(c).get("_loss") is DUO_BASE._loss)
         with setting(self, "gives_logits", self.config.algo.name != "distillation"):
-            return super(here, self)._loss(x0, labels, valid_tokens, current_accumulation_step, train_mode)
+            base: Any = super(here, self)
+            return base._loss(x0, labels, valid_tokens, current_accumulation_step, train_mode)
 
     def _process_model_output(self: Any, model_output: Tensor, xt: Tensor, sigma: Tensor) -> Tensor:
         """Log-probabilities [B, L, V]; or within `_loss` the logits as they are, which `nll_per_token` normalises."""

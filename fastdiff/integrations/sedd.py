@@ -63,8 +63,10 @@ def get_loss_fn(
         with setting(network, "scale_by_sigma", False):
             out = model(perturbed_batch, sigma)
         parametrization = "scale_by_sigma" if scaled else "log_score"
-        law = dict(graph=_name(graph), parametrization=parametrization)
-        return dse_loss(out, sigma, perturbed_batch, batch, dsigma=dsigma, **law).sum(-1)
+        loss = dse_loss(
+            out, sigma, perturbed_batch, batch, graph=_name(graph), dsigma=dsigma, parametrization=parametrization
+        )
+        return loss.sum(-1)
 
     return loss_fn
 
