@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastdiff.integrations import dllm
 from standins import Problem, published
+from standins.dream import cart_weight as cart_weight  # which DreamTrainer has
 
 
 class LinearAlphaScheduler:
@@ -92,7 +93,7 @@ class BD3LMTrainer(MDLMTrainer):
         return super().compute_loss(model, inputs, return_outputs, **kwargs)
 
 
-PUBLISHED = published("dllm", "dllm.core.trainers", "dllm.core.schedulers")
+PUBLISHED = published("dllm", "dllm.core.trainers", "dllm.core.schedulers", "dllm.pipelines.dream.trainer")
 MDLMTrainer, BD3LMTrainer = PUBLISHED["dllm.core.trainers"].MDLMTrainer, PUBLISHED["dllm.core.trainers"].BD3LMTrainer
 LinearAlphaScheduler = PUBLISHED["dllm.core.schedulers"].LinearAlphaScheduler
 

@@ -7,7 +7,7 @@ import torch
 from standins import dllm as standin
 from standins import problem
 
-from fastdiff.integrations import dllm
+from fastdiff.integrations import dllm, dream
 
 B, L, V = 3, 12, 33
 KINDS = {"MDLMTrainer": dllm.MDLMTrainer.compute_loss, "BD3LMTrainer": dllm.BD3LMTrainer.compute_loss}
@@ -104,6 +104,14 @@ def test_steps_in_a_row_have_the_published_masks(kind, p, applied):
         applied(standin, dllm.apply_to_dllm)
     torch.testing.assert_close(*seen)
     assert len(seen[0][0].unique()) == 3
+
+
+def test_one_call_swaps_the_weights_of_dream(p, applied):
+    trainer, mask = standin.PUBLISHED["dllm.pipelines.dream.trainer"], p.xt == p.mask_index
+    expected = trainer.cart_weight(mask, p.t, p=0.1)
+    applied(standin, dream.apply_to_dream)
+    assert trainer.cart_weight is dream.cart_weight
+    torch.testing.assert_close(trainer.cart_weight(mask, p.t, p=0.1), expected, check_dtype=False)
 
 
 def test_errors_name_the_argument(p):
