@@ -39,7 +39,7 @@ def evaluating(
     try:
         for module in modules:
             module.training = False
-        with torch.set_grad_enabled(differentiable), _progress(total, unit) as advance:
+        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()), _progress(total, unit) as advance:
             yield advance
     finally:
         for module, mode in zip(modules, modes, strict=True):

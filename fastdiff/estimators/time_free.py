@@ -170,6 +170,7 @@ def time_free_nll(
     return dataclasses.replace(final, num_forwards=final.num_forwards + spent)
 
 
+@torch.no_grad()
 def _pilots(
     score: Scorer,
     pilot: Tensor,
@@ -321,7 +322,7 @@ def _estimates(
 ) -> list[tuple[Tensor, NLLEstimate]]:
     """Sequences of num_samples [B] > 0, those that agree in length, target tokens and num_samples together.
 
-    Chains have as many looks as `planned` passes would give them.
+    Chains have as many looks as `planned` passes would give them, if that leaves four of them.
     """
     few = fits(score.num_tokens, num_samples)
     total = torch.where(few, 2 ** score.num_tokens.clamp(max=62) - 1, num_samples).sum()
@@ -334,7 +335,7 @@ def _estimates(
             if few[group[0]]:
                 parts.append((group, enumerate_subsets(score, group)))
                 continue
-            looks = plan(planned, n)[1]
+            looks = min(plan(planned, n)[1], max(1, (num - 1) // 4))
             plans = (num - 1) // looks, looks
             passes = 1 + math.prod(plans) if proposal == "stratified" else num
             for which in group.split(max(1, _STORED_LOSSES // (num * int(score.lengths[group[0]])))):

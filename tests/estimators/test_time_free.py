@@ -197,6 +197,13 @@ def test_a_tolerance_is_reached_in_most_sequences(model, x0: Tensor, num_samples
         assert estimate.num_forwards.double().mean().item() < 8 * passes
 
 
+def test_a_pilot_may_look_at_more_counts_than_the_estimate_has_passes() -> None:
+    network, x0 = RandomNetwork(25), random_tokens(2, 25)
+    estimate = time_free_nll(network, x0, mask_index=4, num_samples=256, tolerance=1e9)
+    assert estimate.num_forwards.tolist() == [256 - 15 + 16] * 2  # ten chains of 24 looks, then five of three
+    assert (estimate.stderr > 0).all()
+
+
 def test_what_is_easily_within_tolerance_costs_little_more_than_its_pilot() -> None:
     network, x0, target = RandomNetwork(12), random_tokens(2, 12), torch.ones(2, 12, dtype=torch.bool)
     target[1, 5:] = False
@@ -293,6 +300,19 @@ def test_gradients_are_unbiased(proposal: str) -> None:
     grads = torch.stack([gradient(part, network) / 40 for part in parts])
     z = (grads.mean(0) - truth) / (grads.std(0) / math.sqrt(30))
     assert z.abs().max() < 4.5
+
+
+def test_pilots_keep_no_graph() -> None:
+    network, x0, had_grad = RandomNetwork(8), random_tokens(2, 8), []
+    network.head.requires_grad_()
+
+    def model(xt: Tensor) -> Tensor:
+        had_grad.append(torch.is_grad_enabled())
+        return network(xt)
+
+    options = dict(mask_index=4, num_samples=16, batch_size=32, tolerance=1e9, differentiable=True)
+    assert time_free_nll(model, x0, **options).nll.requires_grad
+    assert had_grad == [False, True]
 
 
 def test_two_models_meet_the_same_masks() -> None:
