@@ -17,7 +17,7 @@ from fastdiff.estimators.time_free import draw_names
 from fastdiff.graphs import Absorbing, Graph
 from fastdiff.model import write_atomically
 from fastdiff.noising import Masked, mask_tokens
-from fastdiff.philox import Purpose, draw32
+from fastdiff.philox import Purpose, draw32, scaled
 from fastdiff.schedules import Schedule
 
 
@@ -176,7 +176,7 @@ def _masked_rates(score: Scorer, level: Tensor, seed: Tensor, sample_ids: Tensor
                 sample_ids=names,
                 backend=score.backend,
             ).mask
-            certain = draw32(seed, Purpose.COUNT, step, names, 0, 0) * length >> 32
+            certain = scaled(draw32(seed, Purpose.COUNT, step, names, 0, 0), length)
             mask = mask.scatter(1, certain.unsqueeze(1), True)
             loss = score(which, Masked(x0.masked_fill(mask, score.mask_index), mask))
             rate[which, step] = length * loss.sum(1) / mask.sum(1)

@@ -155,14 +155,14 @@ def time_free_nll(
         backend=backend,
     )
     most = torch.full_like(score.num_tokens, num_samples)
-    all_enumerated = bool(fits(score.num_tokens, most).all())
+    exact = fits(score.num_tokens, most)
+    all_enumerated = bool(exact.all())
     check_enough(num_samples, proposal, all_enumerated=all_enumerated)
     seed, sample_ids = draw_names(x0, 0 if all_enumerated and seed is None else seed, sample_ids)
     if tolerance is None:
         return _in_order(_estimates(score, most, num_samples, proposal, seed, sample_ids, 0), x0)
     if not tolerance > 0:
         raise ValueError(f"tolerance: expected a positive number of nats, got {tolerance}")
-    exact = fits(score.num_tokens, most)
     parts = _estimates(score, most * exact, num_samples, proposal, seed, sample_ids, 0)
     num, spent = _pilots(score, most * ~exact, num_samples, max_samples, tolerance, proposal, seed, sample_ids)
     parts += _estimates(score, num, num_samples, proposal, seed, sample_ids, 0)
