@@ -159,15 +159,15 @@ def dse_loss(
 def dce_rows(
     z: Tensor,
     x0: Tensor,
-    xt: Tensor | None,
-    mask: Tensor | None,
-    weight: Number | Tensor | None,
-    mask_index: int,
-    exclude_mask: bool,
-    ignore_index: int,
-    z_loss: float,
-    reduction: str,
-    num_items: Number | Tensor | None,
+    xt: Tensor | None = None,
+    mask: Tensor | None = None,
+    weight: Number | Tensor | None = None,
+    mask_index: int = -1,
+    exclude_mask: bool = True,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    reduction: str = "none",
+    num_items: Number | Tensor | None = None,
 ) -> Rows:
     """The checked arguments of a cross-entropy over rows z, of which only type, shape and device are looked at."""
     if xt is not None and mask is not None:
@@ -195,12 +195,12 @@ def dse_rows(
     sigma: Number | Tensor,
     xt: Tensor,
     x0: Tensor,
-    graph: str,
-    dsigma: Number | Tensor | None,
-    mask_index: int,
-    parametrization: str,
-    reduction: str,
-    num_items: Number | Tensor | None,
+    graph: str = "absorb",
+    dsigma: Number | Tensor | None = None,
+    mask_index: int = -1,
+    parametrization: str = "log_score",
+    reduction: str = "none",
+    num_items: Number | Tensor | None = None,
 ) -> Rows:
     """The checked arguments of a score entropy over rows z, of which only type, shape and device are looked at."""
     check_choice("graph", graph, ("absorb", "uniform"))

@@ -9,12 +9,12 @@ import sys
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 NEEDS = {  # beside torch and, where a version matters, transformers
     "bd3lm": "datasets einops hydra-core lightning omegaconf timm torchvision",
@@ -52,6 +52,24 @@ def problem(batch: int, length: int, num_states: int, seed: int = 0) -> Problem:
     anew = torch.randint(0, num_states, (batch, length), generator=g)
     xt, moved = torch.where(noised, num_states - 1, x0), torch.where(noised, anew, x0)
     return Problem(x0, xt, moved, t, -torch.log1p(-t), 1 / (1 - t), num_states)
+
+
+class Network(nn.Module):
+    """A last layer over hidden states that are there already: [B, 2 L, D], for layouts of two halves."""
+
+    def __init__(self, p: Problem, width: int, bias: bool = False, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        batch, length = p.x0.shape
+        self.hidden = nn.Parameter(torch.randn(batch, 2 * length, width, dtype=dtype))
+        self.lm_head = nn.Linear(width, p.num_states, bias=bias, dtype=dtype)
+
+    def forward(self, input_ids: Tensor, *_: Any, **asked: Any) -> SimpleNamespace:
+        self.asked = dict(asked, input_ids=input_ids)
+        batch, length = input_ids.shape
+        return SimpleNamespace(logits=self.lm_head(self.hidden[:batch, :length]))
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
 
 
 def published(name: str, *modules: str) -> dict[str, ModuleType]:
