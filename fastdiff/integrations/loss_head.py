@@ -161,7 +161,7 @@ class _Scoring:
         else:
             loss = loss.sum()
         if rows.reduction == "mean":
-            loss = (loss / (len(index) if rows.num_items is None else rows.num_items)).to(loss.dtype)
+            loss = (loss / (max(1, len(index)) if rows.num_items is None else rows.num_items)).to(loss.dtype)
         if not with_stats:
             return loss
         found = torch.cat(stats, 1)
