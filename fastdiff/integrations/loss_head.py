@@ -33,9 +33,9 @@ class LossHead:
     """The last layer of a model, which for the length of a `with` computes a loss where it gives logits otherwise.
 
     The loss is that of the model's logits, which never exist: what the model does with them behind its last layer (it
-    may scale them, cap them softly, leave out ids that are padding, or one id) is found out once, from a few tokens in
-    evaluation mode, and looked after in each step. Only scored rows are multiplied. A layer that is not an `nn.Linear`
-    (LoRA, quantised weights) is called on some of them at a time, again in backward.
+    may scale them, cap them softly, leave out ids that are padding, or one id) is found out once, from a few tokens,
+    and looked after in each step. Only scored rows are multiplied. A layer that is not an `nn.Linear` (LoRA, quantised
+    weights) is called on some of them at a time, again in backward.
 
     Args:
         model: what is called, as it is or wrapped (DDP, FSDP, `torch.compile`).
@@ -249,7 +249,7 @@ def _found_out(model: nn.Module, layer: nn.Module, logits: Logits, device: torch
     tokens = torch.zeros(1, 4, dtype=torch.int64, device=device)
     random = torch.random.fork_rng([device] if device.type == "cuda" else [])
     eager = torch.compiler.set_stance("force_eager")
-    with random, eager, _evaluating(model), _in_place(layer, numbers_instead):
+    with random, eager, _left_alone(model), _in_place(layer, numbers_instead):
         try:
             found = logits(tokens)
         except Exception as error:
@@ -286,16 +286,19 @@ def _sharded(own: Tensor, mesh: Any, num_ids: int) -> DTensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout or what else leaves a trace. Some models do more than this when train() is called."""
-    before = [(module, module.training) for module in model.modules()]
-    for module, _ in before:
+def _left_alone(model: nn.Module) -> Iterator[None]:
+    """What counts what it sees (BatchNorm, spectral_norm) has buffers for that, and does not in evaluation mode.
+
+    What has none stays in training: some quantised layers are made into others when they are evaluated.
+    """
+    counting = [module for module in model.modules() if module.training and module._buffers]
+    for module in counting:
         module.training = False
     try:
         yield
     finally:
-        for module, training in before:
-            module.training = training
+        for module in counting:
+            module.training = True
 
 
 # ---------------------------------------------------------------------------------------------------------
