@@ -79,8 +79,12 @@ class LossHead:
             known[self.model] = _found_out(self.model, self.layer, self.logits, options["x0"].device)
         behind = known[self.model]
         scoring = _Scoring(self.layer, behind, linear, rows, behind.tail.applied(options))
-        with _in_place(self.layer, scoring):
-            yield scoring.loss_of
+        try:
+            with _in_place(self.layer, scoring):
+                yield scoring.loss_of
+        except Exception:
+            known.pop(self.model, None)  # so that a model which was changed on purpose is asked again
+            raise
 
 
 @dataclasses.dataclass(eq=False)
@@ -110,8 +114,7 @@ class _Scoring:
         result = self._fused(hidden, weight) if linear else self._in_parts(forward, hidden)
         loss, self.stats = result if isinstance(result, tuple) else (result, None)
         self.loss, self.carries = loss.detach(), loss.requires_grad
-        rows = self.behind.rows(loss)
-        rows = rows.view((1,) * (hidden.dim() - 2) + rows.shape)
+        rows = self.behind.rows(loss, hidden.dim())
         return _sharded(rows, weight.device_mesh, len(weight)) if isinstance(weight, DTensor) else rows
 
     def loss_of(self, logits: Tensor) -> Any:
@@ -133,7 +136,8 @@ class _Scoring:
             hidden, bias = hidden * tail.scale, None if bias is None else bias * tail.scale
         return self.linear(hidden, weight, bias=bias, softcap=tail.softcap, **self.options)
 
-    def _in_parts(self, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Any:
+    @torch.compiler.disable
+    def _in_parts(self, forward: Forward, hidden: Tensor) -> Any:
         """By calls of the layer on some scored rows at a time, whose logits are made again in backward."""
         options = {"return_stats": False, "backend": None, "capacity": None} | self.options
         with_stats, backend, _ = (options.pop(name) for name in ("return_stats", "backend", "capacity"))
@@ -184,12 +188,14 @@ class _Behind:
     columns: int
     first: int  # where given begins in found
 
-    def rows(self, loss: Tensor) -> Tensor:
+    def rows(self, loss: Tensor, dim: int) -> Tensor:
+        """[1, ..., n, V] of as many dimensions; no view, for a wrapper's hooks see no change of one."""
         numbers = (loss - loss.detach()).flatten()
         length = -(-len(numbers) // self.columns)
         path = F.pad(numbers, (0, length * self.columns - len(numbers))).view(length, self.columns)
         path = F.pad(path, (self.start, len(self.given) - self.start - self.columns))
-        return torch.cat([self.given.to(loss.dtype).unsqueeze(0), path.repeat(PARTS, 1)])
+        rows = (self.given.to(loss.dtype).unsqueeze(0), path.repeat(PARTS, 1))
+        return torch.cat([row.view((1,) * (dim - 2) + row.shape) for row in rows], -2)
 
     def path(self, logits: Tensor, loss: Tensor) -> Tensor:
         """Zeros in the shape of the loss, whose gradient comes to the numbers in the rows."""
