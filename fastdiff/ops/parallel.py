@@ -109,9 +109,7 @@ def replicated(name: str, tensor: Tensor) -> Tensor:
     return dtensor.to_local()
 
 
-def sharded_losses_(
-    rows: Rows, backend: str, shard: Shard, with_grad: bool, with_stats: bool
-) -> tuple[Tensor, Tensor]:
+def sharded_losses_(rows: Rows, backend: str, shard: Shard, with_grad: bool, with_stats: bool) -> tuple[Tensor, Tensor]:
     """`row_losses_` of whole rows, of which rows.z holds this rank's part; ids count from the first of all."""
     part = _own(rows, shard)
     if rows.functor != "dce":  # a sum over ids, and what belongs to x0 is added where x0 is
