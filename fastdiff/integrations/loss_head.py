@@ -249,7 +249,7 @@ def _found_out(model: nn.Module, layer: nn.Module, logits: Logits, device: torch
         every = numbers(shard.all_states).to(own.device, loss_dtype(z.dtype))
         given = every[:, first : first + own.shape[-1]]
         calls.append((every, given, first, mesh))
-        given = given.reshape(own.shape)
+        given = given.reshape(own.shape).clone()  # which the model may change
         return _sharded(given, z.device_mesh, shard.all_states) if isinstance(z, DTensor) else given
 
     tokens = torch.zeros(1, 4, dtype=torch.int64, device=device)

@@ -128,6 +128,10 @@ def scaled_and_capped(z):
     return 2 * torch.tanh(z / 3 / 2)
 
 
+def scaled_in_place(z):
+    return z.mul_(0.3)
+
+
 def cut(z):
     return z[..., : MASK + 1]
 
@@ -145,7 +149,7 @@ def lowered(z):
     return torch.where(torch.arange(V) == MASK, z - 1e6, z)
 
 
-PLAIN = (unchanged, scaled, capped, scaled_and_capped, cut)
+PLAIN = (unchanged, scaled, capped, scaled_and_capped, scaled_in_place, cut)
 
 
 @pytest.fixture
@@ -189,7 +193,7 @@ def test_ids_that_the_model_leaves_out(layer):
 @settings(deadline=None, max_examples=60)
 @given(
     parts=st.booleans(),
-    tail=st.sampled_from(PLAIN[:4]),
+    tail=st.sampled_from(PLAIN[:5]),
     tokens=st.sampled_from(["xt", "mask", "all"]),
     weight=st.sampled_from([None, 2.5, "[B]", "[B, 1]", "[1, L]", "[B, L]"]),
     options=st.fixed_dictionaries(dict(exclude_mask=st.booleans(), z_loss=st.sampled_from([0.0, 0.1]))),
@@ -218,6 +222,21 @@ def test_score_entropy(graph, parametrization):
     for reduction in REDUCTIONS:
         for layer in (lambda linear: linear, Scaled):
             agree(with_layer(layer, tail=scaled_and_capped), **options, **reduction, mask_index=MASK)
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("layer", [lambda linear: linear, Scaled])
+@pytest.mark.parametrize("tail", [scaled_and_capped, low(MASK)])
+def test_statistics(tail, layer):
+    xt, x0, options = batch()
+    model = with_layer(layer, tail=tail)
+    expected = dce_loss(model(xt).logits, x0, **options, mask_index=MASK, return_stats=True)
+    for reduction in REDUCTIONS:
+        loss, stats = ours(model, x0, **options, **reduction, mask_index=MASK, return_stats=True)
+        near([loss], [published(model, x0, **options, **reduction, mask_index=MASK)])
+        near(stats[:2] + stats[3:], expected[1][:2] + expected[1][3:])
+        assert torch.equal(stats.correct, expected[1].correct)
+        assert not any(one.requires_grad for one in stats)
 
 
 @pytest.mark.parametrize("layer", [lambda linear: linear, Scaled])
