@@ -311,23 +311,21 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
 # In the place of the layer's forward.
 
 
-_STAND_INS: WeakKeyDictionary[nn.Module, tuple[int, Forward]] = WeakKeyDictionary()  # one for all steps: compiled code
-_ROLES: dict[int, tuple[Forward, Callable[[Forward, Tensor], Tensor]]] = {}  # stays valid, and takes these from outside
-
-
-def _stand_in(key: int) -> tuple[int, Forward]:
-    def forward(hidden: Tensor) -> Tensor:
-        own, role = _ROLES[key]
-        return role(own, hidden)
-
-    return key, forward
+# By layer, its own forward and what is called with it. Compiled code takes these from here, whatever the step; reached
+# through the layer's attributes, x0 would have a fixed shape for it.
+_ROLES: dict[int, tuple[Forward, Callable[[Forward, Tensor], Tensor]]] = {}
 
 
 @contextmanager
 def _in_place(layer: nn.Module, role: Callable[[Forward, Tensor], Tensor]) -> Iterator[None]:
-    key, forward = _STAND_INS.setdefault(layer, _stand_in(id(layer)))
+    key = id(layer)
     if key in _ROLES:
         raise RuntimeError("LossHead: the last layer computes another loss")
+
+    def forward(hidden: Tensor) -> Tensor:
+        own, role = _ROLES[key]
+        return role(own, hidden)
+
     before = vars(layer).get("forward")
     _ROLES[key], layer.forward = (layer.forward, role), forward
     try:

@@ -125,5 +125,19 @@ def tensor_parallel():
         )
 
 
+def fsdp2_and_tensor_parallel():
+    """On a mesh of both: the last layer's weights are cut twice."""
+    plan = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+    for shape in ((RANKS, 1), (1, RANKS)):
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
+
+        def wrap(model, mesh=mesh):
+            parallelize_module(model, mesh["tensor"], {"lm_head": plan})
+            fully_shard(model.lm_head, mesh=mesh["data"])
+            return fully_shard(model, mesh=mesh["data"])
+
+        same_as_one_process(wrap, networks=NETWORKS[:2], data_parallel=shape[0] == RANKS)
+
+
 if __name__ == "__main__":
     torchrun.run(globals())

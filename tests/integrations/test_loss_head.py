@@ -22,7 +22,7 @@ import fastdiff.integrations.loss_head as loss_head
 from fastdiff import dce_loss, dse_loss
 from fastdiff.integrations.loss_head import LossHead
 
-V, D, B, L = 34, 8, 4, 17
+V, D, B, L = 33, 8, 4, 17
 MASK = V - 3
 REDUCTIONS = [dict(reduction=name) for name in ("none", "sum", "mean")] + [dict(reduction="mean", num_items=7)]
 
@@ -266,6 +266,23 @@ class Quantised(nn.Module):
         return F.linear(hidden, self.weight.to(hidden.dtype) * self.scale)
 
 
+class Halved(torch.Tensor):
+    """Weights that stand for others, as those of torchao."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is not F.linear:
+            return super().__torch_function__(function, types, args, kwargs)
+        hidden, weight, *bias = args
+        with torch._C.DisableTorchFunctionSubclass():
+            return F.linear(hidden, weight.as_subclass(torch.Tensor) / 2, *bias)
+
+
+def with_halved_weights(linear):
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Halved), requires_grad=False)
+    return linear
+
+
 class Casting(nn.Linear):
     """float32 weights in a model of another type."""
 
@@ -293,6 +310,7 @@ def perceptron(linear):
 
 LAYERS = {
     "quantised": Quantised,
+    "other weights": with_halved_weights,
     "perceptron": perceptron,
     "weight_norm": nn.utils.parametrizations.weight_norm,
     "hooks": with_hooks,
@@ -560,7 +578,7 @@ def test_what_the_loss_cannot_follow(name, dtype):
 def test_what_the_model_leaves_out_is_what_the_loss_does():
     xt, x0, options = batch()
     for wrong in (dict(options), dict(xt=xt, mask_index=5), dict(options, mask_index=5)):
-        with pytest.raises(ValueError, match="mask_index: expected 31, which the model leaves out, got"):
+        with pytest.raises(ValueError, match="mask_index: expected 30, which the model leaves out, got"):
             ours(Network(low(MASK)), x0, **wrong)
     for tail, wrong in ((low(MASK), dict(graph="uniform")), (low(*range(MASK, V)), dict(mask_index=MASK))):
         with pytest.raises(ValueError, match="graph: expected a model that leaves out no id"):
@@ -596,7 +614,7 @@ def test_a_layer_that_is_called_twice():
 def test_what_is_not_what_the_layer_gave():
     model, (xt, x0, options) = Network(), batch()
     logits = model(xt).logits
-    not_this = r"expected what the last layer gave, \[..., 34\] in 4 rows, got"
+    not_this = r"expected what the last layer gave, \[..., 33\] in 4 rows, got"
     for wrong, error, message in (
         *((wrong, RuntimeError, not_this) for wrong in (logits, logits[..., :D], logits[0, 0], logits[:, :2])),
         (logits[:1, :4], RuntimeError, "something else behind its last layer"),
@@ -617,8 +635,11 @@ def test_what_is_not_what_the_layer_gave():
 
 def test_a_model_that_changes():
     """It is asked once; another behaviour is an error, and then it is asked again."""
-    model, x0 = Network(), batch()[1]
-    agree(model)
+    model, x0, asked = Network(), batch()[1], []
+    model.register_forward_pre_hook(lambda model, args, kwargs: asked.append(kwargs["input_ids"]), with_kwargs=True)
+    for _ in range(3):
+        ours(model, x0)
+    assert [tuple(ids.shape) for ids in asked] == [(1, 4), *[(B, L)] * 3]
     for tail in (scaled, capped, cut, low(V - 1)):
         model.tail = tail
         with pytest.raises(RuntimeError, match=r"something else behind|what the last layer gave"):
@@ -673,5 +694,14 @@ def test_a_model_that_is_called_in_another_way():
 
 
 def test_ranks():
-    functions = ("ddp", "fsdp2", "fsdp2_with_the_head_by_itself", "hsdp", "fsdp1", "tensor_parallel")
+    functions = (
+        "ddp",
+        "fsdp2",
+        "fsdp2_with_the_head_by_itself",
+        "fsdp2_with_a_part_of_the_head_by_itself",
+        "hsdp",
+        "fsdp1",
+        "tensor_parallel",
+        "fsdp2_and_tensor_parallel",
+    )
     torchrun.launch(Path(__file__).with_name("loss_head_ranks.py"), 2, *functions)
