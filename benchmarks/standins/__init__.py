@@ -6,6 +6,7 @@ Given a folder of their checkouts in FASTDIFF_CHECKOUTS, each under the name of 
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -54,6 +55,10 @@ def problem(batch: int, length: int, num_states: int, seed: int = 0) -> Problem:
     return Problem(x0, xt, moved, t, -torch.log1p(-t), 1 / (1 - t), num_states)
 
 
+Loss = Callable[[nn.Module], Tensor]  # of a network
+Case = tuple[Loss, Loss]  # the published one, ours
+
+
 class Network(nn.Module):
     """A last layer over hidden states that are there already: [B, 2 L, D], for layouts of two halves."""
 
@@ -70,6 +75,17 @@ class Network(nn.Module):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
+
+
+class LastLayer(nn.Module):
+    """A network in the place of a last layer: `.linear`, over whatever a codebase has before it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.linear = network, getattr(network, "module", network).get_output_embeddings()
+
+    def forward(self, indices: Tensor, *_: Any) -> Tensor:
+        return self.network(indices).logits
 
 
 def published(name: str, *modules: str) -> dict[str, ModuleType]:
