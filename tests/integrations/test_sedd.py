@@ -1,9 +1,12 @@
 """SEDD: signatures, reverse steps by frequency, noise, edge cases and what the published formula loses."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from standins import problem
 from standins import sedd as published
+from torch import nn
 
 from fastdiff.integrations import sedd
 from fastdiff.schedules import Geometric, LogLinear
@@ -87,29 +90,95 @@ def test_swapped_arguments_are_named():
         sedd.Denoiser.update_fn(published.Denoiser(graph, LogLinear()), lambda *_: z, p.xt, torch.zeros(2, 1))
 
 
+class Answer(nn.Module):
+    """Some hidden states [L, 8] of any tokens, and a last layer."""
+
+    def __init__(self):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.hidden, self.lm_head = nn.Parameter(torch.randn(24, 8, generator=g)), nn.Linear(8, 7)
+
+    def forward(self, tokens):
+        return SimpleNamespace(logits=self.lm_head(self.hidden[: tokens.shape[1]].expand(len(tokens), -1, -1)))
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+
+class Wrapped(nn.Module):
+    """As DDP has a model."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *arguments):
+        return self.module(*arguments)
+
+
+def compiled(model):
+    return torch.compile(model, backend="aot_eager")
+
+
+@pytest.fixture(params=[True, False], ids=["scaled", "not scaled"])
+def model(request, graph):
+    return published.network(Answer(), scaled=request.param and graph.absorb)
+
+
+X0, T = torch.arange(6).repeat(2, 4), torch.tensor([0.3, 0.9])
+
+
 @pytest.mark.parametrize("train", [True, False])
-def test_losses_of_a_model_that_ddp_has_wrapped(train, graph, applied):
-    x0, t = torch.arange(6).repeat(2, 4), torch.tensor([0.3, 0.9])
-    model, xt = torch.nn.Module(), graph.sample_transition(x0, t[:, None])
-    model.module = published.Network(torch.randn(2, 24, 7), scale_by_sigma=graph.absorb)
-    model.forward = lambda x, sigma: model.module(x, sigma)
+@pytest.mark.parametrize("wrap", [lambda model: model, Wrapped, compiled], ids=["bare", "DDP", "compile"])
+def test_a_step_as_published(train, wrap, model, graph, applied):
+    """Of what weights the sequences alike, of what does not, and without gradients."""
+    xt = graph.sample_transition(X0, T[:, None])
 
-    def loss():
+    def results():
         loss_fn = published.PUBLISHED["losses"].get_loss_fn(LogLinear(), graph, train)
-        assert loss_fn(model, x0).shape == (2,)  # at times and with noise of its own
-        assert model.training == train
-        return loss_fn(model, x0, cond=None, t=t, perturbed_batch=xt)
+        whole = wrap(model)
+        assert loss_fn(whole, X0).shape == (2,)  # at times and with noise of its own
+        assert whole.training == train
+        loss = loss_fn(whole, X0, cond=None, t=T, perturbed_batch=xt)
+        for upstream in (torch.full((2,), 0.5), torch.tensor([0.25, -2.0])):
+            yield torch.autograd.grad(loss, [*model.parameters()], upstream, retain_graph=True)
+        with torch.no_grad():
+            yield loss_fn(whole, X0, t=T, perturbed_batch=xt), loss.detach()
 
-    expected = loss()
+    expected = [*results()]
     applied(published, sedd.apply_to_sedd)
-    torch.testing.assert_close(loss(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close([*results()], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_tail_is_left_out_for_the_loss_alone():
-    p, seen = problem(2, 6, 11), []
-    model = published.Network(torch.randn(2, 6, 11), scale_by_sigma=True)
-    model.register_forward_hook(lambda module, arguments, out: seen.append(out))
-    sedd.get_loss_fn(LogLinear(), published.Absorbing(10), train=True)(model, p.x0)
-    score = published.scale_by_sigma(model.answer, p.xt, p.sigma.float())
-    assert torch.equal(seen[0], model.answer)
-    assert torch.equal(model(p.xt, p.sigma.float()), score)  # though the model is still in training mode
+def test_the_model_is_asked_for_scores_as_ever(model, graph, applied):
+    """Though it has computed a loss, and though it is still in training mode."""
+    xt, sigma = graph.sample_transition(X0, T[:, None]), T
+    expected = model(xt, sigma)
+    applied(published, sedd.apply_to_sedd)
+    published.PUBLISHED["losses"].get_loss_fn(LogLinear(), graph, train=True)(model, X0)
+    torch.testing.assert_close(model(xt, sigma), expected)
+
+
+def test_no_logits_are_made(model, graph, applied):
+    applied(published, sedd.apply_to_sedd)
+    seen = []
+    model.register_forward_hook(lambda module, arguments, out: seen.append(out.shape[-1]))
+    published.PUBLISHED["losses"].get_loss_fn(LogLinear(), graph, train=True)(model, X0)
+    assert seen[-1] < 7
+
+
+def test_a_tail_that_the_loss_does_not_know_is_an_error(graph):
+    """As the model has without the seam in the place of its forward."""
+    model = published.network(Answer())
+    with pytest.raises(ValueError, match="logits"):
+        sedd.get_loss_fn(LogLinear(), graph, train=True)(model, X0)
+
+
+def test_a_failed_step_leaves_nothing_behind(model, graph, applied):
+    applied(published, sedd.apply_to_sedd)
+    loss_fn = published.PUBLISHED["losses"].get_loss_fn(LogLinear(), graph, True)
+    expected = loss_fn(model, X0, t=T, perturbed_batch=X0)
+    with pytest.raises(ValueError, match="x0"):
+        loss_fn(model, X0 + 100, t=T, perturbed_batch=X0)
+    torch.testing.assert_close(loss_fn(model, X0, t=T, perturbed_batch=X0), expected)
+    assert model(X0, T).shape == (2, 24, 7)
