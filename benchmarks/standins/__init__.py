@@ -45,10 +45,12 @@ class Problem:
         return self.num_states - 1
 
 
-def problem(batch: int, length: int, num_states: int, seed: int = 0) -> Problem:
+def problem(batch: int, length: int, num_states: int, seed: int = 0, noise: float | None = None) -> Problem:
+    """noise: the share of noised tokens; None draws one for each sequence."""
     g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     x0 = torch.randint(0, num_states - 1, (batch, length), generator=g)
     t = 0.05 + 0.9 * torch.rand(batch, generator=g, dtype=torch.float64)
+    t = t if noise is None else torch.full_like(t, noise)
     noised = torch.rand(batch, length, generator=g) < t[:, None]
     anew = torch.randint(0, num_states, (batch, length), generator=g)
     xt, moved = torch.where(noised, num_states - 1, x0), torch.where(noised, anew, x0)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchrun
 from standins import Network, problem
 
 CODEBASES = sorted(p.stem for p in (Path(__file__).parents[2] / "benchmarks/standins").glob("[!_]*.py"))
@@ -34,3 +35,7 @@ def test_losses_are_the_published_ones(codebase, bias):
                 error, allowed = ((result[part] - expected).abs().max() for result in (got, theirs))
                 allowed = max(2 * allowed, rounding * expected.abs().max())
                 assert error <= allowed, f"{name}, {dtype}: error of {part} {error:.3g}, allowed {allowed:.3g}"
+
+
+def test_two_ranks_have_the_gradients_of_one():
+    torchrun.launch(Path(__file__).with_name("loss_ranks.py"), 2, "ddp", "fsdp2")
