@@ -1,9 +1,8 @@
 """SEDD: signatures, reverse steps by frequency, noise, edge cases and what the published formula loses."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
+from repeated import Repeated
 from standins import problem
 from standins import sedd as published
 from torch import nn
@@ -90,21 +89,6 @@ def test_swapped_arguments_are_named():
         sedd.Denoiser.update_fn(published.Denoiser(graph, LogLinear()), lambda *_: z, p.xt, torch.zeros(2, 1))
 
 
-class Answer(nn.Module):
-    """Some hidden states [L, 8] of any tokens, and a last layer."""
-
-    def __init__(self):
-        super().__init__()
-        g = torch.Generator().manual_seed(0)
-        self.hidden, self.lm_head = nn.Parameter(torch.randn(24, 8, generator=g)), nn.Linear(8, 7)
-
-    def forward(self, tokens):
-        return SimpleNamespace(logits=self.lm_head(self.hidden[: tokens.shape[1]].expand(len(tokens), -1, -1)))
-
-    def get_output_embeddings(self):
-        return self.lm_head
-
-
 class Wrapped(nn.Module):
     """As DDP has a model."""
 
@@ -122,7 +106,7 @@ def compiled(model):
 
 @pytest.fixture(params=[True, False], ids=["scaled", "not scaled"])
 def model(request, graph):
-    return published.network(Answer(), scaled=request.param and graph.absorb)
+    return published.network(Repeated(24, 7), scaled=request.param and graph.absorb)
 
 
 X0, T = torch.arange(6).repeat(2, 4), torch.tensor([0.3, 0.9])
@@ -169,7 +153,7 @@ def test_no_logits_are_made(model, graph, applied):
 
 def test_a_tail_that_the_loss_does_not_know_is_an_error(graph):
     """As the model has without the seam in the place of its forward."""
-    model = published.network(Answer())
+    model = published.network(Repeated(24, 7))
     with pytest.raises(ValueError, match="logits"):
         sedd.get_loss_fn(LogLinear(), graph, train=True)(model, X0)
 
