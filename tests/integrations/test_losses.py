@@ -9,13 +9,20 @@ import torchrun
 from standins import Network, problem
 
 CODEBASES = sorted(p.stem for p in (Path(__file__).parents[2] / "benchmarks/standins").glob("[!_]*.py"))
-# Relative to the largest number of a result; above it, twice the published code's own error is allowed.
-ROUNDING = {torch.float64: 1e-10, torch.float32: 2**-22, torch.bfloat16: 2**-7}
+# The type of parameters, whether the forward pass is under autocast to bfloat16, and the error that is allowed where
+# twice the published code's own is less, relative to the largest number of a result.
+PRECISIONS = [
+    (torch.float64, False, 1e-10),
+    (torch.float32, False, 2**-22),
+    (torch.bfloat16, False, 2**-7),
+    (torch.float32, True, 2**-7),
+]
 
 
-def loss_and_grads(loss_of, network, dtype):
+def loss_and_grads(loss_of, network, dtype, autocast=False):
     network.to(dtype).zero_grad()
-    loss = loss_of(network).sum()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = loss_of(network).sum()
     loss.backward()
     return {"loss": loss.detach().double()} | {name: p.grad.double() for name, p in network.named_parameters()}
 
@@ -27,10 +34,10 @@ def test_losses_are_the_published_ones(codebase, bias):
     for name, (published, ours) in importlib.import_module(f"standins.{codebase}").cases(p).items():
         torch.manual_seed(1)
         network = Network(p, 8, bias=bias, dtype=torch.float64)
-        for dtype, rounding in ROUNDING.items():
+        for dtype, autocast, rounding in PRECISIONS:
             network.to(dtype)  # numbers that float64 has, too
             exact = loss_and_grads(published, network, torch.float64)
-            theirs, got = (loss_and_grads(loss_of, network, dtype) for loss_of in (published, ours))
+            theirs, got = (loss_and_grads(loss_of, network, dtype, autocast) for loss_of in (published, ours))
             for part, expected in exact.items():
                 error, allowed = ((result[part] - expected).abs().max() for result in (got, theirs))
                 allowed = max(2 * allowed, rounding * expected.abs().max())

@@ -1,5 +1,9 @@
 """RADD: noise, what the losses are on average, which networks they take, and what these say to a sampler."""
 
+from contextlib import nullcontext
+from functools import partial
+
+import one_step
 import pytest
 import torch
 from repeated import Repeated
@@ -109,3 +113,36 @@ def test_its_direct_sampler_draws_from_the_probabilities(applied):
     torch.manual_seed(0)
     share = (sampler.sample(4) == 3).double().mean()
     torch.testing.assert_close(share, z[:-1].double().softmax(0)[3], rtol=0, atol=0.03)
+
+
+@pytest.fixture
+def transformer(monkeypatch):
+    """The codebase's own, small and random, in float64 throughout."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
+    sizes = dict(hidden_size=32, length=24, n_blocks=2, n_heads=2, dropout=0, use_checkpoint=False, dtype="float32")
+    return one_step.drawn(published.RADD(dict(tokens=MASK, model=sizes))).double()
+
+
+@pytest.mark.skipif(not is_real(published.PUBLISHED["model"]), reason="RADD's transformer is in its checkout")
+@pytest.mark.parametrize("wrap", [nullcontext, one_step.in_ddp], ids=["bare", "DDP"])
+@pytest.mark.parametrize("loss_type", radd.LOSSES)
+def test_a_step_of_its_transformer(loss_type, wrap, transformer, applied, monkeypatch):
+    losses, most = published.PUBLISHED["losses"], torch.tensor([3, 9, 14, 20])[:, None]
+    xt = torch.where(torch.arange(24) < most, MASK, X0)
+    draws = dict.fromkeys(("add_noise_t", "add_noise_lambda", "add_noise_k"), lambda *_: xt)
+    draws["Batch_Uniform_Sampler"] = lambda B, *_, **__: torch.linspace(0.1, 0.9, B).double()
+    step_fn = partial(losses.get_step_fn, LogLinear(), V, accum=1, loss_type=loss_type)
+
+    def step(module):
+        with monkeypatch.context() as patched:
+            for name, draw in draws.items():
+                patched.setattr(module, name, draw)
+            return one_step.results(lambda train, optimize: step_fn(train, optimize_fn=optimize), model, X0)
+
+    with wrap(transformer) as model:
+        expected = step(losses)
+        applied(published, radd.apply_to_radd)
+        got = step(radd)
+    one_step.assert_same(got[2:], expected[2:])
+    if loss_type not in ("t_DCE", "k_DCE"):  # the values have a constant more, end in float32
+        one_step.assert_same(got[:2], expected[:2])

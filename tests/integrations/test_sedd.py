@@ -1,9 +1,13 @@
 """SEDD: signatures, reverse steps by frequency, noise, edge cases and what the published formula loses."""
 
+from contextlib import nullcontext
+from functools import partial
+
+import one_step
 import pytest
 import torch
 from repeated import Repeated
-from standins import problem
+from standins import is_real, problem
 from standins import sedd as published
 from torch import nn
 
@@ -104,17 +108,18 @@ def compiled(model):
     return torch.compile(model, backend="aot_eager")
 
 
-@pytest.fixture(params=[True, False], ids=["scaled", "not scaled"])
-def model(request, graph):
-    return published.network(Repeated(24, 7), scaled=request.param and graph.absorb)
+@pytest.fixture
+def model(graph):
+    return published.network(Repeated(24, 7), scaled=graph.absorb)
 
 
 X0, T = torch.arange(6).repeat(2, 4), torch.tensor([0.3, 0.9])
 
 
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("wrap", [lambda model: model, Wrapped, compiled], ids=["bare", "DDP", "compile"])
-def test_a_step_as_published(train, wrap, model, graph, applied):
+@pytest.mark.parametrize(
+    ("wrap", "train"), [(nn.Identity(), True), (nn.Identity(), False), (Wrapped, True), (compiled, True)]
+)
+def test_a_step_as_published(wrap, train, model, graph, applied):
     """Of what weights the sequences alike, of what does not, and without gradients."""
     xt = graph.sample_transition(X0, T[:, None])
 
@@ -166,3 +171,34 @@ def test_a_failed_step_leaves_nothing_behind(model, graph, applied):
         loss_fn(model, X0 + 100, t=T, perturbed_batch=X0)
     torch.testing.assert_close(loss_fn(model, X0, t=T, perturbed_batch=X0), expected)
     assert model(X0, T).shape == (2, 24, 7)
+
+
+def attention(qkv, cu_seqlens, seq_len, dropout, causal):
+    """What flash_attn has on GPUs."""
+    q, k, v = qkv.unflatten(0, (-1, seq_len)).permute(2, 0, 3, 1, 4)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+
+
+@pytest.fixture
+def transformer(graph, monkeypatch):
+    """The codebase's own, small and random, in float64 throughout."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
+    monkeypatch.setattr(published.PUBLISHED["model"].transformer, "flash_attn_varlen_qkvpacked_func", attention)
+    sizes = dict(hidden_size=32, cond_dim=16, length=24, n_blocks=2, n_heads=2, scale_by_sigma=graph.absorb, dropout=0)
+    tokens = graph.dim - 1 if graph.absorb else graph.dim
+    kind = "absorb" if graph.absorb else "uniform"
+    with published.default_dtype(torch.float64):
+        yield one_step.drawn(published.SEDD(dict(tokens=tokens, graph=dict(type=kind), model=sizes)))
+
+
+@pytest.mark.skipif(not is_real(published.PUBLISHED["model"]), reason="SEDD's transformer is in its checkout")
+@pytest.mark.parametrize("wrap", [nullcontext, one_step.in_ddp], ids=["bare", "DDP"])
+def test_a_step_of_its_transformer(wrap, transformer, graph, applied):
+    xt = graph.sample_transition(X0, T[:, None])
+    graph.sample_transition = lambda *_: xt
+    get_step_fn = published.PUBLISHED["losses"].get_step_fn
+    with wrap(transformer) as model:
+        step = partial(one_step.results, lambda *how: get_step_fn(LogLinear(), graph, *how, accum=1), model, X0)
+        expected = step()
+        applied(published, sedd.apply_to_sedd)
+        one_step.assert_same(step(), expected)
