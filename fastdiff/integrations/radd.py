@@ -101,7 +101,7 @@ def get_loss_fn(
         else:
             sigma, dsigma = noise((1 - sampling_eps) * Batch_Uniform_Sampler(B, "vdm", batch.device) + sampling_eps)
             weight, perturbed_batch = dsigma / torch.expm1(sigma), add_noise_t(batch, sigma[:, None], token_dim - 1)
-        network = getattr(model, "module", model)
+        network: Any = getattr(model, "module", model)
         scoring = LossHead(model, network.output_layer.linear, logits=model).dce_loss(
             batch, xt=perturbed_batch, weight=weight
         )

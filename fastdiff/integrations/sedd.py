@@ -79,7 +79,7 @@ def get_loss_fn(
         sigma, dsigma = noise(t)
         if perturbed_batch is None:
             perturbed_batch = graph.sample_transition(batch, sigma[:, None])
-        network = getattr(model, "module", model)
+        network: Any = getattr(model, "module", model)
         head = LossHead(model, network.output_layer.linear, logits=lambda tokens: model(tokens, sigma[:1]))
         form = dict(parametrization="scale_by_sigma" if network.scale_by_sigma else "log_score", graph=_name(graph))
         scoring = head.dse_loss(sigma, perturbed_batch, batch, dsigma=dsigma, **form)
