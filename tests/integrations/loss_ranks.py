@@ -37,6 +37,16 @@ class Half(Network):
         return SimpleNamespace(logits=self.lm_head(rows))
 
 
+class DDP(nn.parallel.DistributedDataParallel):
+    """Shows its network's attributes to the stand-ins."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+
 def halves(p):
     """The batch of each rank."""
     parts = {f.name: getattr(p, f.name).chunk(RANKS) for f in fields(p) if f.name != "num_states"}
@@ -62,7 +72,7 @@ def same_as_one_process(wrap):
 
 
 def ddp():
-    same_as_one_process(nn.parallel.DistributedDataParallel)
+    same_as_one_process(DDP)
 
 
 def fsdp2():

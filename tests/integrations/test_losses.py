@@ -13,7 +13,7 @@ CODEBASES = sorted(p.stem for p in (Path(__file__).parents[2] / "benchmarks/stan
 # twice the published code's own is less, relative to the largest number of a result.
 PRECISIONS = [
     (torch.float64, False, 1e-10),
-    (torch.float32, False, 2**-22),
+    (torch.float32, False, 2**-21),
     (torch.bfloat16, False, 2**-7),
     (torch.float32, True, 2**-7),
 ]
