@@ -136,8 +136,8 @@ class _Scoring:
 
     def _in_parts(self, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Any:
         """By calls of the layer on some scored rows at a time, whose logits are made again in backward."""
-        options = {"return_stats": False, "backend": None, "capacity": None} | self.options
-        with_stats, backend, _ = (options.pop(name) for name in ("return_stats", "backend", "capacity"))
+        options = {"return_stats": False, "backend": None, "capacity": None, "summed": False} | self.options
+        with_stats, backend, *_ = (options.pop(name) for name in ("return_stats", "backend", "capacity", "summed"))
         rows = self.rows(hidden.detach().new_empty(()).expand(*hidden.shape[:-1], self.tail.num_states), **options)
         index = scored_tokens(rows).flatten().nonzero().squeeze(1)
         size = max(1, TILE_BYTES[hidden.device.type] // (self.tail.num_states * hidden.element_size()))

@@ -82,7 +82,8 @@ def get_loss_fn(
         order: unused, as there.
 
     Returns:
-        The function, whose result is [B] float32 in nats per sequence ("lambda_DCE": float64). Its model is RADD's, as
+        The function, whose result is [B] float32 in nats per sequence ("lambda_DCE": float64), to be summed or
+        averaged: they must weigh alike in what backward starts from, or that is a ValueError. Its model is RADD's, as
         it is or wrapped by DDP; its last layer computes the loss, and no logits are made.
 
     Raises:
@@ -103,7 +104,7 @@ def get_loss_fn(
             weight, perturbed_batch = dsigma / torch.expm1(sigma), add_noise_t(batch, sigma[:, None], token_dim - 1)
         network: Any = getattr(model, "module", model)
         scoring = LossHead(model, network.output_layer.linear, logits=model).dce_loss(
-            batch, xt=perturbed_batch, weight=weight
+            batch, xt=perturbed_batch, weight=weight, summed=True
         )
         model.train(train)
         with setting(network, "gives_logits", True), scoring as loss_of:

@@ -63,7 +63,8 @@ def get_loss_fn(
         lv: unused, as there.
 
     Returns:
-        The function, whose result is [B] float32 in nats per sequence. It draws the times t [B] and the noised tokens
+        The function, whose result is [B] float32 in nats per sequence, to be summed or averaged: they must weigh alike
+        in what backward starts from, or that is a ValueError. It draws the times t [B] and the noised tokens
         perturbed_batch [B, L] unless they are given. Its model is SEDD's, as it is or wrapped by DDP.
     """
 
@@ -82,7 +83,7 @@ def get_loss_fn(
         network: Any = getattr(model, "module", model)
         head = LossHead(model, network.output_layer.linear, logits=lambda tokens: model(tokens, sigma[:1]))
         form = dict(parametrization="scale_by_sigma" if network.scale_by_sigma else "log_score", graph=_name(graph))
-        scoring = head.dse_loss(sigma, perturbed_batch, batch, dsigma=dsigma, **form)
+        scoring = head.dse_loss(sigma, perturbed_batch, batch, dsigma=dsigma, summed=True, **form)
         model.train(train)
         with setting(network, "gives_logits", True), scoring as loss_of:
             return loss_of(model(perturbed_batch, sigma)).sum(-1)

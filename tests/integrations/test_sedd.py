@@ -120,7 +120,6 @@ X0, T = torch.arange(6).repeat(2, 4), torch.tensor([0.3, 0.9])
     ("wrap", "train"), [(nn.Identity(), True), (nn.Identity(), False), (Wrapped, True), (compiled, True)]
 )
 def test_a_step_as_published(wrap, train, model, graph, applied):
-    """Of what weights the sequences alike, of what does not, and without gradients."""
     xt = graph.sample_transition(X0, T[:, None])
 
     def results():
@@ -129,14 +128,20 @@ def test_a_step_as_published(wrap, train, model, graph, applied):
         assert loss_fn(whole, X0).shape == (2,)  # at times and with noise of its own
         assert whole.training == train
         loss = loss_fn(whole, X0, cond=None, t=T, perturbed_batch=xt)
-        for upstream in (torch.full((2,), 0.5), torch.tensor([0.25, -2.0])):
-            yield torch.autograd.grad(loss, [*model.parameters()], upstream, retain_graph=True)
+        yield torch.autograd.grad(loss.mean() / 4, [*model.parameters()])
         with torch.no_grad():
             yield loss_fn(whole, X0, t=T, perturbed_batch=xt), loss.detach()
 
     expected = [*results()]
     applied(published, sedd.apply_to_sedd)
     torch.testing.assert_close([*results()], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sequences_that_weigh_differently_are_an_error(model, graph, applied):
+    applied(published, sedd.apply_to_sedd)
+    loss = published.PUBLISHED["losses"].get_loss_fn(LogLinear(), graph, True)(model, X0)
+    with pytest.raises(ValueError, match="summed"):
+        (loss * torch.tensor([1.0, 2.0])).sum().backward()
 
 
 def test_the_model_is_asked_for_scores_as_ever(model, graph, applied):
