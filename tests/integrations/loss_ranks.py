@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree
 
 RANKS = 2
+ENGINES = ("megatron", "torchtitan")  # They hand over the last layer, not the network; their tests have ranks.
 _pytree.register_pytree_node(  # FSDP2 looks into what a model gives, where it knows how
     SimpleNamespace,
     lambda output: ([*vars(output).values()], [*vars(output)]),
@@ -55,7 +56,7 @@ def halves(p):
 
 def same_as_one_process(wrap):
     p = problem(4, 9, 33)
-    for codebase in CODEBASES:
+    for codebase in sorted({*CODEBASES} - {*ENGINES}):
         cases = [importlib.import_module(f"standins.{codebase}").cases(half) for half in halves(p)]
         for name in cases[0]:
             torch.manual_seed(0)

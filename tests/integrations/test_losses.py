@@ -24,7 +24,8 @@ def loss_and_grads(loss_of, network, dtype, autocast=False):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = loss_of(network).sum()
     loss.backward()
-    return {"loss": loss.detach().double()} | {name: p.grad.double() for name, p in network.named_parameters()}
+    grads = {name: torch.zeros(()) if p.grad is None else p.grad for name, p in network.named_parameters()}
+    return {name: result.detach().double() for name, result in dict(loss=loss, **grads).items()}
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
