@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -107,7 +108,7 @@ def network(inner: nn.Module) -> nn.Module:
 
 def cases(p: Problem) -> dict[str, Case]:
     """The four losses, at this noise."""
-    here, losses = sys.modules[__name__], PUBLISHED["losses"]
+    here, losses, model_of = sys.modules[__name__], PUBLISHED["losses"], cache(network)
     masked, randint = (p.xt == p.mask_index).sum(1), torch.randint
 
     def counts(low: int, *rest: Any, **options: Any) -> Tensor:
@@ -125,7 +126,7 @@ def cases(p: Problem) -> dict[str, Case]:
                 mock.patch.object(RADD, "forward", forward),
             ):
                 loss_fn = module.get_loss_fn(lambda t: (sigma, dsigma), p.num_states, True, loss_type=loss_type)
-                return loss_fn(network(inner), p.x0).mean()
+                return loss_fn(model_of(inner), p.x0).mean()
 
         return of
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from unittest import mock
 
 import torch
@@ -199,7 +200,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def cases(p: Problem) -> dict[str, Case]:
     """The loss of each graph from log scores, and of the absorbing one from what the model scales to them."""
-    absorb, uniform = Absorbing(p.num_states - 1), Uniform(p.num_states)
+    absorb, uniform, model_of = Absorbing(p.num_states - 1), Uniform(p.num_states), cache(network)
 
     def noise(t: Tensor) -> tuple[Tensor, Tensor]:
         return p.sigma.to(torch.get_default_dtype()), p.dsigma.to(torch.get_default_dtype())
@@ -209,7 +210,7 @@ def cases(p: Problem) -> dict[str, Case]:
             dtype = next(inner.parameters()).dtype
             with default_dtype(dtype), mock.patch.object(SEDD, "forward", forward):
                 loss_fn = get_loss_fn(noise, graph, True)
-                return loss_fn(network(inner, scaled), p.x0, t=p.t, perturbed_batch=xt).mean()
+                return loss_fn(model_of(inner, scaled), p.x0, t=p.t, perturbed_batch=xt).mean()
 
         return of
 
