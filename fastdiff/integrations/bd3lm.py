@@ -52,7 +52,7 @@ class Diffusion:
             TypeError: a class derived from this one has its own of what is not called here.
             ValueError, TypeError, RuntimeError: as `LossHead.dce_loss`.
         """
-        mdlm.check_bypassed(self, Diffusion._loss)
+        mdlm.check_bypassed(self, Diffusion._loss, *mdlm.BYPASSED)
         check_choice("parameterization", self.parameterization, ("subs", "sedd", "ar"))
         if not hasattr(self, "sampling_eps_min"):
             sampling_eps_min, sampling_eps_max = 1e-3, 1.0

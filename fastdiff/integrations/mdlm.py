@@ -18,6 +18,8 @@ from fastdiff.integrations.patching import patch
 from fastdiff.losses import dse_loss
 from fastdiff.tokens import sample_tokens
 
+# What a loss that makes no logits does not call.
+BYPASSED = ("forward", "_forward_pass_diffusion", "_subs_parameterization", "_sedd_parameterization", "_score_entropy")
 LAST_LAYERS = ("output_layer.linear", "backbone.output_layer.linear", "model.lm_head")  # DIT, the hub's, DiMamba
 
 
@@ -53,7 +55,7 @@ class Diffusion:
             TypeError: a class derived from this one has its own of what is not called here.
             ValueError, TypeError, RuntimeError: as `LossHead.dce_loss`.
         """
-        check_bypassed(self, Diffusion._loss)
+        check_bypassed(self, Diffusion._loss, *BYPASSED)
         x0, targets, attention_mask = self._maybe_sub_sample(x0, attention_mask)
         if self.parameterization == "ar":
             return mean_loss(-at(self.backbone(x0, None), targets), attention_mask)
@@ -176,14 +178,16 @@ def at(rows: Tensor, tokens: Tensor) -> Tensor:
     return rows.gather(-1, tokens[..., None]).squeeze(-1)
 
 
-def check_bypassed(diffusion: Any, loss: Callable[..., Any]) -> None:
-    """That nobody has derived a class whose own methods this loss would not call."""
-    bypassed = {"forward", "_forward_pass_diffusion", "_subs_parameterization", "_sedd_parameterization"}
+def check_bypassed(diffusion: Any, ours: Callable[..., Any], *names: str) -> None:
+    """That no class derived from the one that has our method has its own of what this does not call."""
     for cls in type(diffusion).__mro__:
-        if vars(cls).get("_loss") is loss:
+        if vars(cls).get(ours.__name__) is ours:
             return
-        for name in bypassed & vars(cls).keys():
-            raise TypeError(f"{cls.__name__}.{name}: expected the published one, as the loss does not call it")
+        for name in names:
+            if name in vars(cls):
+                raise TypeError(
+                    f"{cls.__name__}.{name}: expected the published one, as {ours.__name__} does not call it"
+                )
 
 
 def float32_on_gpus(x: Tensor) -> AbstractContextManager[Any]:
