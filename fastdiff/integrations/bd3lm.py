@@ -52,7 +52,6 @@ class Diffusion:
             TypeError: a class derived from this one has its own of what is not called here.
             ValueError, TypeError, RuntimeError: as `LossHead.dce_loss`.
         """
-        mdlm.check_bypassed(self, Diffusion._loss, *mdlm.BYPASSED)
         check_choice("parameterization", self.parameterization, ("subs", "sedd", "ar"))
         if not hasattr(self, "sampling_eps_min"):
             sampling_eps_min, sampling_eps_max = 1e-3, 1.0
@@ -64,6 +63,7 @@ class Diffusion:
             attention_mask[:, 0] = 0
         if self.parameterization == "ar":
             return mdlm.mean_loss(-mdlm.at(self.forward(x0, None), targets), attention_mask)
+        mdlm.check_bypassed(self, Diffusion._loss, *mdlm.BYPASSED)
         xt, sigma, weight = _noised(self, x0, clip)
         x = torch.cat((xt, x0), -1) if self.cross_attn else xt
 

@@ -55,10 +55,10 @@ class Diffusion:
             TypeError: a class derived from this one has its own of what is not called here.
             ValueError, TypeError, RuntimeError: as `LossHead.dce_loss`.
         """
-        check_bypassed(self, Diffusion._loss, *BYPASSED)
         x0, targets, attention_mask = self._maybe_sub_sample(x0, attention_mask)
         if self.parameterization == "ar":
             return mean_loss(-at(self.backbone(x0, None), targets), attention_mask)
+        check_bypassed(self, Diffusion._loss, *BYPASSED)
         check_choice("parameterization", self.parameterization, ("subs", "sedd", "ar"))
         if self.T > 0:
             raise ValueError(f"T: expected 0, continuous time, got {self.T}")
