@@ -207,7 +207,7 @@ def _found_tail(layer: nn.Module, logits: Logits) -> _Tail:
         sizes = torch.linspace(-6, 4, z.numel(), dtype=torch.float64)[torch.randperm(z.numel(), generator=g)]
         signs = 2 * torch.randint(0, 2, sizes.shape, generator=g) - 1
         numbers = (signs * 10**sizes).view(z.shape).to(z.device, dtype)
-        given.append(numbers)
+        given.append(numbers.clone())  # a model may scale what it gets in place
         return distribute_tensor(numbers, z.device_mesh, z.placements) if isinstance(z, DTensor) else numbers
 
     device = next(layer.parameters()).device
