@@ -2,10 +2,8 @@
 `output = self.fsdp_model(` to `loss = torch.sum(loss) / valid_token_this_rank` in
 instruct/src/trainer/fsdp_sft_trainer.py:
 
-    loss = sft_loss(
-        self.fsdp_model, masked_input_ids, labels, loss_mask_nonflatten, t, self.config.diffusion,
-        attention_mask=attention_mask, position_ids=position_ids, use_cache=False,
-    )
+    more = dict(attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+    loss = sft_loss(self.fsdp_model, masked_input_ids, labels, loss_mask_nonflatten, t, self.config.diffusion, **more)
 
 and in dllm, whose DreamTrainer has the same weights (its loss: `fastdiff.integrations.dllm`):
 

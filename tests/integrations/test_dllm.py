@@ -1,10 +1,11 @@
 """dllm's trainers: what their losses do at the edges, and call after call."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from logit_rows import largest_rows
+from rows import largest_rows
 from standins import Network, is_real, problem
 from standins import dllm as standin
 
@@ -75,7 +76,7 @@ def test_training_makes_logits_of_masked_tokens_only(kind, shifted):
     rows = []
     for compute_loss in (KINDS[kind], getattr(standin, kind).compute_loss):
         torch.manual_seed(0)
-        rows.append(largest_rows(lambda f=compute_loss: f(trainer, network, made_inputs(p)).backward(), 1031))
+        rows.append(largest_rows(lambda f=compute_loss: f(trainer, network, made_inputs(p)).backward(), 1031)[1])
     seen = network.asked["input_ids"]
     masked = (seen[:, :L] == p.mask_index).sum()
     assert D < rows[0] == masked < B * L
@@ -90,13 +91,12 @@ def test_evaluation_makes_logits_only_where_they_are_asked_for(kind, shifted, lo
     network = Network(p, D, dtype=torch.float64).eval()
     results, rows = [], []
     for _ in range(2):
+        torch.manual_seed(0)
         trainer = standin.trainer(getattr(standin, kind), p.mask_index, right_shift_logits=shifted)
-
-        def evaluate(trainer=trainer):
-            torch.manual_seed(0)
-            results.append((*trainer.prediction_step(network, made_inputs(p), loss_only), trainer.meter.sums))
-
-        rows.append(largest_rows(evaluate, 1031))
+        step = partial(trainer.prediction_step, network, made_inputs(p), loss_only)
+        result, largest = largest_rows(step, 1031)
+        results.append((*result, trainer.meter.sums))
+        rows.append(largest)
         applied(standin, dllm.apply_to_dllm)
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-13)
     assert not results[1][0].requires_grad
