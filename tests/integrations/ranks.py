@@ -96,6 +96,7 @@ def trainer_over_ranks(load):
         model = load(folders[0])
         trainer = trainer_of(model, own, data(8), gradient_accumulation_steps=PARTS)
         trainer.train()
+    assert not any(trainer.with_logits)
     every = [None] * RANKS
     dist.all_gather_object(every, (trainer.given, trainer.shown))
     given, shown = (list(chain(*parts)) for parts in zip(*every, strict=True))
