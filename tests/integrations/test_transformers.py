@@ -315,6 +315,17 @@ def test_models_whose_last_layer_cannot_compute_the_loss(tmp_path):
         trainer_of(make(cls=Normalized), tmp_path, data(6)).train()
 
 
+class Watching(Trainer):
+    """As SFTTrainer, which computes an accuracy of the logits."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        raise AssertionError("there may be no logits to look at")
+
+
+def test_no_other_base_sees_what_is_in_the_place_of_logits(tmp_path):
+    trainer_of(make(), tmp_path, data(2), mixed=type("Mixed", (Recorder, Watching), {})).train()
+
+
 def test_a_batch_with_nothing_to_predict(tmp_path):
     model, rows = make(), [dict(row, labels=torch.full((L,), -100)) for row in data(2)]
     before = copy.deepcopy(model)
