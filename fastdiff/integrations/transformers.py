@@ -26,8 +26,6 @@ from fastdiff.model import DiffusionTransformer, ModelConfig
 from fastdiff.noising import mask_tokens, sample_times
 from fastdiff.schedules import LogLinear, Schedule
 
-LossOf = Callable[[Tensor], Tensor]
-
 
 def masked_diffusion_loss(
     logits: Tensor,
@@ -122,6 +120,8 @@ class MaskedDiffusionTrainer(Trainer):
     Logits are made where they are asked for (compute_metrics, predict), or where `model.get_output_embeddings()` gives
     no layer; otherwise the last layer computes the loss, as a `LossHead`.
 
+    With the loss it logs masked_accuracy, the share of masked tokens that are the argmax, and masked_entropy, in nats.
+
     Draws are named by args.seed, step, part, rank and row: a resumed run meets the noise of an unbroken one, and each
     evaluation the same.
 
@@ -149,7 +149,7 @@ class MaskedDiffusionTrainer(Trainer):
         from_logits: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **dict(compute_loss_func=_scored, **kwargs))
+        super().__init__(*args, **dict(compute_loss_func=self._scored, **kwargs))
         if self.args.label_smoothing_factor:
             raise ValueError(f"label_smoothing_factor: expected 0, got {self.args.label_smoothing_factor}")
         config = getattr(self.model, "config", None)
@@ -166,6 +166,7 @@ class MaskedDiffusionTrainer(Trainer):
         self._at: tuple[bool, int] | None = None  # training, and the step
         self._part = 0
         self._loss_only = False
+        self._seen = torch.zeros(3, device=self.args.device)  # correct, entropy, masked since the last log
 
     def compute_loss(
         self,
@@ -190,12 +191,13 @@ class MaskedDiffusionTrainer(Trainer):
         xt, mask = mask_tokens(x0, -torch.expm1(-sigma), mask_index=self.mask_index, maskable=maskable, **names)
         weight, excluded = dsigma / torch.expm1(sigma), self.mask_index if self.exclude_mask else None
         options = _options(labels, num_items_in_batch, mask, weight, self.shift, excluded)
+        options["return_stats"] = model.training
         with_logits = return_outputs and not self._loss_only
         with ExitStack() as stack:
-            loss_of: LossOf = partial(dce_loss, **options)
+            loss_of: Callable[[Tensor], Any] = partial(dce_loss, **options)
             if not (with_logits or self.from_logits):
                 loss_of = _last_layer_scores(model, options, stack) or loss_of
-            noised = {**inputs, "input_ids": xt, "labels": loss_of}
+            noised = {**inputs, "input_ids": xt, "labels": (loss_of, mask)}
             # not that of another base, which may look at what comes in the place of logits
             result: Any = Trainer.compute_loss(self, model, noised, with_logits, num_items_in_batch)
         return (result, {}) if return_outputs and not with_logits else result
@@ -211,6 +213,14 @@ class MaskedDiffusionTrainer(Trainer):
         """Trainer's, with the same noise each time."""
         self._at = None
         return super().evaluation_loop(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        """Trainer's, of the masked tokens too."""
+        if "loss" in logs:
+            correct, entropy, masked = self.accelerator.reduce(self._seen).tolist()
+            logs = logs | dict(masked_accuracy=correct / max(masked, 1), masked_entropy=entropy / max(masked, 1))
+            self._seen.zero_()
+        super().log(logs, *args)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         """Trainer's, of the labels that something predicts."""
@@ -229,13 +239,18 @@ class MaskedDiffusionTrainer(Trainer):
         step = self.state.global_step * self.args.gradient_accumulation_steps if training else 0
         return dict(seed=self.args.seed + (not training), step=step + self._part)
 
+    def _scored(self, outputs: Any, labels: tuple[Callable, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        """A compute_loss_func, whose labels are what makes the loss of logits or of what is in their place, and the
+        mask."""
+        loss_of, mask = labels
+        loss = loss_of(outputs.logits)
+        if isinstance(loss, tuple):
+            loss, stats = loss
+            self._seen += torch.stack([stats.correct.sum(), stats.entropy.sum(), mask.sum()])
+        return loss
 
-def _scored(outputs: Any, loss_of: LossOf, num_items_in_batch: Any = None) -> Tensor:
-    """A `compute_loss_func`, whose labels are what makes the loss of logits, or of what is in their place."""
-    return loss_of(outputs.logits)
 
-
-def _last_layer_scores(model: nn.Module, options: dict[str, Any], stack: ExitStack) -> LossOf | None:
+def _last_layer_scores(model: nn.Module, options: dict[str, Any], stack: ExitStack) -> Callable[[Tensor], Any] | None:
     """What makes the loss of what the last layer gives until the stack is closed; None if the model does not say which
     layer that is."""
     try:

@@ -211,7 +211,17 @@ def test_a_step_of_parts_with_prompts_and_padding(tmp_path, shift):
     assert masked > 10
     loss = published(before, trainer.given, trainer.shown, shift)
     loss.backward()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-3)
+    assert not trainer._seen.any()  # counted anew from the next step on
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-3)
+    correct, entropies = [], []
+    for (labels, mask, *_), xt in zip(trainer.given, trainer.shown, strict=True):
+        masked, tokens = (mask.roll(-1, 1), labels.roll(-1, 1)) if shift else (mask, labels)
+        p = before(xt).logits[masked].softmax(-1)
+        correct.append(p.argmax(-1) == tokens[masked])
+        entropies.append(-(p * p.log()).sum(-1))
+    assert log["masked_accuracy"] == pytest.approx(torch.cat(correct).float().mean().item())
+    assert log["masked_entropy"] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-5)
     for old, new in zip(before.parameters(), model.parameters(), strict=True):
         assert_near(new.detach(), (old - old.grad).detach(), torch.float32, "parameter", slack=8)
 
