@@ -42,7 +42,7 @@ class MDLMCrossEntropyLoss(nn.Module):
         noisy_input_ids=None,
     ):
         scored = (noise_mask & loss_mask.bool()).float()
-        loss = (_nll(logits, target_ids) * scored / p_mask.clamp(min=1e-8)).sum() / max(num_diffusion_tokens, 1)
+        loss = (_nll(logits, target_ids) * scored * (1 / p_mask.clamp(min=1e-8))).sum() / max(num_diffusion_tokens, 1)
         return DLLMLossOutput(loss, loss.detach().clone())
 
 
@@ -232,8 +232,9 @@ class TwoHalves(nn.Module):
     def forward(self, input_ids: Tensor, masked_indices: Any = None, labels: Any = None, skip_loss: Any = None) -> Any:
         if labels is None or self.config.dlm_paradigm == "bidirectional":
             return self.network(input_ids)
-        first, second = self.network(torch.cat([input_ids, input_ids], 1)).logits.chunk(2, 1)
-        return SimpleNamespace(logits=first, causal_logits=second if self.config.dlm_paradigm[0] == "s" else None)
+        logits, length = self.network(torch.cat([input_ids, input_ids], 1)).logits, input_ids.shape[1]
+        causal_logits = logits[:, length:] if self.config.dlm_paradigm == "sbd_block_diff" else None
+        return SimpleNamespace(logits=logits[:, :length], causal_logits=causal_logits)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.network.get_output_embeddings()

@@ -8,29 +8,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchrun
+from rows import Rows
 from standins import megatron as standin
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff.integrations.megatron import apply_to_megadlms, apply_to_megatron_bridge, output_layer_loss
 
 B, S, D, V = 3, 8, 4, 34
-
-
-class Rows(TorchDispatchMode):
-    """The most rows of V ids, or of a rank's, that are made at once."""
-
-    def __init__(self, num_states):
-        super().__init__()
-        self.num_states, self.most = num_states, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for one in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(one, torch.Tensor) and one.dim() > 1 and one.shape[-1] == self.num_states:
-                if one.untyped_storage().nbytes() >= one.numel() * one.itemsize:
-                    self.most = max(self.most, one.shape[:-1].numel())
-        return result
 
 
 class Decoder(nn.Module):
