@@ -141,9 +141,7 @@ class DGPTStep:
     def __call__(self, state, data_iterator, model, return_schedule_plan=False):
         tokens, labels_causal, loss_mask = next(data_iterator)
         both, labels, _, _, _, mask, p_mask, length = self._apply_noise(tokens, tokens.clone(), loss_mask, None, None)
-        first, second = (
-            half.transpose(0, 1).contiguous() for half in model(both, None, None).split(length, 1)
-        )
+        first, second = (half.transpose(0, 1).contiguous() for half in model(both, None, None).split(length, 1))
         core = unwrap_model(model)
         losses = core.compute_language_model_loss(labels, first)[mask] / p_mask[mask]
         ar_losses = core.compute_language_model_loss(labels_causal, second)

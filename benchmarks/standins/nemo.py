@@ -192,7 +192,9 @@ class DiffusionLMSFTRecipe:
     def _forward_backward_step(
         self, idx, batch, *, loss_buffer, num_diffusion_tokens, num_ar_tokens=None, num_batches, is_train=True
     ):
-        noisy, mask, p_mask, clean = (batch.pop(f"_{x}") for x in ("noisy_input_ids", "noise_mask", "p_mask", "clean_input_ids"))
+        noisy, mask, p_mask, clean = (
+            batch.pop(f"_{x}") for x in ("noisy_input_ids", "noise_mask", "p_mask", "clean_input_ids")
+        )
         loss_mask = batch.pop("loss_mask")
         out = self.model_parts[0](**self.dllm_strategy.prepare_batch(batch, noisy, mask, clean))
         causal_logits = getattr(out, "causal_logits", None)

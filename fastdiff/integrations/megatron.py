@@ -102,10 +102,11 @@ def dgpt_step(published: Any) -> Callable[..., Any]:
 def _from_hidden(model: Any, noise: tuple[Any, str, int]) -> Iterator[None]:
     """Within, a GPTModel's last layer gives the hidden states in the place of logits, and its loss multiplies them.
 
-    The first loss after noise is that of the masked tokens. noise: whose method draws it, and where it returns the mask.
+    The first loss after noise is that of masked tokens. noise: whose method draws it, and where it returns the mask.
     """
     layer, (owner, name, index) = model.output_layer, noise
-    draw, weights, masks = getattr(owner, name), [], []
+    draw, weights = getattr(owner, name), []
+    masks: list[Tensor] = []
 
     def output_layer(input_: Tensor, weight: Tensor | None = None, *_: Any, **__: Any) -> tuple[Tensor, None]:
         weights.append(weight)
@@ -182,7 +183,7 @@ def _whole(layer: Any, hidden: Tensor) -> Tensor:
 
 
 class _Gathered(torch.autograd.Function):
-    """The parts of all ranks, [s, b, h]. The loss's gradient is whole on each rank, which keeps that of its own part."""
+    """All ranks' parts, [s, b, h]. The loss's gradient is whole on each rank, which keeps that of its own part."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: "ProcessGroup") -> Tensor:

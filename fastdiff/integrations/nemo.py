@@ -3,7 +3,8 @@
 undo = apply_to_nemo()
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,12 +41,14 @@ class DLLMLossOutput(NamedTuple):
 class Scored(NamedTuple):
     """What a loss asks of each hidden state, [B, L] or [B, 2 L]: the loss is the sum of weight times cross-entropy.
 
-    causal: whether the second half is of the model's causal_logits; None if nobody asks.
+    first: L, whose part of the loss is logged. causal: whether the rest is of the model's causal_logits; None if
+    nobody asks.
     """
 
     x0: Tensor
     mask: Tensor
     weight: Tensor
+    first: int
     causal: bool | None = None
 
 
@@ -77,49 +80,58 @@ def without_logits(published: Any, loss: str, scored: Callable[..., Scored | Non
             is_train=is_train,
         )
         rows = None
-        if "_noise_mask" in batch and type(recipe.dllm_loss_fn).__name__ == loss:
+        known = "_noise_mask" in batch and num_diffusion_tokens is not None
+        if known and type(recipe.dllm_loss_fn).__name__ == loss:
             device = recipe.dist_env.device
             here = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
-            rows = scored(recipe, here, num_diffusion_tokens or 1, num_ar_tokens or 1)
+            rows = scored(recipe, here, max(num_diffusion_tokens, 1), num_ar_tokens or 1)
         if rows is None:
-            return step()
-        x0, mask, weight, causal = rows
-        halves = x0.shape[1] > batch["_clean_input_ids"].shape[1]
-        options = dict(mask=mask, weight=weight, exclude_mask=False, reduction="sum", return_stats=halves)
-        with _head(recipe).dce_loss(x0, **options) as loss_of:
-
-            def loss_fn(logits: Tensor, *_: Any, causal_logits: Tensor | None = None, **__: Any) -> DLLMLossOutput:
-                if causal not in (None, causal_logits is not None):
-                    raise ValueError(f"causal_logits: expected {'some' if causal else 'None'} of this dlm_paradigm")
-                if not halves:
-                    total = loss_of(logits)
-                    return DLLMLossOutput(total, total.detach().clone())
-                total, stats = loss_of(logits)
-                return DLLMLossOutput(total, (weight * stats.nll).chunk(2, 1)[0].sum())
-
-            ours: Any = loss_fn
-            with setting(recipe, "dllm_loss_fn", ours):
+            step()
+        else:
+            with _loss_fn(recipe, rows) as ours, setting(recipe, "dllm_loss_fn", ours):
                 step()
 
     return forward_backward
 
 
+@contextmanager
+def _loss_fn(recipe: Any, rows: Scored) -> Iterator[Any]:
+    """In the place of the recipe's: the loss, given what the model gives in the place of its logits."""
+    x0, mask, weight, first, causal = rows
+    halves = first < x0.shape[1]
+    options = dict(mask=mask, weight=weight, exclude_mask=False, reduction="sum", return_stats=halves)
+    with _head(recipe).dce_loss(x0, **options) as loss_of:
+
+        def loss_fn(logits: Tensor, *_: Any, causal_logits: Tensor | None = None, **__: Any) -> DLLMLossOutput:
+            if causal not in (None, causal_logits is not None):
+                raise ValueError(f"causal_logits: expected {'some' if causal else 'None'} of this dlm_paradigm")
+            if not halves:
+                total = loss_of(logits)
+                return DLLMLossOutput(total, total.detach().clone())
+            total, stats = loss_of(logits)
+            return DLLMLossOutput(total, (weight * stats.nll)[:, :first].sum())
+
+        yield loss_fn
+
+
 def mdlm(recipe: Any, batch: dict[str, Tensor], num_diffusion_tokens: int, _: int) -> Scored:
+    x0 = batch["_clean_input_ids"]
     weight = (1 / batch["_p_mask"].clamp(min=1e-8)).double() / num_diffusion_tokens
-    return Scored(batch["_clean_input_ids"], batch["_noise_mask"] & batch["loss_mask"].bool(), weight)
+    return Scored(x0, batch["_noise_mask"] & batch["loss_mask"].bool(), weight, x0.shape[1])
 
 
 def hybrid(recipe: Any, batch: dict[str, Tensor], num_diffusion_tokens: int, num_ar_tokens: int) -> Scored:
     """In two paradigms of [xt, x0]; in the second of them x0 predicts the next token."""
-    x0, mask, weight, _ = mdlm(recipe, batch, num_diffusion_tokens, num_ar_tokens)
+    x0, mask, weight, length, _ = mdlm(recipe, batch, num_diffusion_tokens, num_ar_tokens)
     weight = recipe.dllm_loss_fn.alpha * weight
     paradigm = getattr(recipe.model_parts[0].config, "dlm_paradigm", None)
     if paradigm not in ("block_diff", "sbd_block_diff"):
-        return Scored(x0, mask, weight, causal=False)
+        return Scored(x0, mask, weight, length, causal=False)
     causal = paradigm == "sbd_block_diff"
     predicted, even = _following(batch["loss_mask"].bool()) & causal, torch.full_like(weight, 1 / num_ar_tokens)
     halves = (x0, _following(x0)), (mask, predicted), (weight, even)
-    return Scored(*(torch.cat(two, 1) for two in halves), causal)
+    x0, mask, weight = (torch.cat(two, 1) for two in halves)
+    return Scored(x0, mask, weight, length, causal)
 
 
 def idlm(recipe: Any, batch: dict[str, Tensor], num_diffusion_tokens: int, _: int) -> Scored | None:
@@ -131,7 +143,7 @@ def idlm(recipe: Any, batch: dict[str, Tensor], num_diffusion_tokens: int, _: in
         mask = mask & batch["attention_mask"].bool()
     even = torch.full(x0.shape, 1 / num_diffusion_tokens, dtype=torch.float64, device=x0.device)
     weight = torch.cat([even, recipe.dllm_loss_fn.clean_loss_weight * even], 1)
-    return Scored(_following(x0).repeat(1, 2), _following(mask).repeat(1, 2), weight)
+    return Scored(_following(x0).repeat(1, 2), _following(mask).repeat(1, 2), weight, x0.shape[1])
 
 
 SEAMS = {
@@ -152,8 +164,8 @@ class DFlashDecayLoss:
         block_size: int | None = None,
         lm_head_bias: Tensor | None = None,
     ) -> DLLMLossOutput:
-        """As published, from hidden [B, T, D]: cross-entropy weighted by decay and block_mask [B, T], and accuracies."""
-        weight = block_mask * self._decay_weights(hidden.shape[1], block_size, hidden.device, torch.float32)
+        """As published, of hidden [B, T, D]: cross-entropy weighted by decay and block_mask [B, T], and accuracies."""
+        weight = block_mask * self._decay_weights(hidden.shape[1], block_size, hidden.device, torch.float64)
         options = dict(mask=block_mask != 0, weight=weight, exclude_mask=False, reduction="sum")
         loss, stats = linear_dce_loss(
             hidden, lm_head_weight, target_ids, bias=lm_head_bias, return_stats=True, **options

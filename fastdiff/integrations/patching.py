@@ -57,10 +57,10 @@ def patch(codebase: str, seams: Mapping[str, tuple[Any, ...]]) -> Callable[[], N
 def around(module: str, name: str, **methods: Callable[[Any], Callable[..., Any]]) -> type:
     """A namesake of a class, for `patch`: each of its methods is made of the published one, which it calls."""
     owner = getattr(importlib.import_module(module), name, None)
-    made = {}
+    made: dict[str, Any] = {}
     for method, make in methods.items():
         made[method] = published = getattr(owner, method, None)
-        if getattr(published, "made_by", None) is not make:
+        if getattr(published, "made_by", None) is not make:  # a second time it would be around ours
             made[method] = make(published)
             made[method].made_by = make
     return type(name, (), made)

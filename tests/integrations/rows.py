@@ -16,9 +16,9 @@ class Rows(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for one in tree_leaves(result):
-            if isinstance(one, DTensor):
-                one = one.to_local()
-            if isinstance(one, torch.Tensor) and one.dim() > 1 and one.shape[-1] == self.num_states:
-                if one.untyped_storage().nbytes() >= one.numel() * one.itemsize:
-                    self.most = max(self.most, one.shape[:-1].numel())
+            one = one.to_local() if isinstance(one, DTensor) else one
+            if not isinstance(one, torch.Tensor) or one.dim() < 2 or one.shape[-1] != self.num_states:
+                continue
+            if one.untyped_storage().nbytes() >= one.numel() * one.itemsize:  # not one number, expanded
+                self.most = max(self.most, one.shape[:-1].numel())
         return result

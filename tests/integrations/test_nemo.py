@@ -3,6 +3,7 @@
 import copy
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -154,11 +155,11 @@ def test_dflash(applied, normalize):
         out = loss_fn.forward_fused(hidden, head, target, mask, num_tokens=11, block_size=5)
         return [*out, torch.autograd.grad(out.total_loss, hidden)[0]]
 
-    expected = results()
+    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):  # to which the published one casts
+        expected = results()
     assert 0 < expected[2].sum() < mask.sum()
     applied(standin, nemo.apply_to_nemo)
-    for a, b in zip(results(), expected, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), rtol=1e-6, atol=1e-12)  # decay is float32 here
+    same(results(), expected)
 
 
 def data_parallel():
