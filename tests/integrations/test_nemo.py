@@ -37,7 +37,10 @@ class Model(nn.Module):
         self.embedding, self.lm_head = nn.Embedding(V, D), nn.Linear(D, V, bias=False)
 
     def forward(self, input_ids, **_):
-        return SimpleNamespace(logits=self.lm_head(torch.tanh(self.embedding(input_ids))))
+        return SimpleNamespace(logits=self.lm_head(self.hidden(input_ids)))
+
+    def hidden(self, input_ids):
+        return torch.tanh(self.embedding(input_ids))
 
     def get_output_embeddings(self):
         return self.lm_head
@@ -182,21 +185,32 @@ def data_parallel():
         same(got, expected)
 
 
+class PartOfTokens(Model):
+    """As in sequence parallelism: each rank has the hidden states of its own."""
+
+    def hidden(self, input_ids):
+        return super().hidden(input_ids).chunk(2, 1)[dist.get_rank()]
+
+
 def vocabulary_parallel():
-    """The last layer is cut along its ids, as Automodel's plans do; a layer that gives whole logits too."""
+    """The last layer is cut along its ids, as Automodel's plans do; there are plans that give whole logits too."""
     sys.modules.update(standin.PUBLISHED)
     mesh = init_device_mesh("cpu", (2,))
-    whole_logits = ColwiseParallel(output_layouts=Replicate())
-    for plan in (ColwiseParallel(output_layouts=Shard(-1), use_local_output=False), whole_logits):
+    sharded = dict(output_layouts=Shard(-1), use_local_output=False)
+    for plan in (sharded, dict(output_layouts=Replicate()), dict(sharded, input_layouts=Shard(1))):
         for name, (strategy, config, options) in STRATEGIES.items():
             model, batch = made(**options), standin.batch_of(problem(B, L, V))
             expected = run(standin.recipe_of(copy.deepcopy(model), strategy, 1, **config), batch)
-            parallelize_module(getattr(model, "network", model), mesh, {"lm_head": plan})
+            inner = getattr(model, "network", model)
+            parallelize_module(inner, mesh, {"lm_head": ColwiseParallel(**plan)})
+            inner.__class__ = PartOfTokens if "input_layouts" in plan else Model
             undo = nemo.apply_to_nemo()
             recipe = standin.recipe_of(model, strategy, 1, **config)
             run(recipe, batch)
             got, rows = largest_rows(functools.partial(run, recipe, batch), V // 2)
             undo()
+            if "input_layouts" in plan:
+                dist.all_reduce(got[2])  # of the embedding, which all ranks have
             same(got, expected)
             assert rows < B * L * (1 if name in ("MDLM", "Hybrid, one half") else 2), name
 
