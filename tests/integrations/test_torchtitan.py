@@ -169,7 +169,7 @@ def test_what_cannot_be_done_is_refused():
 @with_torchtitan
 @pytest.mark.parametrize(
     ("ranks", "layouts"),
-    [(1, ["accumulated"]), (2, ["fsdp2", "tensor_parallel", "tensor_parallel_spmd_types"])],
+    [(1, ["accumulated"]), (2, ["fsdp2", "tensor_parallel", "tensor_parallel_spmd_types", "last_layer_of_its_own"])],
 )
 def test_steps_of_the_trainer_are_those_of_one_process(ranks, layouts):
     torchrun.launch(RANKS, ranks, *layouts)

@@ -9,6 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchrun
 import torchtitan_on_cpu  # noqa: F401  # before torchtitan
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.models.llama3 import config_registry, parallelize
@@ -16,7 +18,7 @@ from torchtitan.protocols.module import Module
 from torchtitan.tools.utils import set_default_dtype
 from torchtitan.trainer import dist_utils
 
-from fastdiff.integrations.torchtitan import masked_diffusion
+from fastdiff.integrations.torchtitan import MaskedDiffusionLoss, masked_diffusion
 
 V, M, L, BATCH, STEPS = 2048, 7, 16, 4, 2
 
@@ -163,6 +165,37 @@ def tensor_parallel_spmd_types():
     parallelize.apply_fsdp_to_decoder = Module._init_self_parameters = lambda *args, **kwargs: None
     torch.autograd.set_multithreading_enabled(False)  # as it does where it makes the process group
     trained(4, spmd_backend="spmd_types", tensor_parallel_degree=2)
+
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.lm_head = nn.Embedding(V, 8), nn.Linear(8, V)
+
+    def forward(self, tokens):
+        return self.embed(tokens)
+
+
+def last_layer_of_its_own():
+    """One that FSDP2 shards apart from all that is called."""
+    torch.manual_seed(0)
+    model, tokens = Body().double(), torch.randint(8, V, (2, L))
+    labels, loss_fn = (
+        torch.complex(tokens.double(), torch.rand(2, L).double()),
+        MaskedDiffusionLoss.Config(mask_index=M).build(),
+    )
+
+    def grads(rows):
+        loss_fn.set_lm_head(model.lm_head)
+        loss_fn(model(tokens[rows]), labels[rows], torch.tensor(2))[0].backward()
+        return [p.grad for p in model.parameters()]
+
+    expected = grads(slice(None))
+    fully_shard(model.lm_head)
+    fully_shard(model)
+    model.zero_grad()
+    for sharded, grad in zip(grads(slice(dist.get_rank(), dist.get_rank() + 1)), expected, strict=True):
+        torch.testing.assert_close(2 * sharded.full_tensor(), grad, rtol=1e-10, atol=1e-13)  # FSDP2 takes the mean
 
 
 if __name__ == "__main__":
