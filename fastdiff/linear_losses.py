@@ -1,13 +1,13 @@
 """The losses over hidden @ lm_head.T: the last linear layer and the loss in one operation, without the logits."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from fastdiff.checks import Number, check_rows, check_tensor
-from fastdiff.losses import dce_rows, dse_rows
+from fastdiff.losses import RowStats, dce_rows, dse_rows, row_stats
 from fastdiff.ops.linear_loss import Head, linear_loss
 from fastdiff.ops.parallel import replicated, shard_of
 
@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@overload
 def linear_dce_loss(
+    hidden: Tensor, lm_head: Tensor, x0: Tensor, *, return_stats: Literal[False] = ..., **options: Any
+) -> Tensor: ...
+@overload
+def linear_dce_loss(
+    hidden: Tensor, lm_head: Tensor, x0: Tensor, *, return_stats: Literal[True], **options: Any
+) -> tuple[Tensor, RowStats]: ...
+def linear_dce_loss(  # type: ignore[misc]  # the overloads only tell apart what comes back
     hidden: Tensor,
     lm_head: Tensor,
     x0: Tensor,
@@ -31,10 +39,11 @@ def linear_dce_loss(
     z_loss: float = 0.0,
     reduction: str = "none",
     num_items: Number | Tensor | None = None,
+    return_stats: bool = False,
     capacity: int | None = None,
     group: "ProcessGroup | None" = None,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, RowStats]:
     """`dce_loss` of the logits hidden @ lm_head.T + bias, which are never whole in memory.
 
     Only the scored rows are multiplied, forward and backward. For "sum" and "mean" the forward pass makes the
@@ -48,8 +57,9 @@ def linear_dce_loss(
             `dce_loss`, with [...] the shape of hidden without D.
         bias: [V], added to the logits.
         softcap: if not 0, the logits are softcap * tanh(logits / softcap).
+        return_stats: return (loss, RowStats), of the logits with bias and softcap, which are read where they lie.
         capacity: the most scored rows there can be. Then nothing waits for the device, as in a CUDA graph, and this
-            many rows are multiplied; if there are more, loss and gradients are NaN. None counts them.
+            many rows are multiplied; if there are more, loss, gradients and statistics are NaN. None counts them.
         group: the ranks over whose ids lm_head (and bias) are cut, in equal parts in the order of ranks; lm_head may
             also be a DTensor sharded along V. Hidden states and tokens are the same on all ranks, and so is the loss.
 
@@ -64,7 +74,8 @@ def linear_dce_loss(
     head = _head(hidden, lm_head, bias, softcap, capacity, group)
     rest = (x0, xt, mask, weight, mask_index, exclude_mask, ignore_index, z_loss, reduction, num_items)
     rows = head.shard.checked(hidden.device, dce_rows, head.logits_like(), *rest)
-    return linear_loss(head, rows, backend)
+    loss, stats = linear_loss(head, rows, backend, return_stats)
+    return (loss, row_stats(stats)) if return_stats else loss
 
 
 def linear_dse_loss(
@@ -103,7 +114,7 @@ def linear_dse_loss(
     head = _head(hidden, lm_head, bias, softcap, capacity, group)
     rest = (sigma, xt, x0, graph, dsigma, mask_index, parametrization, reduction, num_items)
     rows = head.shard.checked(hidden.device, dse_rows, head.logits_like(), *rest)
-    return linear_loss(head, rows, backend)
+    return linear_loss(head, rows, backend)[0]
 
 
 def _head(

@@ -29,12 +29,14 @@ PARAMETRIZATIONS = ("log_score", "logits", "log_probs", "scale_by_sigma")
 class RowStats(NamedTuple):
     """Statistics of softmax(logits) per token, shaped as x0, without gradient; 0 where a token is not scored.
 
-    logsumexp is over the same ids as the loss, entropy is in nats, correct is True where x0 is the argmax.
+    logsumexp is over the same ids as the loss, entropy is in nats, correct is True where x0 is the argmax, nll is the
+    cross-entropy `logsumexp - z_x0` in nats, without weight and z_loss.
     """
 
     logsumexp: Tensor
     entropy: Tensor
     correct: Tensor
+    nll: Tensor
 
 
 @overload
@@ -93,11 +95,16 @@ def dce_loss(  # type: ignore[misc]  # the overloads only tell apart what comes 
     rest = (x0, xt, mask, weight, mask_index, exclude_mask, ignore_index, z_loss, reduction, num_items)
     rows = shard.checked(z.device, dce_rows, z, *rest)
     if shard.group:
-        if return_stats:
-            raise ValueError("return_stats: not for logits that are sharded over a group")
-        return linear_loss(head, rows, backend)
-    loss, stats = row_loss(rows, backend, return_stats)
-    return (loss, RowStats(stats[0], stats[1], stats[2] == 1)) if return_stats else loss
+        loss, stats = linear_loss(head, rows, backend, return_stats)
+    else:
+        loss, stats = row_loss(rows, backend, return_stats)
+    return (loss, row_stats(stats)) if return_stats else loss
+
+
+def row_stats(stats: Tensor) -> RowStats:
+    """By name, what the operators return, [4, ...]."""
+    logsumexp, entropy, correct, nll = stats
+    return RowStats(logsumexp, entropy, correct == 1, nll)
 
 
 def dse_loss(
@@ -153,7 +160,7 @@ def dse_loss(
     z = head.logits_like() if shard.group else log_score
     rest = (sigma, xt, x0, graph, dsigma, mask_index, parametrization, reduction, num_items)
     rows = shard.checked(z.device, dse_rows, z, *rest)
-    return linear_loss(head, rows, backend) if shard.group else row_loss(rows, backend)[0]
+    return (linear_loss(head, rows, backend) if shard.group else row_loss(rows, backend))[0]
 
 
 def dce_rows(

@@ -69,11 +69,12 @@ def dce(logits: Tensor, x0: Tensor, scored: Tensor, mask_index: int | None, z_lo
 
 
 def dce_stats(logits: Tensor, x0: Tensor, mask_index: int | None) -> Tensor:
-    """The log-sum-exp, the entropy -sum_v p_v log p_v, and whether x0 is the argmax (1 or 0): [3, ...]."""
+    """The log-sum-exp, the entropy -sum_v p_v log p_v, whether x0 is the argmax (1 or 0), and -log p_x0: [4, ...]."""
     z = _without_mask(logits, mask_index)
     log_p = torch.log_softmax(z, -1)
     entropy = -torch.special.xlogy(log_p.exp(), log_p.exp()).sum(-1)
-    return torch.stack([torch.logsumexp(z, -1), entropy, (z.argmax(-1) == x0).double()])
+    nll = -log_p.gather(-1, x0.unsqueeze(-1)).squeeze(-1)
+    return torch.stack([torch.logsumexp(z, -1), entropy, (z.argmax(-1) == x0).double(), nll])
 
 
 def dse_absorb(log_score: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor, mask_index: int) -> Tensor:

@@ -68,6 +68,16 @@ def dce(z, x0, excluded, z_loss):
     return Loss((nll + z_loss * drift**2)[:, 0], grad, size[:, 0], grad_size)
 
 
+def dce_stats(z, x0, excluded):
+    """The same rows' log-sum-exp, entropy, whether x0 is the argmax, and -log softmax(z)_x0, [4, R]."""
+    z = np.where(is_id(z, excluded), -np.inf, z)
+    top = z.max(1, keepdims=True)
+    log_sum = np.log(np.exp(z - top).sum(1, keepdims=True))
+    log_p = z - top - log_sum
+    entropy = -np.where(log_p == -np.inf, 0, np.exp(log_p) * log_p).sum(1)
+    return np.stack([(top + log_sum)[:, 0], entropy, z.argmax(1) == x0, -at(log_p, x0)[:, 0]])
+
+
 def dse(score, log_score, ratio, excluded, rate, rounded=0.0):
     """rate sum_y s_y - a_y log s_y + a_y (log a_y - 1) over y != excluded, and its derivative for log s.
 

@@ -158,6 +158,20 @@ def agree(loss_of, z, backend, options, weight, scored, loss_of_rows, slack=1):
         assert_near(got_grad, z.dtype, grad, tolerance * grad_size, f"{name}'s gradient")
 
 
+@np.errstate(all="ignore")
+def stats_agree(z, backend, options, scored, stats_of_rows):
+    """The same for the statistics of rows for which they are finite; 0 where nothing is scored."""
+    expected = stats_of_rows(z.cpu().double()[scored].numpy().astype(exact.EXTENDED))
+    finite = np.isfinite(expected[:3].astype(np.float64)).all(0)
+    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    for name in (backend, "reference"):
+        _, stats = dce_loss(z, return_stats=True, backend=name, **placed(options, z.device))
+        for field, got, want in zip(stats._fields, stats, expected[:, finite], strict=True):
+            assert not got.cpu()[~scored].any()
+            error = TOLERANCE[wide] * (1 + abs(want))
+            assert_near(got.cpu()[scored][finite].to(wide), wide, want, error, f"{name}'s {field}")
+
+
 def scattered(x, scored):
     """What the scored tokens have, in the place of each; 0 for the others."""
     to = np.zeros((*scored.shape, *x.shape[1:]), exact.EXTENDED)
@@ -191,6 +205,7 @@ def check_dce(draw, backend, device="cpu"):
     excluded = np.full_like(target, mask_index if options["exclude_mask"] else -1)
     of_rows = partial(exact.dce, x0=target, excluded=excluded, z_loss=options["z_loss"])
     agree(dce_loss, z, backend, options, options["weight"], scored, of_rows)
+    stats_agree(z, backend, options, scored, partial(exact.dce_stats, x0=target, excluded=excluded))
 
 
 @with_poisoned_buffers

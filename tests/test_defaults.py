@@ -93,7 +93,9 @@ CALLS = {
     ),
     "dse_loss": lambda: fastdiff.dse_loss(SCORES, 0.7, XT, X0, reduction="mean"),
     "dse_loss, reference": lambda: fastdiff.dse_loss(SCORES, SIGMA, XT, X0, graph="uniform", backend="reference"),
-    "linear_dce_loss": lambda: fastdiff.linear_dce_loss(HIDDEN, LM_HEAD, X0, bias=BIAS, xt=XT, reduction="mean"),
+    "linear_dce_loss": lambda: fastdiff.linear_dce_loss(
+        HIDDEN, LM_HEAD, X0, bias=BIAS, xt=XT, reduction="mean", return_stats=True
+    ),
     "linear_dse_loss": lambda: fastdiff.linear_dse_loss(HIDDEN, LM_HEAD, SIGMA, XT, X0, softcap=3.0, reduction="sum"),
     "scored_rows": lambda: fastdiff.scored_rows(MASK, 20),
     "mask_tokens": lambda: fastdiff.mask_tokens(X0, 0.3, mask_index=M, **DRAWN),

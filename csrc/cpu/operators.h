@@ -15,9 +15,10 @@ std::tuple<Tensor, Tensor, Tensor> row_loss(Tensor z, Tensor x0, std::optional<T
                                             bool exclude_mask, int64_t ignore_index, bool scale_by_sigma, double z_loss,
                                             std::string reduction, bool with_grad, bool with_stats);
 
-Tensor row_loss_(Tensor z, Tensor x0, std::optional<Tensor> xt, std::optional<Tensor> mask, std::optional<Tensor> sigma,
-                 std::optional<Tensor> weight, std::string functor, int64_t mask_index, bool exclude_mask,
-                 int64_t ignore_index, bool scale_by_sigma, double z_loss, int64_t all_states, bool with_grad);
+std::tuple<Tensor, Tensor> row_loss_(Tensor z, Tensor x0, std::optional<Tensor> xt, std::optional<Tensor> mask,
+                                     std::optional<Tensor> sigma, std::optional<Tensor> weight, std::string functor,
+                                     int64_t mask_index, bool exclude_mask, int64_t ignore_index, bool scale_by_sigma,
+                                     double z_loss, int64_t all_states, bool with_grad, bool with_stats);
 
 // A fresh buffer costs a page fault every 4 KB unless the kernel is told, before the first touch, to use 2 MB ones.
 void advise_huge_pages(Tensor fresh);

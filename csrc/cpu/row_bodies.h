@@ -165,7 +165,7 @@ struct Scratch {
 };
 
 struct RowStats {
-  double logsumexp = 0, entropy = 0, correct = 0;
+  double logsumexp = 0, entropy = 0, correct = 0, nll = 0;
 };
 
 // Adds a run to the sum and gives the shift it took: what others took, unless that lets the exponentials grow too
@@ -182,7 +182,7 @@ FASTDIFF_HD Acc<T> add_run(ExpSum<Acc<T>>& all, const T* z, Acc<T>* kept, int64_
   return shift;
 }
 
-// -sum p log p, from the row's log-sum-exp in two parts.
+// -sum p log p, from the row's log-sum-exp in two parts; of a part of a row, as if it were all.
 template <typename T>
 FASTDIFF_HD double entropy(const Row<T>& row, const ExpSum<Acc<T>>& all) {
   using C = Acc<T>;
@@ -190,7 +190,7 @@ FASTDIFF_HD double entropy(const Row<T>& row, const ExpSum<Acc<T>>& all) {
     const C x = z - all.shift;
     return x < C(-86) ? 0 : exp_(x) * x;
   };
-  double sum = term(load(row.z[row.x0]));
+  double sum = row.x0 < 0 ? 0 : term(load(row.z[row.x0]));
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
     C part = 0;
 #pragma omp simd reduction(+ : part)
@@ -222,7 +222,7 @@ FASTDIFF_HD double dce_row(const Row<T>& row, double weight, double z_loss, Scra
   const double slope = 1 + 2 * z_loss * drift;
   const double log_p = here ? (static_cast<double>(at_x0) - all.shift) - std::log(all.sum) : -logsumexp;
   const bool correct = at_x0 > max_before && at_x0 >= max_after && !std::isnan(all.sum);
-  if (stats) *stats = {logsumexp, entropy(row, all), static_cast<double>(correct)};
+  if (stats) *stats = {logsumexp, entropy(row, all), static_cast<double>(correct), -log_p};
   if constexpr (kGrad) {
     shift = scratch.shifts.data();
     row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {

@@ -2,6 +2,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <numeric>
 #include <string>
@@ -79,14 +80,27 @@ Tensor tensor_of(const Tensor& z, const std::vector<int64_t>& shape, const F& f)
   return to;
 }
 
-// The losses of all rows, in double, and whatever else the call has a place for.
-std::vector<double> run(RowLoss& op) {
+struct Results {
+  std::vector<double> losses;
+  Tensor stats;  // [4, ...], or [0, ...]
+};
+
+// The losses of all rows, in double, their statistics if asked for, and their gradient if the call has a place for it.
+Results run(RowLoss& op, const Tensor& x0, bool with_stats) {
   std::vector<double> losses(op.rows);
+  std::vector<RowStats> stats(with_stats ? op.rows : 0);
   op.loss = losses.data();
+  op.stats = with_stats ? stats.data() : nullptr;
   const Rows rows = rows_for(op.tensor.scalar_type(), current_isa(), op.grad != nullptr);
   const int64_t grain = std::max<int64_t>(1, 32768 / op.num_states);
   torch::stable::parallel_for(0, op.rows, grain, [&](int64_t b, int64_t e) { rows(op, b, e); });
-  return losses;
+  std::vector<int64_t> shape = sizes(x0);
+  shape.insert(shape.begin(), with_stats ? 4 : 0);
+  const Tensor found = tensor_of(op.tensor, shape, [&](int64_t i) {
+    const RowStats& s = stats[i % op.rows];
+    return std::array{s.logsumexp, s.entropy, s.correct, s.nll}[i / op.rows];
+  });
+  return {losses, found};
 }
 
 }  // namespace
@@ -101,7 +115,7 @@ void advise_huge_pages(Tensor fresh) {
 }
 
 // Per-token losses (reduction "none") or their sum or mean; the gradient of the sum or mean if asked for; and if asked
-// for, per token, the log-sum-exp, the entropy, and 1 where x0 has the largest number.
+// for, [4, ...] per token, the log-sum-exp, the entropy, 1 where x0 has the largest number, and x0's -log p.
 std::tuple<Tensor, Tensor, Tensor> row_loss(Tensor z, Tensor x0, std::optional<Tensor> xt, std::optional<Tensor> mask,
                                             std::optional<Tensor> sigma, std::optional<Tensor> weight,
                                             std::optional<Tensor> num_items, std::string functor, int64_t mask_index,
@@ -115,34 +129,29 @@ std::tuple<Tensor, Tensor, Tensor> row_loss(Tensor z, Tensor x0, std::optional<T
   Tensor grad = torch::stable::new_empty(z, with_grad ? sizes(z) : std::vector<int64_t>{0});
   advise_huge_pages(grad);
   if (with_grad) op.grad = grad.mutable_data_ptr();
-  std::vector<RowStats> stats(with_stats ? op.rows : 0);
-  op.stats = with_stats ? stats.data() : nullptr;
-  std::vector<double> losses = run(op);
+  Results found = run(op, x0, with_stats);
 
   const bool none = reduction == "none";
+  std::vector<double>& losses = found.losses;
   if (!none) losses.assign(1, std::accumulate(losses.begin(), losses.end(), 0.0));
-  const Tensor loss = tensor_of(z, none ? sizes(x0) : std::vector<int64_t>{}, [&](int64_t r) { return losses[r]; });
-  std::vector<int64_t> shape = with_stats ? sizes(x0) : std::vector<int64_t>{0};
-  if (with_stats) shape.insert(shape.begin(), 3);
-  const Tensor stat = tensor_of(z, shape, [&](int64_t i) {
-    const RowStats& s = stats[i % op.rows];
-    return i < op.rows ? s.logsumexp : i < 2 * op.rows ? s.entropy : s.correct;
-  });
-  return {loss, grad, stat};
+  const std::vector<int64_t> shape = none ? sizes(x0) : std::vector<int64_t>{};
+  return {tensor_of(z, shape, [&](int64_t r) { return losses[r]; }), grad, found.stats};
 }
 
-// Per-token losses in float64; if asked for, the gradient of their sum replaces z, which is contiguous.
-Tensor row_loss_(Tensor z, Tensor x0, std::optional<Tensor> xt, std::optional<Tensor> mask, std::optional<Tensor> sigma,
-                 std::optional<Tensor> weight, std::string functor, int64_t mask_index, bool exclude_mask,
-                 int64_t ignore_index, bool scale_by_sigma, double z_loss, int64_t all_states, bool with_grad) {
+// Per-token losses in float64, and the same statistics; if asked for, the gradient of the losses' sum replaces z, which
+// is contiguous.
+std::tuple<Tensor, Tensor> row_loss_(Tensor z, Tensor x0, std::optional<Tensor> xt, std::optional<Tensor> mask,
+                                     std::optional<Tensor> sigma, std::optional<Tensor> weight, std::string functor,
+                                     int64_t mask_index, bool exclude_mask, int64_t ignore_index, bool scale_by_sigma,
+                                     double z_loss, int64_t all_states, bool with_grad, bool with_stats) {
   RowLoss op(z, x0, xt, mask, sigma, weight, functor, mask_index, exclude_mask, ignore_index, scale_by_sigma, z_loss,
              all_states);
   op.check();
   if (with_grad) op.grad = z.mutable_data_ptr();
-  const std::vector<double> losses = run(op);
+  const auto [losses, stats] = run(op, x0, with_stats);
   Tensor loss = torch::stable::new_empty(z, sizes(x0), ScalarType::Double);
   std::copy(losses.begin(), losses.end(), mutable_data<double>(loss));
-  return loss;
+  return {loss, stats};
 }
 
 }  // namespace fastdiff

@@ -18,7 +18,7 @@ struct RowLoss {
   const bool* mask;
   const double *sigma, *weight, *scale;
   void *loss, *grad;  // float or double; as z
-  float* stats;       // [3, rows]
+  float* stats;       // [4, rows]
   int units;
   int64_t all_states, mask_index, ignore_index;
   Functor functor;
@@ -68,7 +68,7 @@ struct Work {
 };
 
 struct Results {
-  double loss, logsumexp = 0, entropy = 0, correct = 0;
+  double loss, logsumexp = 0, entropy = 0, correct = 0, nll = 0;
 };
 
 // ---------------------------------------------------------------------------------------------------------
@@ -187,6 +187,7 @@ __device__ Results dce_row(const Work<T>& work, double z_loss) {
     const LogP log_p(others, at_x0, elsewhere);
     const double drift = z_loss == 0 ? 0 : log_p.logsumexp;  // which may be infinite
     results.logsumexp = log_p.logsumexp;
+    results.nll = -log_p.x0;
     results.loss = weight * (z_loss * drift * drift - log_p.x0);
     grad_x0 = static_cast<float>(weight * (std::expm1(log_p.x0) + 2 * z_loss * drift * std::exp(log_p.x0)));
   }
@@ -377,6 +378,7 @@ __global__ void __launch_bounds__(512, 1) row_loss_kernel(const __grid_constant_
     op.stats[r] = static_cast<float>(results.logsumexp);
     op.stats[op.rows + r] = static_cast<float>(results.entropy);
     op.stats[2 * op.rows + r] = static_cast<float>(results.correct);
+    op.stats[3 * op.rows + r] = static_cast<float>(results.nll);
   }
 }
 

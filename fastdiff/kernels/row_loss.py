@@ -286,7 +286,7 @@ def dce_row(
             entropy = tl.log(total) - (tl.sum(dots, 0) + tl.sum(dot, 0) + dot_x0).to(tl.float64) / total
             first = tl.sum(aheads, 0) + tl.sum(ahead, 0) == 0
             correct = tl.where(first & (total == total), 1.0, 0.0).to(tl.float64)
-    return weight * (z_loss * drift * drift - log_p), logsumexp, entropy, correct
+    return weight * (z_loss * drift * drift - log_p), logsumexp, entropy, correct, -log_p
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ def row_loss_kernel(
     SCALE,  # float64 [], a factor of every loss
     LOSS,  # float32 or float64 [rows]
     GRAD,  # [rows, V] contiguous; anything without gradient
-    STATS,  # float32 [3, rows] or None
+    STATS,  # float32 [4, rows] or None
     V,
     all_states,  # V, or of how many numbers a row of Z is a part: then x0 and XT may be negative, as row_losses_ has it
     inner,
@@ -411,7 +411,7 @@ def row_loss_kernel(
     row = (Z + start, GRAD + grad_start, z_aligned, grad_aligned, head.to(tl.int32), groups, V, x0, excluded)
 
     loss = tl.full((), 0.0, tl.float64)
-    logsumexp, entropy, correct = loss, loss, loss
+    logsumexp, entropy, correct, nll = loss, loss, loss, loss
     if scored:
         weight = tl.load(SCALE)
         if WEIGHT is not None:
@@ -425,7 +425,9 @@ def row_loss_kernel(
         if FUNCTOR == "dce":
             if SIGMA is not None:  # conditionals as scores: DSE of log c - log e1 is DCE / e1
                 weight *= inv_e1
-            loss, logsumexp, entropy, correct = dce_row(row, weight, z_loss, WITH_GRAD, STATS is not None, BLOCK, VEC)
+            loss, logsumexp, entropy, correct, nll = dce_row(
+                row, weight, z_loss, WITH_GRAD, STATS is not None, BLOCK, VEC
+            )
         elif FUNCTOR == "dse_absorb":
             loss = dse_row(row, weight, shift, zero, zero, inv_e1, -log_e1, "exp", WITH_GRAD, IN_PLACE, BLOCK, VEC)
         else:
@@ -444,6 +446,7 @@ def row_loss_kernel(
         tl.store(STATS + r, logsumexp.to(tl.float32))
         tl.store(STATS + rows + r, entropy.to(tl.float32))
         tl.store(STATS + 2 * rows + r, correct.to(tl.float32))
+        tl.store(STATS + 3 * rows + r, nll.to(tl.float32))
 
 
 @triton.jit

@@ -21,7 +21,9 @@ from fastdiff.ops.row_loss import (
     Rows,
     check_row_values,
     loss_dtype,
+    new_stats,
     reference_loss,
+    reference_stats,
     row_losses_,
     scored_tokens,
 )
@@ -37,7 +39,8 @@ IDS = {"cpu": 512, "cuda": 8192}
 # hidden [..., D], lm_head [V, D], bias [V]; or no lm_head, and hidden holds the logits. Then as row_loss, over logits
 # softcap * tanh(z / softcap) if softcap > 0; capacity: most scored rows, or -1 to count them; dtype: what to multiply
 # in; group: whose ranks have a part of all_states ids each, or ""; wanted: which of the first three get a gradient.
-# Returns the loss, float32 (float64 for a float64 dtype), and those gradients of its sum or mean, or empty.
+# Returns the loss, float32 (float64 for a float64 dtype); those gradients of its sum or mean, or empty; and the
+# statistics, as new_stats has them.
 _LINEAR = (
     "Tensor hidden, Tensor? lm_head, Tensor? bias, Tensor x0, Tensor? xt, Tensor? mask, Tensor? sigma, Tensor? weight, "
     "Tensor? num_items, str functor, int mask_index, bool exclude_mask, int ignore_index, bool scale_by_sigma, "
@@ -70,11 +73,11 @@ class Head:
         return self.hidden.detach().new_empty((), dtype=self.dtype).expand(shape)
 
 
-def linear_loss(head: Head, rows: Rows, backend: str | None) -> Tensor:
-    """Loss per token, or its sum or mean; rows.z stands for the logits. The fall-back of GPUs is row_loss's."""
+def linear_loss(head: Head, rows: Rows, backend: str | None, with_stats: bool = False) -> tuple[Tensor, Tensor]:
+    """As `row_loss`, with the same fall-back on GPUs; rows.z stands for the logits."""
     backend = resolve(backend, head.hidden.device, "linear_loss", head.num_states)
     if backend == "reference" or (backend != "cpu" and head.dtype == torch.float64):
-        return _reference(head, rows)
+        return _reference(head, rows, with_stats)
     if head.shard.group and rows.functor == "dse_uniform_logits":
         raise ValueError("parametrization: conditionals of the uniform graph cannot be sharded over a group")
     inputs = (head.hidden, head.lm_head, head.bias)
@@ -84,29 +87,32 @@ def linear_loss(head: Head, rows: Rows, backend: str | None) -> Tensor:
     if torch.is_grad_enabled() and rows.reduction != "none" and head.dtype != torch.float16:
         wanted = [x is not None and x.requires_grad for x in inputs]
     constants = (*rows.arguments()[1:], head.softcap, head.capacity, head.dtype, *head.shard)
-    return _linear_loss[backend](*inputs, *constants, wanted)[0]
+    loss, *_, stats = _linear_loss[backend](*inputs, *constants, wanted, with_stats)
+    return loss, stats
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The operators: shapes under tracing, and autograd.
 
 
-def _fake(
-    hidden: Tensor, lm_head: Tensor | None, bias: Tensor | None, x0: Tensor, *arguments: Any
-) -> tuple[Tensor, ...]:
-    reduction, _, _, dtype, _, _, wanted = arguments[-7:]
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
+    hidden, x0, (reduction, _, _, dtype, _, _, _, with_stats) = arguments[0], arguments[3], arguments[-8:]
     loss = hidden.new_empty(x0.shape if reduction == "none" else (), dtype=loss_dtype(dtype))
-    inputs = zip(wanted, (hidden, lm_head, bias), strict=True)
-    return loss, *(x.new_empty(x.shape) if want and x is not None else hidden.new_empty(0) for want, x in inputs)
+    return loss, *_fake_grads(*arguments[:-1]), new_stats(x0, dtype, with_stats)
+
+
+def _fake_grads(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    inputs = zip(arguments[-1], (hidden, *arguments[:2]), strict=True)
+    return tuple(x.new_empty(x.shape) if want and x is not None else hidden.new_empty(0) for want, x in inputs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.wanted = inputs[-1]
+    ctx.wanted = inputs[-2]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.constants = None if any(ctx.wanted) else inputs[_TENSORS:-1]
+    ctx.constants = None if any(ctx.wanted) else inputs[_TENSORS:-2]
     if any(ctx.wanted):
-        save_grads(ctx, [grad for grad, want in zip(output[1:], ctx.wanted, strict=True) if want], inputs[:3])
+        save_grads(ctx, [grad for grad, want in zip(output[1:4], ctx.wanted, strict=True) if want], inputs[:3])
     else:
         ctx.save_for_backward(*inputs[:_TENSORS])
 
@@ -123,11 +129,13 @@ def _backward(backend: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tup
     return (*made, *(None,) * (len(ctx.needs_input_grad) - 3))
 
 
-_linear_loss = define("linear_loss", f"({_LINEAR}, bool[3] wanted) -> (Tensor, Tensor, Tensor, Tensor)", _fake)
+_linear_loss = define(
+    "linear_loss", f"({_LINEAR}, bool[3] wanted, bool with_stats) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _fake
+)
 _linear_loss_backward = define(
     "linear_loss_backward",
     f"(Tensor grad_loss, {_LINEAR}, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
-    lambda grad_loss, *arguments: _fake(*arguments)[1:],
+    lambda grad_loss, *arguments: _fake_grads(*arguments),
 )
 
 
@@ -145,7 +153,8 @@ for _backend in KERNELS:
 
 
 def _forward(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-    return _compute(backend, *_unpack(*arguments[:-1]), arguments[-1])
+    *rest, wanted, with_stats = arguments
+    return _compute(backend, *_unpack(*rest), wanted, with_stats)
 
 
 def _recompute(backend: str, grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -153,7 +162,7 @@ def _recompute(backend: str, grad_loss: Tensor, *arguments: Any) -> tuple[Tensor
     head, rows = _unpack(*arguments[:-1])
     upstream = grad_loss.double().expand(rows.x0.shape)
     rows.weight = upstream if rows.weight is None else rows.weight * upstream
-    return _compute(backend, head, rows, arguments[-1])[1:]
+    return _compute(backend, head, rows, arguments[-1], False)[1:4]
 
 
 def _unpack(hidden: Tensor, lm_head: Tensor | None, bias: Tensor | None, *rest: Any) -> tuple[Head, Rows]:
@@ -162,21 +171,21 @@ def _unpack(hidden: Tensor, lm_head: Tensor | None, bias: Tensor | None, *rest: 
     return head, Rows(head.logits_like(), *constants)
 
 
-def _compute(backend: str, head: Head, rows: Rows, wanted: list[bool]) -> tuple[Tensor, ...]:
+def _compute(backend: str, head: Head, rows: Rows, wanted: list[bool], with_stats: bool) -> tuple[Tensor, ...]:
     head.shard.checked(rows.x0.device, check_row_values, rows)
     scored = scored_tokens(rows)
     index, count = scored_rows(scored, None if head.capacity < 0 else min(head.capacity, scored.numel()), backend)
     if head.shard.group:
-        head.shard.check_alike(head.num_states, rows, count, wanted[0])
+        head.shard.check_alike(head.num_states, rows, count, wanted[0], with_stats)
     missing = torch.where(count > len(index), math.nan, 0.0)  # for all to see, should the list be too short
     rows.weight = _weights(rows, count) + missing
     with torch.autocast(scored.device.type, enabled=False):  # head.dtype has the last word
-        chunks = _Chunks(backend, head, rows, wanted, missing)
-        losses = chunks.losses(index, count)
-        losses = (losses + missing).view(scored.shape)
+        chunks = _Chunks(backend, head, rows, wanted, missing, with_stats)
+        losses, stats = chunks.losses(index, count)
+        losses, stats = (losses + missing).view(scored.shape), (stats + missing).view(len(stats), *scored.shape)
         grads = list(chunks.grads())
     loss = losses if rows.reduction == "none" else losses.sum()
-    return loss.to(loss_dtype(head.dtype)), *grads
+    return loss.to(loss_dtype(head.dtype)), *grads, stats
 
 
 def _weights(rows: Rows, count: Tensor) -> Tensor:
@@ -190,7 +199,9 @@ def _weights(rows: Rows, count: Tensor) -> Tensor:
 class _Chunks:
     """The scored rows, a chunk of logits at a time: their losses, and the sums of their gradients."""
 
-    def __init__(self, backend: str, head: Head, rows: Rows, wanted: list[bool], missing: Tensor) -> None:
+    def __init__(
+        self, backend: str, head: Head, rows: Rows, wanted: list[bool], missing: Tensor, with_stats: bool
+    ) -> None:
         self.backend, self.head, self.rows = backend, head, dataclasses.replace(rows, ignore_index=IGNORE_NONE)
         self.hidden = head.hidden.reshape(-1, head.hidden.shape[-1])
         self.lm_head = None if head.lm_head is None else head.lm_head.to(head.dtype)
@@ -207,14 +218,15 @@ class _Chunks:
         self.grad_bias: Tensor | None = None
         self.tile: Tensor | None = None
         self.sum_dtype = self.exact
-        self.wanted, self.with_grad = wanted, any(wanted)
+        self.wanted, self.with_grad, self.with_stats = wanted, any(wanted), with_stats
 
-    def losses(self, index: Tensor, count: Tensor) -> Tensor:
-        """Of all rows, float64: those of the list, and 0."""
+    def losses(self, index: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """Of all rows, float64, and their statistics: those of the list, and 0."""
         losses = torch.zeros(len(self.hidden) + 1, dtype=torch.float64, device=index.device)
+        stats = new_stats(losses, self.head.dtype, self.with_stats).zero_()
         if self.lm_head is not None and self._sums_suffice():
             losses[index] = self._from_sums(self.lm_head, index, count)
-            return losses[:-1]
+            return losses[:-1], stats[:, :-1]
         length = self._length(len(index))
         if self.head.lm_head is not None:
             # One tile for all chunks: a new one each time would cost its page faults.
@@ -222,14 +234,14 @@ class _Chunks:
             if len(index) <= length:
                 self.sum_dtype = self.head.lm_head.dtype  # one chunk: nothing to sum up
         for part in index.split(length) if len(index) else ():
-            losses[part] = self._chunk(part)
+            losses[part], stats[:, part] = self._chunk(part)
         self.tile = None  # before gradients are copied into their type
-        return losses[:-1]
+        return losses[:-1], stats[:, :-1]
 
     def _sums_suffice(self) -> bool:
-        """Whether a kernel makes what the loss needs from tiles of logits that are never stored."""
-        sums = self.rows.functor in ("dce", "dse_absorb") and self.head.dtype.itemsize == 2
-        return sums and self.backend == "triton" and not self.with_grad and not self.head.shard.group
+        """Whether a kernel makes what is asked for from tiles of logits that are never stored."""
+        sums = self.rows.functor in ("dce", "dse_absorb") and not self.with_grad and not self.with_stats
+        return sums and self.head.dtype.itemsize == 2 and self.backend == "triton" and not self.head.shard.group
 
     def _from_sums(self, lm_head: Tensor, index: Tensor, count: Tensor) -> Tensor:
         """Losses from three numbers in the place of each row: log sum exp of the other ids, x0's, and the mask's."""
@@ -298,7 +310,7 @@ class _Chunks:
             return 0
         return weights.numel() * self.exact.itemsize
 
-    def _chunk(self, part: Tensor) -> Tensor:
+    def _chunk(self, part: Tensor) -> tuple[Tensor, Tensor]:
         exists = part < len(self.hidden)
         at = torch.where(exists, part, 0)
         rows = self.rows.at(at)
@@ -306,12 +318,12 @@ class _Chunks:
         hidden = self.hidden[at].to(self.head.dtype)
         rows.z, slope = self._logits(hidden)
         if self.head.shard.group:
-            losses = sharded_losses_(rows, self.backend, self.head.shard, self.with_grad)
+            results = sharded_losses_(rows, self.backend, self.head.shard, self.with_grad, self.with_stats)
         else:
-            losses = row_losses_(rows, self.backend, self.head.num_states, self.with_grad)
+            results = row_losses_(rows, self.backend, self.head.num_states, self.with_grad, self.with_stats)
         if self.with_grad:
             self._add_grads(rows.z if slope is None else rows.z.mul_(slope).to(self.head.dtype), hidden, part)
-        return losses
+        return results
 
     def _logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits of some rows, and with a softcap its slope at each."""
@@ -362,7 +374,7 @@ class _Chunks:
         return total
 
 
-def _reference(head: Head, rows: Rows) -> Tensor:
+def _reference(head: Head, rows: Rows, with_stats: bool) -> tuple[Tensor, Tensor]:
     """The same in plain PyTorch and float64, logits and all."""
     if head.shard.group or head.lm_head is None:
         raise BackendUnavailable("backend 'reference': cannot be sharded over a group")
@@ -370,7 +382,8 @@ def _reference(head: Head, rows: Rows) -> Tensor:
     rows.z = F.linear(head.hidden.double(), head.lm_head.double(), bias)
     if head.softcap:
         rows.z = head.softcap * torch.tanh(rows.z / head.softcap)
-    return reference_loss(rows).to(loss_dtype(head.dtype))
+    dtype = loss_dtype(head.dtype)
+    return reference_loss(rows).to(dtype), reference_stats(rows, with_stats).to(dtype)
 
 
 for _backend in KERNELS:

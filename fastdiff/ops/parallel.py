@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdiff.ops.row_loss import Rows, row_losses_
+from fastdiff.ops.row_loss import Rows, loss_dtype, row_losses_
 
 T = TypeVar("T")
 
@@ -53,19 +53,19 @@ class Shard(NamedTuple):
                 self._raise_on_all(error)
             raise
 
-    def check_alike(self, num_states: int, rows: Rows, count: Tensor, wanted: bool) -> None:
+    def check_alike(self, num_states: int, rows: Rows, count: Tensor, with_grad: bool, with_stats: bool) -> None:
         """Raises on all ranks if the ranks' parts or tokens do not belong together, when they would wait for ever."""
         ranks = dist.get_world_size(self.process_group)
-        mine = torch.stack(
-            [torch.full_like(count, rows.x0.numel()), count, rows.x0.sum(), torch.full_like(count, wanted)]
-        )
+        alike = torch.full_like(count, with_grad + 2 * with_stats)
+        mine = torch.stack([torch.full_like(count, rows.x0.numel()), count, rows.x0.sum(), alike])
         met = self.max(torch.cat([-mine, mine])).tolist()
         if met[0] > 0:  # a number of tokens below 0: a rank is in `checked`
             self._raise_on_all(None)
         if any(high != -low for low, high in zip(met[:4], met[4:], strict=True)):
             raise ValueError(
-                "x0: expected the same tokens (and requires_grad of hidden) on every rank of the group, got different "
-                "ones. Under FSDP, call the loss in the forward of the module that holds lm_head, where that is whole."
+                "x0: expected the same tokens (and requires_grad of hidden, and return_stats) on every rank of the "
+                "group, got different ones. Under FSDP, call the loss in the forward of the module that holds lm_head, "
+                "where that is whole."
             )
         sizes = torch.zeros(ranks, dtype=torch.int64, device=count.device)
         sizes[dist.get_rank(self.process_group)] = num_states
@@ -109,29 +109,47 @@ def replicated(name: str, tensor: Tensor) -> Tensor:
     return dtensor.to_local()
 
 
-def sharded_losses_(rows: Rows, backend: str, shard: Shard, with_grad: bool) -> Tensor:
+def sharded_losses_(rows: Rows, backend: str, shard: Shard, with_grad: bool, with_stats: bool) -> tuple[Tensor, Tensor]:
     """`row_losses_` of whole rows, of which rows.z holds this rank's part; ids count from the first of all."""
     part = _own(rows, shard)
     if rows.functor != "dce":  # a sum over ids, and what belongs to x0 is added where x0 is
-        return shard.sum(row_losses_(part, backend, shard.all_states, with_grad))
+        losses, none = row_losses_(part, backend, shard.all_states, with_grad)
+        return shard.sum(losses), none
     scored, z = rows.x0 != rows.ignore_index, rows.z
     weight = torch.ones_like(scored, dtype=torch.float64) if rows.weight is None else rows.weight
     if rows.sigma is not None:
         weight = weight * torch.exp(-rows.sigma) / -torch.expm1(-rows.sigma)
     here, at = part.x0 >= 0, part.x0.clamp_min(0).unsqueeze(1)
     others = dataclasses.replace(part, x0=torch.where(scored, -1, part.x0), sigma=None, weight=None, z_loss=0.0)
-    own = row_losses_(others, backend, shard.all_states, False)
+    own, stats = row_losses_(others, backend, shard.all_states, False, with_stats)
     top = shard.max(own.clone())
     at_x0 = torch.where(here, z.gather(1, at).squeeze(1).double(), 0)
     total, at_x0 = shard.sum(torch.stack([torch.exp(own - top), at_x0]))
     logsumexp = top + total.log()
     log_p, slope = at_x0 - logsumexp, 1 + 2 * rows.z_loss * logsumexp
+    if with_stats:
+        stats = _whole_stats(part, rows.x0, shard, stats[1], own, logsumexp, log_p)
     if with_grad:
         others.weight = weight * slope * torch.exp(own - logsumexp)
         row_losses_(others, backend, shard.all_states, True)
         entry = weight * (torch.expm1(log_p) + (slope - 1) * log_p.exp())
         z.scatter_(1, at, torch.where(here.unsqueeze(1), entry.unsqueeze(1).to(z.dtype), z.gather(1, at)))
-    return torch.where(scored, weight * (rows.z_loss * logsumexp**2 - log_p), 0)
+    return torch.where(scored, weight * (rows.z_loss * logsumexp**2 - log_p), 0), torch.where(scored, stats, 0)
+
+
+def _whole_stats(
+    part: Rows, x0: Tensor, shard: Shard, entropy: Tensor, own: Tensor, logsumexp: Tensor, log_p: Tensor
+) -> Tensor:
+    """Statistics of whole rows, of which part.z, entropy and `own`, its log-sum-exp, are this rank's part."""
+    z = part.z
+    if part.exclude_mask:
+        z[:, part.mask_index] = -torch.inf  # for now: its gradient is 0
+    largest, at = z.double().max(1)
+    first = torch.where(largest == shard.max(largest.clone()), at + shard.first, shard.all_states)
+    correct = (-shard.max(-first) == x0) & ~logsumexp.isnan()
+    share = torch.exp(own - logsumexp)
+    entropy = shard.sum(torch.where(share == 0, 0, share * (entropy + logsumexp - own)))
+    return torch.stack([logsumexp, entropy, correct, -log_p]).to(loss_dtype(z.dtype))
 
 
 def _own(rows: Rows, shard: Shard) -> Rows:

@@ -16,7 +16,7 @@ from fastdiff.ops.saved_grads import save_grads, scaled
 
 # z [..., V] with any strides before the last; x0, xt int64, mask bool, sigma and weight float64, contiguous [...];
 # num_items float64 []. Returns the loss, [...] or []; the gradient of a scalar one, [..., V], or empty; and the
-# statistics [3, ...], or empty. functor: dce, dse_absorb, dse_uniform or dse_uniform_logits.
+# statistics, as new_stats has them. functor: dce, dse_absorb, dse_uniform or dse_uniform_logits.
 _ROWS = (
     "Tensor z, Tensor x0, Tensor? xt, Tensor? mask, Tensor? sigma, Tensor? weight, Tensor? num_items, "
     "str functor, int mask_index, bool exclude_mask, int ignore_index, bool scale_by_sigma, float z_loss, "
@@ -64,7 +64,7 @@ def row_loss(rows: Rows, backend: str | None, with_stats: bool = False) -> tuple
     """
     backend = resolve(backend, rows.z.device, "row_loss", rows.z.shape[-1])
     if backend == "reference" or (backend != "cpu" and rows.z.dtype == torch.float64):
-        return reference_loss(rows), _reference_stats(rows) if with_stats else rows.z.new_empty(0)
+        return reference_loss(rows), reference_stats(rows, with_stats)
     no_forward_mode("row_loss", rows.arguments())
     if backend != "cpu":  # whose kernel checks values itself
         check_row_values(rows)
@@ -89,14 +89,17 @@ def row_loss_grad(rows: Rows, upstream: Tensor) -> Tensor:
     return _row_loss_backward[backend](upstream, *rows.arguments())
 
 
-def row_losses_(rows: Rows, backend: str, all_states: int, with_grad: bool) -> Tensor:
-    """Losses per token in float64, whatever the reduction; with_grad, rows.z becomes the gradient of their sum.
+def row_losses_(
+    rows: Rows, backend: str, all_states: int, with_grad: bool, with_stats: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Losses per token in float64, whatever the reduction, and the statistics if asked for; with_grad, rows.z becomes
+    the gradient of the losses' sum.
 
     Where rows.z, contiguous, holds a part of all_states numbers, ids count from its first; x0 is -1 if it is
     elsewhere, xt -1 then or, if it is not x0, -2. The loss is this part's: of cross-entropy, the part's log-sum-exp.
     """
     z, x0, xt, mask, sigma, weight, _, *constants, _ = rows.arguments()
-    return _row_loss_[backend](z, x0, xt, mask, sigma, weight, *constants, all_states, with_grad)
+    return _row_loss_[backend](z, x0, xt, mask, sigma, weight, *constants, all_states, with_grad, with_stats)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -107,7 +110,7 @@ def _fake(z: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     reduction, with_grad, with_stats = arguments[-3:]
     loss = z.new_empty(z.shape[:-1] if reduction == "none" else (), dtype=loss_dtype(z.dtype))
     grad = z.new_empty(z.shape if with_grad else (0,))
-    return loss, grad, z.new_empty((3, *z.shape[:-1]) if with_stats else (0,), dtype=loss_dtype(z.dtype))
+    return loss, grad, new_stats(arguments[0], z.dtype, with_stats)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -150,9 +153,9 @@ _row_loss_backward = define(
 _row_loss_ = define(
     "row_loss_",
     "(Tensor(a!) z, Tensor x0, Tensor? xt, Tensor? mask, Tensor? sigma, Tensor? weight, str functor, int mask_index, "
-    "bool exclude_mask, int ignore_index, bool scale_by_sigma, float z_loss, SymInt all_states, bool with_grad) "
-    "-> Tensor",
-    lambda z, x0, *_: z.new_empty(x0.shape, dtype=torch.float64),
+    "bool exclude_mask, int ignore_index, bool scale_by_sigma, float z_loss, SymInt all_states, bool with_grad, "
+    "bool with_stats) -> (Tensor, Tensor)",
+    lambda z, x0, *rest: (z.new_empty(x0.shape, dtype=torch.float64), new_stats(x0, z.dtype, rest[-1])),
 )
 for _backend in KERNELS:
     torch.library.register_autograd(
@@ -195,7 +198,7 @@ def _on_gpu(
         scale = 1 / scored.sum().clamp_min(1).double()
     losses = z.new_empty(x0.shape, dtype=torch.float32 if reduction == "none" else torch.float64)
     grad = z.new_empty(z.shape if with_grad else (0,))
-    stats = z.new_empty((3, *x0.shape) if with_stats else (0,), dtype=torch.float32)
+    stats = new_stats(x0, z.dtype, with_stats)
     if x0.numel():
         kernels.launch_row_loss(
             at_most_three_dimensions(z), x0, xt, mask, sigma, weight, scale,
@@ -222,14 +225,17 @@ def _in_place_on_gpu(
     z_loss: float,
     all_states: int,
     with_grad: bool,
-) -> Tensor:
+    with_stats: bool,
+) -> tuple[Tensor, Tensor]:
     losses, one = z.new_empty(x0.shape, dtype=torch.float64), z.new_ones((), dtype=torch.float64)
+    stats = new_stats(x0, z.dtype, with_stats)
     if x0.numel():
         kernels.launch_row_loss(
-            at_most_three_dimensions(z), x0, xt, mask, sigma, weight, one, losses, z if with_grad else None, None,
+            at_most_three_dimensions(z), x0, xt, mask, sigma, weight, one,
+            losses, z if with_grad else None, stats if with_stats else None,
             functor, mask_index, exclude_mask, ignore_index, scale_by_sigma, z_loss, all_states,
         )  # fmt: skip
-    return losses
+    return losses, stats
 
 
 define_launch(
@@ -277,7 +283,9 @@ def _reference_loss(rows: Rows, x0: Tensor, scored: Tensor) -> Tensor:
     return reference.dse_uniform(z, sigma, torch.where(scored, xt, 0), x0)
 
 
-def _reference_stats(rows: Rows) -> Tensor:
+def reference_stats(rows: Rows, with_stats: bool) -> Tensor:
+    if not with_stats:
+        return new_stats(rows.x0, rows.z.dtype, False)
     scored = scored_tokens(rows)
     z = torch.where(scored.unsqueeze(-1), rows.z.detach(), 0)
     stats = reference.dce_stats(z, torch.where(scored, rows.x0, 0), rows.mask_index if rows.exclude_mask else None)
@@ -312,6 +320,12 @@ def check_row_values(rows: Rows) -> None:
         check_values("sigma", sigma, live & ~((sigma >= 0) & sigma.isfinite()), "finite numbers >= 0")
         needed = scored & (xt != x0) if rows.functor == "dse_uniform" and not rows.scale_by_sigma else scored
         check_values("sigma", sigma, needed & (sigma == 0), "numbers > 0 where a token was masked or moved")
+
+
+def new_stats(x0: Tensor, dtype: torch.dtype, with_stats: bool) -> Tensor:
+    """Room for statistics over numbers of a type: log-sum-exp, entropy, whether x0 is the argmax, and -log p of x0,
+    [4, ...]; or [0, ...]."""
+    return x0.new_empty((4 if with_stats else 0, *x0.shape), dtype=loss_dtype(dtype))
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -55,6 +55,24 @@ def options_of_the_last_layer():
         agree("dce", p, parts, dict(lm_head=0, bias=0), LEAVES, reduction="sum", group=dist.group.WORLD, **options)
 
 
+def statistics():
+    """Of whole rows, also where large numbers are alike, on one rank or on both; over several chunks."""
+    op.TILE_BYTES["cpu"] = 4 * 4 * 100
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        p = linear_problem((3, 5), 12, dtype)
+        p |= {name: (2 * p[name]).round() for name in LEAVES}  # exact, and with ties
+        parts = {name: own(p[name]) for name in ("lm_head", "bias")}
+        q = problem((3, 5), 12, dtype, spread=0.0)
+        q["z"][2] = 1e-3 * torch.arange(12)
+        for name in ("dce_all", "dce_z"):
+            for options in (dict(), dict(reduction="sum"), dict(softcap=9.0, capacity=15)):
+                given = dict(options, return_stats=True)
+                got = loss_of(name, p | parts, group=dist.group.WORLD, **given)
+                torch.testing.assert_close(got, loss_of(name, p, **given), rtol=2e-6, atol=2e-6)
+            got = loss_of(name, q | dict(z=own(q["z"], 2)), return_stats=True, group=dist.group.WORLD)
+            torch.testing.assert_close(got, loss_of(name, q, return_stats=True), rtol=2e-6, atol=2e-6)
+
+
 def sharded_logits():
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         p = problem((3, 5), 510, dtype, mask_index=200)
@@ -74,9 +92,13 @@ def numbers_of_any_size():
     for name in ("dce", "dce_all"):
         agree(name, p, dict(z=own(p["z"], 2)), dict(z=2), ("z",), reduction="sum", group=dist.group.WORLD)
     p["z"][0, 0, 3] = torch.nan
-    losses = [loss_of("dce", p), loss_of("dce", p | dict(z=own(p["z"], 2)), group=dist.group.WORLD)]
-    assert torch.equal(*(loss.isnan() for loss in losses))
-    assert losses[1].isnan()[0, 0]
+    whole, got = (
+        loss_of("dce", p | dict(z=z), return_stats=True, group=group)
+        for z, group in ((p["z"], None), (own(p["z"], 2), dist.group.WORLD))
+    )
+    assert torch.equal(whole[0].isnan(), got[0].isnan())
+    assert got[0].isnan()[0, 0]
+    torch.testing.assert_close(got[1], whole[1], equal_nan=True)
 
 
 def dtensors():
@@ -105,7 +127,7 @@ def wrong_calls_raise_on_every_rank():
     with pytest.raises(ValueError, match="parametrization: conditionals of the uniform graph"):
         loss_of("uniform_logits", p | dict(lm_head=part, bias=None), group=group)
     with pytest.raises(ValueError, match="return_stats"):
-        dce_loss(p["hidden"], p["x0"] % 10, return_stats=True, group=group)
+        dce_loss(p["hidden"], p["x0"] % 10, exclude_mask=False, return_stats=rank == 0, group=group)
     with pytest.raises(BackendUnavailable, match="sharded"):
         call(part, p["x0"], backend="reference")
 

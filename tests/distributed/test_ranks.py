@@ -10,6 +10,7 @@ import torchrun
 CASES = {
     2: [
         "options_of_the_last_layer",
+        "statistics",
         "numbers_of_any_size",
         "wrong_calls_raise_on_every_rank",
         "what_one_rank_refuses_raises_on_every_rank",
@@ -19,7 +20,7 @@ CASES = {
         "fsdp_with_a_last_layer_of_its_own",
     ],
     3: ["dtensors", "sharded_logits", "what_one_rank_refuses_raises_on_every_rank"],
-    4: ["vocabulary_parallel"],
+    4: ["vocabulary_parallel", "statistics"],
 }
 
 

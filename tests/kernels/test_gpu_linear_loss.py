@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import LOSSES, assert_near, linear_problem, loss_and_grads
+from cases import LOSSES, assert_near, linear_problem, loss_and_grads, loss_of
 
 import fastdiff.ops.linear_loss as op
 
@@ -33,6 +33,25 @@ def test_a_gradient_in_the_place_of_its_row(name, backend, device):
             assert_near(a, b, dtype, name, slack=8)
 
 
+@pytest.mark.parametrize("wants_grad", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("options", [{}, dict(capacity=9), dict(softcap=2.0)], ids=str)
+def test_statistics(options, wants_grad, backend, device, monkeypatch):
+    monkeypatch.setitem(op.TILE_BYTES, device.type, 3 * 4 * 1031)
+    for num_states, dtype in ((2, torch.float32), (1031, torch.float32), (1031, torch.float16)):
+        p = linear_problem((3, 3), num_states, dtype, device=device)
+        leaves = [p[leaf].requires_grad_(wants_grad) for leaf in LEAVES]
+        given = dict(options, reduction="sum", backend=backend)
+        plain = loss_of("dce_z", p, **given)
+        loss, stats = loss_of("dce_z", p, return_stats=True, **given)
+        _, expected = loss_of("dce_z", p, return_stats=True, backend="reference", softcap=options.get("softcap", 0.0))
+        rounded = 2 * torch.finfo(dtype).eps  # as the logits are
+        torch.testing.assert_close(loss, plain, rtol=rounded, atol=0)
+        torch.testing.assert_close(stats, expected, rtol=rounded, atol=4 * rounded)
+        if wants_grad:
+            grads = zip(*(torch.autograd.grad(x, leaves) for x in (loss, plain)), strict=True)
+            assert all(torch.equal(a, b) for a, b in grads)
+
+
 @pytest.mark.parametrize("name", ["dce", "dce_z", "absorb", "absorb_scaled", "uniform", "uniform_scaled"])
 def test_parts_of_a_row(name, backend, device):
     """What one rank of several sees: its losses and gradients are those of the compiled CPU kernels."""
@@ -49,9 +68,9 @@ def test_parts_of_a_row(name, backend, device):
         for b, where in ((backend, device), ("cpu", "cpu")):
             tensors = [None if t is None else t.to(where) for t in (z.clone(), x0, xt, None, sigma, weight)]
             row_loss_ = getattr(torch.ops.fastdiff.row_loss_, b)
-            before = row_loss_(*tensors, *constants, 3 * num_states, False)
-            losses = row_loss_(*tensors, *constants, 3 * num_states, True)
+            before, _ = row_loss_(*tensors, *constants, 3 * num_states, False, False)
+            losses, stats = row_loss_(*tensors, *constants, 3 * num_states, True, functor == "dce")
             torch.testing.assert_close(losses, before, rtol=1.3e-6, atol=1e-5, equal_nan=True)  # float32 terms
-            results.append((losses.cpu(), tensors[0].cpu()))
+            results.append((losses.cpu(), tensors[0].cpu(), stats[:2].cpu()))
         for got, expected in zip(*results, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, equal_nan=True)

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from fastdiff import dce_loss, linear_sample_tokens, reverse_probs, sample_tokens
+from fastdiff import dce_loss, linear_dce_loss, linear_sample_tokens, reverse_probs, sample_tokens
 
 REDUCTIONS = {
     "none": dict(),
@@ -142,5 +142,6 @@ def test_statistics_have_no_gradient(backend):
         sample_tokens(p["z"].requires_grad_(), p["xt"], **options),
         linear_sample_tokens(hidden, lm_head, q["xt"], **options),
         dce_loss(p["z"], p["x0"], **options),
+        linear_dce_loss(hidden, lm_head, q["x0"], **options),
     ):
         assert not any(x.requires_grad for x in stats)

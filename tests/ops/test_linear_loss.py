@@ -50,6 +50,54 @@ def test_softcap(name, dtype, chunked):
         assert_agrees(name, linear_problem((3, 5), 27, dtype), reduction=reduction, softcap=1.5)
 
 
+def whole_numbers(p):
+    """Hidden states and weights whose products are exact in every type. Many logits are alike."""
+    return p | {leaf: (2 * p[leaf]).round().clamp(-2, 2) for leaf in LEAVES}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("options", [{}, dict(softcap=50.0), dict(capacity=15)], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_statistics(dtype, reduction, options, backend, chunked):
+    for num_states in (2, 27, 5003):
+        p = whole_numbers(linear_problem((3, 5), num_states, dtype))
+        z = F.linear(*(p[leaf].double() for leaf in LEAVES))
+        z = 50 * torch.tanh(z / 50) if "softcap" in options else z
+        z[..., -1] = -torch.inf
+        p["x0"] = torch.where(p["weight"] < 0.5, z.argmax(-1), p["x0"])
+        p["xt"] = torch.where(p["xt"] == num_states - 1, p["xt"], p["x0"])
+        given = dict(reduction=reduction, backend=backend, **options)
+        loss, stats = loss_of("dce_z", p, return_stats=True, **given)
+        assert torch.equal(loss, loss_of("dce_z", p, **given))
+        logsumexp, log_p = torch.logsumexp(z, -1), torch.log_softmax(z, -1)
+        entropy, nll = -torch.special.xlogy(log_p.exp(), log_p.exp()).sum(-1), -log_p.gather(-1, p["x0"][..., None])
+        for got, want in zip(stats, (logsumexp, entropy, z.argmax(-1) == p["x0"], nll.squeeze(-1)), strict=True):
+            want = torch.where(p["xt"] == num_states - 1, want, 0)
+            assert got.dtype in (torch.bool, torch.float64 if dtype == torch.float64 else torch.float32)
+            torch.testing.assert_close(got, want.to(got.dtype), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_gradients_beside_statistics(dtype, reduction, chunked):
+    p = linear_problem((3, 5), 507, dtype)
+    leaves = [p[leaf].requires_grad_() for leaf in LEAVES]
+    expected = torch.autograd.grad(loss_of("dce", p, reduction=reduction).sum(), leaves)
+    loss, stats = loss_of("dce", p, reduction=reduction, return_stats=True)
+    assert all(map(torch.equal, torch.autograd.grad(loss.sum(), leaves), expected))
+    assert not any(x.requires_grad for x in stats)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_statistics_without_a_scored_row(backend):
+    p = linear_problem((3, 5), 27)
+    _, stats = loss_of("dce", p | dict(xt=p["x0"]), return_stats=True, backend=backend)
+    assert all(x.shape == (3, 5) and not x.any() for x in stats)
+    p = linear_problem((0, 5), 27)
+    assert all(x.shape == (0, 5) for x in loss_of("dce", p, return_stats=True, backend=backend)[1])
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_gradients_only_of_what_wants_them(reduction):
     p = linear_problem((3, 5), 27)
@@ -95,6 +143,10 @@ def test_capacity(name, chunked):
             assert got[0].isnan().all()
             assert got[1].isnan().all()
             assert all(grad.isnan().any() for grad in got[2:])
+            if name == "dce":
+                _, stats = loss_of(name, p, reduction=reduction, capacity=capacity, return_stats=True)
+                assert all(stats[i].isnan().all() for i in (0, 1, 3))
+                assert not stats.correct.any()
 
 
 def test_the_list_of_scored_rows():
@@ -242,12 +294,15 @@ def test_compiles_whole(reduction, capacity):
 
     def step(hidden, lm_head, bias):
         q = p | dict(hidden=hidden * 2, lm_head=lm_head, bias=bias)
-        return loss_of("dce", q, reduction=reduction, capacity=capacity).sum() * 3
+        loss, stats = loss_of("dce", q, reduction=reduction, capacity=capacity, return_stats=True)
+        return loss.sum() * 3 + stats.nll.sum(), *stats
 
-    eager = torch.autograd.grad(step(*leaves), leaves)
     torch._dynamo.reset()
-    compiled = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves), leaves)
-    for a, b in zip(compiled, eager, strict=True):
+    results = []
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        loss, *stats = run(*leaves)
+        results.append([loss, *stats, *torch.autograd.grad(loss, leaves)])
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -258,13 +313,16 @@ def test_opcheck(reduction):
     rows = [p["x0"], p["xt"], None, None, p["weight"], None]
     constants = ["dce", p["mask_index"], True, -100, False, 1e-3, reduction, 0.0, -1, torch.float32, "", 7]
     for wanted in ([True] * 3, [True, False, True]) if reduction == "sum" else ([False] * 3,):
-        torch.library.opcheck(torch.ops.fastdiff.linear_loss.cpu, (*inputs, *rows, *constants, wanted))
+        for with_stats in (False, True):
+            given = (*inputs, *rows, *constants, wanted, with_stats)
+            torch.library.opcheck(torch.ops.fastdiff.linear_loss.cpu, given)
     inputs = [x.detach() for x in inputs]
     upstream = torch.rand(() if reduction == "sum" else (2, 3))
     backward = torch.ops.fastdiff.linear_loss_backward.cpu
     torch.library.opcheck(backward, (upstream, *inputs, *rows, *constants, [True, True, False]))
     row_loss_ = torch.ops.fastdiff.row_loss_.cpu
-    torch.library.opcheck(row_loss_, (torch.randn(2, 3, 7), *rows[:-1], *constants[:6], 7, True))
+    for with_stats in (False, True):
+        torch.library.opcheck(row_loss_, (torch.randn(2, 3, 7), *rows[:-1], *constants[:6], 7, True, with_stats))
 
 
 def test_agrees_with_the_logits_multiplied_beforehand():

@@ -25,7 +25,8 @@ def test_statistics(dtype, reduction):
         assert torch.equal(loss, dce_loss(logits, x0, **options))
         wide = logits.detach().double()
         p = torch.softmax(wide, -1)
-        expected = torch.logsumexp(wide, -1), -torch.special.xlogy(p, p).sum(-1), logits.argmax(-1) == x0
+        logsumexp, at_x0 = torch.logsumexp(wide, -1), wide.gather(-1, x0[..., None]).squeeze(-1)
+        expected = logsumexp, -torch.special.xlogy(p, p).sum(-1), logits.argmax(-1) == x0, logsumexp - at_x0
         for got, want in zip(stats, expected, strict=True):
             assert not got.requires_grad
             torch.testing.assert_close(got, torch.where(mask, want, 0).to(got.dtype), rtol=1e-5, atol=1e-5)
@@ -38,6 +39,18 @@ def test_backends_agree_where_the_mask_is_excluded():
     results = [dce_loss(logits, x0, mask=mask, return_stats=True, backend=b)[1] for b in ("cpu", "reference")]
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_what_a_nearly_certain_token_lacks_is_not_rounded_away(dtype, backend):
+    logits = torch.full((1, 1, 9), 4096.0, dtype=dtype)
+    logits[..., 3] += 32
+    logits[..., 4:] -= 64
+    x0, options = torch.tensor([[3]]), dict(exclude_mask=False, weight=3.0, z_loss=1e-4, backend=backend)
+    _, stats = dce_loss(logits, x0, return_stats=True, **options)
+    expected = torch.tensor(3 * math.exp(-32), dtype=stats.nll.dtype)
+    torch.testing.assert_close(stats.nll[0, 0], expected, rtol=1e-2, atol=0)  # of 1 in float64
 
 
 def test_of_equal_numbers_the_first_is_the_argmax():
@@ -62,7 +75,7 @@ def test_statistics_compile():
 
     def accuracy(logits):
         loss, stats = dce_loss(logits * 1, x0, mask=mask, exclude_mask=False, reduction="sum", return_stats=True)
-        return loss + stats.entropy.sum(), stats.correct.sum()
+        return loss + stats.entropy.sum(), stats.correct.sum(), stats.nll
 
     torch._dynamo.reset()
     compiled = torch.compile(accuracy, fullgraph=True, backend="aot_eager")(logits.requires_grad_())
