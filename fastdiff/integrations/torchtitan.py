@@ -45,10 +45,12 @@ def masked_diffusion(
     """
     model = getattr(config.model_spec, "model", None)
     if type(config) is not Trainer.Config or not isinstance(model, Decoder.Config):
-        raise TypeError(f"config: expected a Trainer.Config of a decoder, got {type(config).__qualname__} of {model!r}")
-    if model._owner.get_attention_masks is not Decoder.get_attention_masks:
-        raise ValueError(f"config: expected attention that is causal and no more, got {model._owner.__name__}'s")
+        got = f"{type(config).__qualname__} of {type(model).__qualname__}"
+        raise TypeError(f"config: expected a Trainer.Config of a decoder, got {got}")
     kinds = (FlexAttention.Config, ScaledDotProductAttention.Config, VarlenAttention.Config)
+    masks = model._owner.get_attention_masks
+    if masks is not Decoder.get_attention_masks or not all([*layer.traverse(kinds)] for layer in model.layers):
+        raise ValueError(f"config: expected attention that is causal and no more, got {model._owner.__name__}'s")
     for _, inner, owner, name in [*model.traverse(kinds)]:
         if isinstance(inner, VarlenAttention.Config):
             setattr(owner, name, replace(inner, window_size=(inner.window_size[0], inner.window_size[0])))

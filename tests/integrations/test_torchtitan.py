@@ -151,6 +151,10 @@ def test_what_cannot_be_done_is_refused():
 
     with pytest.raises(ValueError, match="config: expected attention that is causal and no more, got GptOssModel's"):
         torchtitan.masked_diffusion(gpt_oss.gpt_oss_debugmodel())
+    config = config_registry.llama3_debugmodel()
+    config.model_spec.model.layers[1].attention = None
+    with pytest.raises(ValueError, match="config: expected attention that is causal and no more, got Llama3Model's"):
+        torchtitan.masked_diffusion(config)
     with pytest.raises(
         TypeError, match=r"config: expected a Trainer.Config of a decoder, got MaskedDiffusionTrainer.Config"
     ):

@@ -65,9 +65,7 @@ def published_loss(model, loss_fn, at, step, size=BATCH, **training):
     return (nll * noised.imag[mask]).sum() / (labels != -100).sum()
 
 
-def trained(local_batch_size, **parallelism):
-    """Steps of the trainer and a validation after each, held against one process that has the same weights."""
-    folder = tempfile.mkdtemp()
+def config_of(folder, local_batch_size, parallelism):
     Path(folder, "vocab.txt").write_text("\n".join(f"<{i}>" for i in range(V)))
     Path(folder, "tokenizer_config.json").write_text(f'{{"mask_token": "<{M}>"}}')
     config = masked_diffusion(config_registry.llama3_debugmodel(), seed=3)
@@ -76,68 +74,76 @@ def trained(local_batch_size, **parallelism):
     config.validator.enable, config.validator.steps, config.validator.freq = True, 1, 1
     config.debug.enable_structured_logging, config.debug.seed = False, 0
     del config.model_spec.model.layers[2:]
-    options = dict(seq_len=L, steps=STEPS, global_batch_size=BATCH, local_batch_size=local_batch_size)
-    options |= dict.fromkeys(("dtype", "mixed_precision_param", "mixed_precision_reduce"), "float64")
-    for part, values in ((config.training, options), (config.parallelism, parallelism)):
+    training = dict(seq_len=L, steps=STEPS, global_batch_size=BATCH, local_batch_size=local_batch_size)
+    training |= dict.fromkeys(("dtype", "mixed_precision_param", "mixed_precision_reduce"), "float64")
+    for part, values in ((config.training, training), (config.parallelism, parallelism)):
         for name, value in values.items():
             setattr(part, name, value)
-    trainer = config.build()
-    parameters = {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in trainer.model_parts[0].named_parameters()}
-    with set_default_dtype(torch.float64):
-        model = config.model_spec.model.build()
-    with torch.no_grad():
-        model.init_weights()
-    if config.parallelism.spmd_backend == "spmd_types":
-        give_parts(parameters, model)
-    losses, expected, mesh = [], [], trainer.parallel_dims.get_optional_mesh("batch")
+    return config
 
-    def same_weights():
-        model.zero_grad()
-        for name, p in parameters.items():
-            model.get_parameter(name).data.copy_(whole(p, p.detach(), False))
-        return model
 
-    def clip_grad_norm_(*args, **kwargs):
-        """Before the optimiser's step."""
-        step = len(losses) // 2
-        loss = published_loss(same_weights(), trainer.loss_fn, step, step + 1)
-        loss.backward()
-        for name, p in parameters.items():
-            expected_grad, grad = model.get_parameter(name).grad, whole(p, p.grad, True)
-            torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-13, msg=f"{name}: {{}}".format)
-            if not isinstance(p, DTensor) and p.cut is None:
-                p.grad = grad  # as FSDP2 does
-        expected.append(loss.item())
-        return torch.zeros(())
+def trained(local_batch_size, **parallelism):
+    """Steps of the trainer and a validation after each, held against one process that has the same weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = config_of(folder, local_batch_size, parallelism)
+        trainer = config.build()
+        mesh = trainer.parallel_dims.get_optional_mesh("batch")
+        ranks = mesh.size() if mesh else 1
+        with set_default_dtype(torch.float64), torch.no_grad():
+            model = config.model_spec.model.build()
+            model.init_weights()
+        parameters = {
+            n.replace("_checkpoint_wrapped_module.", ""): p for n, p in trainer.model_parts[0].named_parameters()
+        }
+        if not all(isinstance(p, DTensor) for p in parameters.values()):
+            give_parts(parameters, model)
+        losses, expected = [], []
 
-    def log_validation(loss, step):
-        if fsdp_is_on:
-            assert all(isinstance(p, DTensor) for p in trainer.model_parts[0].parameters())
-        size = local_batch_size * (mesh.size() if mesh else 1)
-        expected.append(published_loss(same_weights(), trainer.loss_fn, 0, 0, size, training=False).item())
-        losses.append(loss)
+        def one_process(*batch, **training):
+            model.zero_grad()
+            for name, p in parameters.items():
+                model.get_parameter(name).data.copy_(whole(p.detach(), p))
+            loss = published_loss(model, trainer.loss_fn, *batch, **training)
+            expected.append(loss.item())
+            return loss
 
-    fsdp_is_on = config.parallelism.spmd_backend != "spmd_types"
-    trainer.metrics_processor.log = lambda step, loss, *args, **kwargs: losses.append(loss)
-    trainer.metrics_processor.log_validation = log_validation
-    before, dist_utils.clip_grad_norm_ = dist_utils.clip_grad_norm_, clip_grad_norm_
-    trainer.train()
-    dist_utils.clip_grad_norm_ = before
-    trainer.close()
+        def clip_grad_norm_(*args, **kwargs):
+            """Before the optimiser's step."""
+            step = len(losses) // 2
+            one_process(step, step + 1).backward()
+            for name, p in parameters.items():
+                grad, expected_grad = whole(p.grad, p), model.get_parameter(name).grad
+                torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-13, msg=f"{name}: {{}}".format)
+                if not isinstance(p, DTensor) and p.cut is None:
+                    p.grad = grad  # as FSDP2 does
+            return torch.zeros(())
+
+        def log_validation(loss, step):
+            assert {type(p) for p in trainer.model_parts[0].parameters()} == {type(p) for p in parameters.values()}
+            one_process(0, 0, local_batch_size * ranks, training=False)
+            losses.append(loss)
+
+        trainer.metrics_processor.log = lambda step, loss, *args, **kwargs: losses.append(loss)
+        trainer.metrics_processor.log_validation = log_validation
+        before, dist_utils.clip_grad_norm_ = dist_utils.clip_grad_norm_, clip_grad_norm_
+        trainer.train()
+        dist_utils.clip_grad_norm_ = before
+        trainer.close()
+        dist.barrier()  # before files go
     assert len(losses) == 2 * STEPS
-    assert trainer.ntokens_seen * (mesh.size() if mesh else 1) == STEPS * BATCH * L
-    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=0)
+    assert trainer.ntokens_seen * ranks == STEPS * BATCH * L
+    torch.testing.assert_close(losses, expected, rtol=1e-10, atol=0)
 
 
-def whole(p, tensor, is_grad):
-    """A parameter or its gradient from all ranks' parts."""
+def whole(tensor, p):
+    """A parameter, or its gradient, from all ranks' parts."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor.contiguous())
     if p.cut is not None:
         return torch.cat(parts, p.cut)
-    return sum(parts) if is_grad and not torch.equal(*parts) else tensor  # each saw a part of the sequence
+    return tensor if torch.equal(*parts) else sum(parts)  # of gradients each has a part of the sequence's
 
 
 def give_parts(parameters, model):
@@ -180,10 +186,8 @@ def last_layer_of_its_own():
     """One that FSDP2 shards apart from all that is called."""
     torch.manual_seed(0)
     model, tokens = Body().double(), torch.randint(8, V, (2, L))
-    labels, loss_fn = (
-        torch.complex(tokens.double(), torch.rand(2, L).double()),
-        MaskedDiffusionLoss.Config(mask_index=M).build(),
-    )
+    labels = torch.complex(tokens.double(), torch.rand(2, L).double())
+    loss_fn = MaskedDiffusionLoss.Config(mask_index=M).build()
 
     def grads(rows):
         loss_fn.set_lm_head(model.lm_head)
