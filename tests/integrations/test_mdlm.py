@@ -16,7 +16,7 @@ from fastdiff.schedules import Cosine, LogLinear
 P = problem(3, 8, 11)
 Z = torch.randn(3, 8, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 REAL = is_real(published.PUBLISHED["diffusion"])
-ATTENTION = torch.ones(3, 8).index_fill(1, torch.tensor([6, 7]), 0)
+ATTENTION = torch.tensor([1, 1, 1, 1, 1, 0.5, 0, 0]).repeat(3, 1)  # one of them weighs half
 BATCH = {"input_ids": P.x0, "attention_mask": ATTENTION}
 
 
