@@ -77,7 +77,8 @@ class Diffusion:
         dsigma = weight * torch.expm1(sigma)
         if sigma.shape[1] == 1 and not self.cross_attn:
             return mdlm.sedd_loss(self, head, logits, xt, x0, sigma, dsigma, attention_mask)
-        # If each token has its noise, the model's tail has the mean of a sequence's.
+        # Losses per token may need rows that are cut off with those of x0; and if each token has its noise, the model's
+        # tail has the mean of a sequence's.
         losses = dsigma * self._score_entropy(self.forward(x, sigma), sigma, xt, x0)
         return mdlm.mean_loss(losses, attention_mask)
 

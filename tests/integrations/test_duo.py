@@ -86,9 +86,9 @@ def test_a_training_step_is_the_published_one_without_logits(xt, time_conditioni
     for _ in range(2):
         backbone, q_xt = WithLastLayer(), mock.Mock(return_value=xt)
         it = diffusion(backbone=backbone, q_xt=q_xt, time_conditioning=time_conditioning)
-        step = loss_and_grads(it.training_step, backbone, BATCH, 5)
-        with torch.inference_mode():
+        with torch.inference_mode():  # Lightning validates before it trains
             valid = it.validation_step(BATCH, 5)
+        step = loss_and_grads(it.training_step, backbone, BATCH, 5)
         metrics = [*it.metrics.update_train.call_args[0], *it.metrics.update_valid.call_args[0]]
         metrics = [torch.as_tensor(number, dtype=torch.float64) for number in metrics]
         seen.append([*step, valid, *metrics, q_xt.call_args[0][1], *backbone.asked[:2]])

@@ -84,9 +84,9 @@ def test_a_training_step_is_the_published_one_without_logits(options, swap):
     for _ in range(2):
         backbone, q_xt = Backbone(), mock.Mock(return_value=P.xt)
         it = diffusion(backbone=backbone, q_xt=q_xt, **options)
-        step = loss_and_grads(it._compute_loss, backbone, BATCH, "train")
-        with torch.inference_mode():
+        with torch.inference_mode():  # Lightning validates before it trains
             valid = it._compute_loss(BATCH, "val")
+        step = loss_and_grads(it._compute_loss, backbone, BATCH, "train")
         metrics = [torch.tensor([m.value, m.weight]) for m in (it.train_metrics, it.valid_metrics)]
         seen.append([*step, valid, *metrics, it._loss(P.x0, ATTENTION).nlls, q_xt.call_args[0][1], *backbone.asked])
         swap()
