@@ -148,10 +148,11 @@ def sedd_loss(
     """Score entropy at masks of what the backbone gives before it is scaled by sigma, [B, 1], times dsigma, [B, L] or
     what broadcasts to it."""
     options: dict[str, Any] = dict(parametrization="scale_by_sigma", mask_index=diffusion.mask_index, summed=True)
-    scored = _scored(xt, x0, attention_mask)
-    with head.dse_loss(sigma, scored, x0, dsigma=dsigma * attention_mask, **options) as loss_of:
-        nlls = loss_of(model(xt))
-    return Loss(nlls.sum() / attention_mask.sum(), nlls, attention_mask)
+    count = attention_mask.sum()
+    options |= dict(dsigma=dsigma.double() * attention_mask / count)  # so that backward starts from 1
+    with head.dse_loss(sigma, _scored(xt, x0, attention_mask), x0, **options) as loss_of:
+        shares = loss_of(model(xt))
+    return Loss(shares.sum(), shares.detach() * count, attention_mask)
 
 
 def mean_loss(losses: Tensor, attention_mask: Tensor) -> Loss:
