@@ -39,8 +39,8 @@ class Diffusion:
     ) -> mdlm.Loss:
         """NELBO of a token, in nats, under a noise drawn for x0 [B, L] int64. No logits are made.
 
-        For the parameterizations "subs" and "sedd"; "ar" is BD3-LM's own, and so are the log scores of "sedd" under
-        noise that differs within a sequence.
+        For the parameterizations "subs" and "sedd"; "ar" is BD3-LM's own, and so are the log scores of "sedd" of
+        [xt, x0], or under noise that differs within a sequence.
 
         Args:
             attention_mask: [B, L], 0 at padding; outside training ignore_bos sets it to 0 at the first token.
@@ -75,9 +75,10 @@ class Diffusion:
             weight = torch.ones_like(weight) if sampling_eps_min > 0.5 else weight
             return mdlm.subs_loss(self, head, logits, x, x0, weight, attention_mask)
         dsigma = weight * torch.expm1(sigma)
-        if sigma.shape[1] == 1:
-            return mdlm.sedd_loss(self, head, logits, x, x0, sigma, dsigma, attention_mask)
-        # The model's tail has the mean of a sequence's noise, and the loss that of each token.
+        if sigma.shape[1] == 1 and not self.cross_attn:
+            return mdlm.sedd_loss(self, head, logits, xt, x0, sigma, dsigma, attention_mask)
+        # Losses per token may need rows that are cut off with those of x0; and if each token has its noise, the model's
+        # tail has the mean of a sequence's.
         losses = dsigma * self._score_entropy(self.forward(x, sigma), sigma, xt, x0)
         return mdlm.mean_loss(losses, attention_mask)
 

@@ -28,7 +28,7 @@ def apply_to_duo() -> Callable[[], None]:
 
 @dataclass
 class Loss:
-    """As `trainer_base.Loss`: the mean over tokens, their sum and their number."""
+    """As `trainer_base.Loss`: the mean over tokens; their sum, without gradient, and their number."""
 
     loss: Tensor
     nlls: Tensor
@@ -38,9 +38,9 @@ class Loss:
 
 @dataclass
 class _Sum:
-    """Of the losses of all tokens; no tensor, as nobody shall weigh it as if it were one loss a token."""
+    """Of weighted losses of all tokens; no tensor, as nobody shall go on as if it were one loss a token."""
 
-    nlls: Tensor
+    loss: Tensor
 
 
 class DUO_BASE:
@@ -62,12 +62,12 @@ class DUO_BASE:
             current_accumulation_step, train_mode: for `nll`.
         """
         x0, output_tokens, valid_tokens = self._process_model_input(x0, valid_tokens)
-        distillation = self.config.algo.name == "distillation"
-        with setting(self, "gives_logits", not distillation), setting(self, "summed_tokens", valid_tokens):
+        num_tokens, distillation = valid_tokens.sum(), self.config.algo.name == "distillation"
+        weights = valid_tokens.double() / num_tokens  # so that backward starts from 1
+        with setting(self, "gives_logits", not distillation), setting(self, "token_weights", weights):
             nlls = self.nll(x0, labels, output_tokens, current_accumulation_step, train_mode)
-        nlls = nlls.nlls if isinstance(nlls, _Sum) else (nlls * valid_tokens).sum()
-        num_tokens = valid_tokens.sum()
-        return Loss(nlls / num_tokens, nlls, 0.0, num_tokens)
+        loss = nlls.loss if isinstance(nlls, _Sum) else (nlls * valid_tokens).sum() / num_tokens
+        return Loss(loss, loss.detach() * num_tokens, 0.0, num_tokens)
 
     def nll(
         self: Any,
@@ -78,7 +78,7 @@ class DUO_BASE:
         train_mode: bool = False,
     ) -> Any:
         """NELBO of each token, [B, L] in nats, at a time and under a noise drawn for x0 [B, L] int64; within `_loss`
-        their sum.
+        what it makes of them.
 
         Raises:
             ValueError: discrete time (T > 0); labels though the model is not class-conditional, or none though it is.
@@ -105,12 +105,12 @@ class DUO_BASE:
             with float32_on_gpus(x):
                 return self.backbone(x=x, sigma=self._process_sigma(sigma[:n]), class_cond=classes, weights=None)
 
-        options, valid_tokens = _options(alpha_t, dalpha_t), getattr(self, "summed_tokens", False)
-        if valid_tokens is not False:
-            options |= dict(dsigma=options["dsigma"] * valid_tokens, reduction="sum")
+        options, weights = _options(alpha_t, dalpha_t), getattr(self, "token_weights", False)
+        if weights is not False:
+            options |= dict(dsigma=options["dsigma"] * weights, reduction="sum")
         with LossHead(self.backbone, layer, logits=logits).dse_loss(xt=xt, x0=x0, **options) as loss_of:
-            nlls = loss_of(logits(xt))
-        return nlls if valid_tokens is False else _Sum(nlls)
+            loss = loss_of(logits(xt))
+        return loss if weights is False else _Sum(loss)
 
     def _process_model_output(self: Any, model_output: Tensor, xt: Tensor, sigma: Tensor) -> Tensor:
         """Log-probabilities [B, L, V]; or within `_loss` the logits as they are, which `nll_per_token` normalises."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.checks import check_choice
@@ -76,7 +75,7 @@ class Diffusion:
 
         head = LossHead(self.backbone, last_layer(self.backbone), logits=logits)
         if self.parameterization == "sedd":
-            return sedd_loss(self, head, logits, xt, x0, sigma, dsigma, attention_mask)
+            return sedd_loss(self, head, logits, xt, x0, sigma[:, None], dsigma[:, None], attention_mask)
         if self.change_of_variables or self.importance_sampling:
             weight = -_log_masked(self.noise.sigma_min)[None]  # every log of the masked share is as likely
         else:
@@ -115,7 +114,7 @@ class Diffusion:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What BD3-LM shares. Where x is [xt, x0], [B, 2 L], so are the hidden states; the rows of x0 are not scored.
+# What BD3-LM shares.
 
 Model = Callable[[Tensor], Tensor]
 
@@ -123,11 +122,15 @@ Model = Callable[[Tensor], Tensor]
 def subs_loss(
     diffusion: Any, head: LossHead, model: Model, x: Tensor, x0: Tensor, weight: Tensor, attention_mask: Tensor
 ) -> Loss:
-    """Cross-entropy at masks, times weight, [B, L] or what broadcasts to it."""
+    """Cross-entropy at masks, times weight, [B, L] or what broadcasts to it.
+
+    Where x is [xt, x0], [B, 2 L], so are the hidden states; the rows of x0 are not scored.
+    """
     halves, weight = x.shape[1] // x0.shape[1], weight * attention_mask
-    options: dict[str, Any] = dict(xt=_scored(x, x0, attention_mask), mask_index=diffusion.mask_index)
-    options |= dict(weight=weight.repeat(1, halves), reduction="mean", num_items=attention_mask.sum())
-    with head.dce_loss(x0.repeat(1, halves), **options, return_stats=True) as loss_of:
+    scored = _scored(x, x0.repeat(1, halves), attention_mask.repeat(1, halves))
+    options: dict[str, Any] = dict(xt=scored, weight=weight.repeat(1, halves), mask_index=diffusion.mask_index)
+    options |= dict(reduction="mean", num_items=attention_mask.sum(), return_stats=True)
+    with head.dce_loss(x0.repeat(1, halves), **options) as loss_of:
         loss, stats = loss_of(model(x))
     return Loss(loss, weight * stats.nll[:, : x0.shape[1]], attention_mask)
 
@@ -136,20 +139,20 @@ def sedd_loss(
     diffusion: Any,
     head: LossHead,
     model: Model,
-    x: Tensor,
+    xt: Tensor,
     x0: Tensor,
     sigma: Tensor,
     dsigma: Tensor,
     attention_mask: Tensor,
 ) -> Loss:
-    """Score entropy at masks, times dsigma, of what the backbone gives before it is scaled by sigma, [B] or [B, 1]."""
-    halves = x.shape[1] // x0.shape[1]
-    options: dict[str, Any] = dict(parametrization="scale_by_sigma", mask_index=diffusion.mask_index)
-    options |= dict(dsigma=dsigma.repeat(1, halves) if dsigma.shape == x0.shape else dsigma)
-    with head.dse_loss(sigma, _scored(x, x0, attention_mask), x0.repeat(1, halves), **options) as loss_of:
-        given = model(x)
-        losses = loss_of(F.pad(given, (0, 0, 0, x.shape[1] - given.shape[1])))
-    return mean_loss(losses[:, : x0.shape[1]], attention_mask)
+    """Score entropy at masks of what the backbone gives before it is scaled by sigma, [B, 1], times dsigma, [B, L] or
+    what broadcasts to it."""
+    options: dict[str, Any] = dict(parametrization="scale_by_sigma", mask_index=diffusion.mask_index, summed=True)
+    count = attention_mask.sum()
+    options |= dict(dsigma=dsigma.double() * attention_mask / count)  # so that backward starts from 1
+    with head.dse_loss(sigma, _scored(xt, x0, attention_mask), x0, **options) as loss_of:
+        shares = loss_of(model(xt))
+    return Loss(shares.sum(), shares.detach() * count, attention_mask)
 
 
 def mean_loss(losses: Tensor, attention_mask: Tensor) -> Loss:
@@ -157,10 +160,9 @@ def mean_loss(losses: Tensor, attention_mask: Tensor) -> Loss:
     return Loss(nlls.sum() / attention_mask.sum(), nlls, attention_mask)
 
 
-def _scored(x: Tensor, x0: Tensor, attention_mask: Tensor) -> Tensor:
-    """x with masks nowhere but where a token is scored."""
-    halves = x.shape[1] // x0.shape[1]
-    return torch.where(attention_mask.repeat(1, halves) != 0, x, x0.repeat(1, halves))
+def _scored(xt: Tensor, x0: Tensor, attention_mask: Tensor) -> Tensor:
+    """xt with masks nowhere but where a token is scored."""
+    return torch.where(attention_mask != 0, xt, x0)
 
 
 def last_layer(backbone: nn.Module) -> nn.Module | None:

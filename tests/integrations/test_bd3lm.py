@@ -111,7 +111,7 @@ def test_a_training_step_is_the_published_one(options, arguments, training, swap
 
 
 @pytest.mark.parametrize(
-    "options", [{}, dict(mdlm_loss_scale=True), dict(parameterization="sedd"), dict(cross_attn=False)]
+    "options", [{}, dict(mdlm_loss_scale=True), dict(parameterization="sedd", cross_attn=False), dict(cross_attn=False)]
 )
 def test_a_step_makes_no_logits(options, swap):
     swap()
@@ -138,7 +138,8 @@ def backbone_of(code, cross_attn, hub, monkeypatch):
 
 @pytest.mark.parametrize("hub", [False, True], ids=["DIT", "hub"])
 @pytest.mark.parametrize(
-    "options", [{}, dict(time_conditioning=False), dict(parameterization="sedd"), dict(cross_attn=False)]
+    "options",
+    [{}, dict(time_conditioning=False), dict(parameterization="sedd", cross_attn=False), dict(cross_attn=False)],
 )
 def test_a_step_of_the_real_backbone(options, hub, swap, monkeypatch):
     """With its own noise, attention over [xt, x0], dropout and adaLN, in float64."""

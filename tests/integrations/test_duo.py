@@ -86,9 +86,9 @@ def test_a_training_step_is_the_published_one_without_logits(xt, time_conditioni
     for _ in range(2):
         backbone, q_xt = WithLastLayer(), mock.Mock(return_value=xt)
         it = diffusion(backbone=backbone, q_xt=q_xt, time_conditioning=time_conditioning)
-        step = loss_and_grads(it.training_step, backbone, BATCH, 5)
-        with torch.inference_mode():
+        with torch.inference_mode():  # Lightning validates before it trains
             valid = it.validation_step(BATCH, 5)
+        step = loss_and_grads(it.training_step, backbone, BATCH, 5)
         metrics = [*it.metrics.update_train.call_args[0], *it.metrics.update_valid.call_args[0]]
         metrics = [torch.as_tensor(number, dtype=torch.float64) for number in metrics]
         seen.append([*step, valid, *metrics, q_xt.call_args[0][1], *backbone.asked[:2]])
@@ -101,14 +101,14 @@ def test_a_training_step_is_the_published_one_without_logits(xt, time_conditioni
 def test_classes_are_dropped_as_published(swap):
     """By draws between those of the noise and of dropout."""
     seen, labels = [], torch.tensor([3, 4, 5])
+    options = dict(class_conditional=True, class_cond_dropout=0.3, num_classes=9)
     for _ in range(2):
-        torch.manual_seed(2)
-        options = dict(class_conditional=True, class_cond_dropout=0.5, num_classes=9)
         it = diffusion(backbone=WithLastLayer(), **options)
+        torch.manual_seed(1)
         step = loss_and_grads(it.training_step, it.backbone, BATCH | dict(labels=labels), 5)
         seen.append([*step, it.backbone.asked[2], torch.rand(())])
         swap()
-    assert 0 < (seen[0][2] == 9).sum() < 3
+    assert seen[0][2].tolist() == [3, 9, 5]
     assert_same_step(*reversed(seen))
     with pytest.raises(ValueError, match="labels: expected classes if class_conditional"):
         it.training_step(BATCH, 5)
@@ -155,8 +155,8 @@ def test_losses_per_token_for_whoever_asks_for_them(swap):
     it = diffusion(backbone=WithLastLayer())
     expected = it.nll(P.x0, None, None)
     swap()
-    with NoLogits(3, 8, 7):
-        torch.testing.assert_close(it.nll(P.x0, None, None), expected)
+    it.forward = None  # which gives log-probabilities
+    torch.testing.assert_close(it.nll(P.x0, None, None), expected)
 
 
 class Soft(published.DUO_BASE):
