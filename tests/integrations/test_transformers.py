@@ -60,15 +60,15 @@ class Recorder(MaskedDiffusionTrainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         calls = []
         hook = model.register_forward_hook(
-            lambda module, args, kwargs, outputs: calls.append((kwargs["input_ids"], outputs.logits.shape[-1])),
+            lambda module, args, kwargs, outputs: calls.append((kwargs["input_ids"], outputs.logits.shape[:-1])),
             with_kwargs=True,
         )
         with mock.patch.object(ours, "_options", wraps=ours._options) as options:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         hook.remove()
-        labels, num_items, mask, weight, *_ = options.call_args.args
-        self.shown = [*getattr(self, "shown", []), calls[-1][0]]
-        self.with_logits = [*getattr(self, "with_logits", []), calls[-1][1] >= V]
+        (xt, rows), (labels, num_items, mask, weight, *_) = calls[-1], options.call_args.args
+        self.shown = [*getattr(self, "shown", []), xt]
+        self.with_logits = [*getattr(self, "with_logits", []), rows == xt.shape]
         self.given = [*getattr(self, "given", []), (labels, mask, weight, num_items)]
         return loss
 
