@@ -1,6 +1,8 @@
 """MegaDLMs and Megatron-Bridge before and after, on one rank and on two that share the vocabulary."""
 
+import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -135,6 +137,14 @@ def two_ranks():
 
 def test_two_ranks_share_the_vocabulary():
     torchrun.launch(__file__, 2, "two_ranks")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("function", "checkout"), [("megadlms", "megadlms"), ("bridge", "megatron_bridge")])
+def test_their_own_code(function, checkout, ranks):
+    if not Path(os.environ.get("FASTDIFF_CHECKOUTS", "nowhere"), checkout).is_dir():
+        pytest.skip("no checkout of it")
+    torchrun.launch(Path(__file__).with_name("megatron_checkouts.py"), ranks, function)
 
 
 def test_without_labels_there_are_logits(applied):
