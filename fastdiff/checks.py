@@ -74,7 +74,7 @@ def per_token(name: str, value: Number | Tensor, shape: torch.Size, device: torc
     if value.device != device and value.dim() > 0:
         raise ValueError(f"{name}: expected a tensor on {device}, got {value.device}")
     spread = value.reshape(value.shape + (1,) * (len(shape) - value.dim()))
-    if value.dim() > len(shape) or any(v not in (1, s) for v, s in zip(spread.shape, shape, strict=True)):
+    if value.dim() > len(shape) or any(v != 1 and v != s for v, s in zip(spread.shape, shape, strict=True)):
         raise ValueError(
             f"{name}: expected a number or a shape that is a prefix of {tuple(shape)} or broadcasts to it, "
             f"got {tuple(value.shape)}"

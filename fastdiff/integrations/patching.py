@@ -67,7 +67,7 @@ def around(module: str, name: str, **methods: Callable[[Any], Callable[..., Any]
 
 
 @contextmanager
-def setting(owner: Any, name: str, value: bool) -> Iterator[None]:
+def setting(owner: Any, name: str, value: Any) -> Iterator[None]:
     """With another value of an attribute, which is False where there is none: a loss that normalises by itself spares
     the network its tail, and nobody else is given what comes before that."""
     before = getattr(owner, name, False)
