@@ -17,6 +17,7 @@ from torch import nn
 from fastdiff.integrations.megatron import apply_to_megadlms, apply_to_megatron_bridge, output_layer_loss
 
 B, S, D, V = 3, 8, 4, 34
+METHODS = standin.GPTModel.forward, standin.DGPTStep.__call__
 
 
 class Decoder(nn.Module):
@@ -82,6 +83,7 @@ def agree(applied, step, **options):
     undo = applied(standin, CODEBASES[step])
     (got, got_count, got_grads), got_most = largest_rows(lambda: run(step, model), part)
     undo()
+    assert (standin.GPTModel.forward, standin.DGPTStep.__call__) == METHODS
     assert len(grads) >= 2
     assert got_count == count
     assert most >= B * S * (2 if step is bridge else 1)
