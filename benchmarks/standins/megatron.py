@@ -172,7 +172,7 @@ def cases(p: Problem) -> dict[str, tuple[Callable[[Network], Tensor], Callable[[
         """Its last layer is tied to the network's."""
         return GPTModel(
             lambda input_ids: network.hidden[:, : input_ids.shape[1]].transpose(0, 1),
-            ColumnParallelLinear(CONFIG),
+            ColumnParallelLinear(CONFIG, bias=network.lm_head.bias),
             tied=network.lm_head.weight,
         )
 

@@ -1,6 +1,8 @@
 """MegaDLMs and Megatron-Bridge before and after, on one rank and on two that share the vocabulary."""
 
+import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ from torch import nn
 from fastdiff.integrations.megatron import apply_to_megadlms, apply_to_megatron_bridge, output_layer_loss
 
 B, S, D, V = 3, 8, 4, 34
+METHODS = standin.GPTModel.forward, standin.DGPTStep.__call__
 
 
 class Decoder(nn.Module):
@@ -80,6 +83,7 @@ def agree(applied, step, **options):
     undo = applied(standin, CODEBASES[step])
     (got, got_count, got_grads), got_most = largest_rows(lambda: run(step, model), part)
     undo()
+    assert (standin.GPTModel.forward, standin.DGPTStep.__call__) == METHODS
     assert len(grads) >= 2
     assert got_count == count
     assert most >= B * S * (2 if step is bridge else 1)
@@ -135,6 +139,14 @@ def two_ranks():
 
 def test_two_ranks_share_the_vocabulary():
     torchrun.launch(__file__, 2, "two_ranks")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("function", "checkout"), [("megadlms", "megadlms"), ("bridge", "megatron_bridge")])
+def test_their_own_code(function, checkout, ranks):
+    if not Path(os.environ.get("FASTDIFF_CHECKOUTS", "nowhere"), checkout).is_dir():
+        pytest.skip("no checkout of it")
+    torchrun.launch(Path(__file__).with_name("megatron_checkouts.py"), ranks, function)
 
 
 def test_without_labels_there_are_logits(applied):
