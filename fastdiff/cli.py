@@ -17,13 +17,15 @@ from typing import Annotated, Any
 import torch
 
 from fastdiff import backends
-from fastdiff.data import NUM_BYTES, Text, as_bytes, decode, encode, even_windows, load_documents, load_named_documents
-from fastdiff.estimators import NLLEstimate, dse_nll, time_free_nll
+from fastdiff.data import NUM_BYTES, Text, load_documents, load_named_documents
 from fastdiff.estimators.estimate import student_t
-from fastdiff.graphs import Absorbing, Uniform
+from fastdiff.likelihood import forget, likelihoods, ranks, row
+from fastdiff.loading import load
 from fastdiff.model import DiffusionTransformer, ModelConfig, read_config, write_atomically
+from fastdiff.published import KINDS
 from fastdiff.sampling import sample as draw_samples
-from fastdiff.training import LOSSES, SCHEDULE, Record, Stopped, TrainConfig, time_free
+from fastdiff.texts import CUTS, Piece, Tokenizer, pieces, tokens_of
+from fastdiff.training import LOSSES, Record, Stopped, TrainConfig
 from fastdiff.training import train as run_training
 from fastdiff.unmasking import SAMPLERS, TIMED
 
@@ -52,7 +54,12 @@ _LENGTH = 128
 _FRAMES = 8  # lines in which a text comes about
 _DEFAULTS = {f.name: f.default for c in (ModelConfig, TrainConfig) for f in dataclasses.fields(c)}
 
-Run = Annotated[Path, typer.Argument(help="run folder of `fastdiff train`")]
+Named = Annotated[str, typer.Argument(help=f"run folder, or KIND:PATH of a published model: {', '.join(KINDS)}, hf")]
+TokenizerOf = Annotated[
+    str | None, typer.Option(help="its folder or name, as transformers takes it", show_default="the model's folder")
+]
+MaskIndex = Annotated[int | None, typer.Option(help="the mask's id", show_default="what the model says")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")]
 Device = Annotated[str | None, typer.Option(help="torch device", show_default="cuda if there is one, else cpu")]
 
 
@@ -122,14 +129,19 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    run: Run,
+    model: Named,
     data: Annotated[
-        list[str] | None, typer.Option(help="as for train; may be given several times", show_default="the run's own")
+        list[str] | None,
+        typer.Option(
+            help="'stdlib', a text file or a folder; may be given several times", show_default="the run's own"
+        ),
     ] = None,
     whole: Annotated[
-        bool, typer.Option("--whole", help="all of texts that were not trained on, and each file of a folder apart")
+        bool, typer.Option("--whole", help="of a run: texts that were not trained on, whole, and each file apart")
     ] = False,
-    num_sequences: Annotated[int, typer.Option(help="windows of each text, evenly spread")] = 64,
+    cut: Annotated[str, typer.Option(help=", ".join(CUTS))] = "windows",
+    context: Annotated[int, typer.Option(help="tokens of a sliding window that are given, not scored")] = 0,
+    num_sequences: Annotated[int, typer.Option(help="pieces of each text, evenly spread; 0 for all")] = 64,
     num_samples: Annotated[int, typer.Option(help="network passes for each of them")] = 64,
     tolerance: Annotated[
         float | None,
@@ -137,126 +149,129 @@ def evaluate(
     ] = None,
     proposal: Annotated[str, typer.Option(help="stratified, systematic, uniform or harmonic")] = "stratified",
     seed: Annotated[int, typer.Option(help="of the masks")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="file for the numbers")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="file for the numbers; a killed evaluation goes on where it was")
+    ] = None,
+    tokenizer: TokenizerOf = None,
+    mask_index: MaskIndex = None,
+    length: Annotated[int | None, typer.Option(help="tokens in a piece", show_default="all the model takes")] = None,
+    trust_remote_code: Trust = False,
     device: Device = None,
 ) -> None:
-    """Likelihood of texts: nats, bits per byte and perplexity, with 95% intervals of what masking leaves open.
+    """Likelihood of texts: nats, bits and perplexity, with 95% intervals of what masking leaves open.
 
-    For a model of the uniform graph it is the bound that the integral over its noise gives.
+    For a model of the uniform graph it is the bound that the integral over its noise gives. Under torchrun the ranks
+    share the pieces.
     """
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance: expected a positive number of bits per byte, got {tolerance}")
     _check_seed(seed)
-    if num_sequences < 1:
-        raise ValueError(f"num_sequences: expected at least 1, got {num_sequences}")
-    model, config = _load(run, device)
+    if num_sequences < 0:
+        raise ValueError(f"num_sequences: expected at least 1, or 0 for all, got {num_sequences}")
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         if json_file.is_dir():
             raise ValueError(f"json: expected a file, but {json_file} is a folder")
-    loss = config["training"]["loss"]
-    if loss == "dse-uniform" and (tolerance is not None or proposal != "stratified"):
-        raise ValueError("tolerance, proposal: not for a model of the uniform graph, integrated over its noise")
-    length, rows = model.config.max_length, {}
-    for name, text in _texts(data or [config["data"]["path"]], run, config, whole):
-        x0 = even_windows(text, length, num_sequences).to(model.lm_head.weight.device)
-        if loss == "dse-uniform":
-            estimate = dse_nll(
-                model,
-                x0,
-                graph=Uniform(model.config.num_states),
-                schedule=SCHEDULE,
-                parametrization="scale_by_sigma",
-                num_samples=num_samples,
-                seed=seed,
-            )
-        else:
-            mask_index = model.config.num_states - 1
-            # errors of the windows add up in squares
-            nats = None if tolerance is None else tolerance * math.log(2) * x0.numel() / math.sqrt(len(x0))
-            estimate = time_free_nll(
-                time_free(model, mask_index),
-                x0,
-                mask_index=mask_index,
-                num_samples=num_samples,
-                tolerance=nats,
-                proposal=proposal,
-                seed=seed,
-            )
-        rows[name] = _row(estimate)
-    _show_rows(rows, f"{run}, windows of {length} bytes, {proposal}")
-    if missed := [name for name, row in rows.items() if tolerance is not None and _masking(row) > tolerance]:
-        typer.echo(f"wider than ± {tolerance} bits per byte: {', '.join(missed)}; try more --num-samples", err=True)
-    if json_file is not None:
-        write_atomically(json_file, json.dumps(rows, indent=1).encode() + b"\n")
+    with ranks() as (rank, local):
+        place = _device(device or (f"cuda:{local}" if torch.cuda.is_available() else None))
+        scored = load(
+            model, place, tokenizer=tokenizer, mask_index=mask_index, length=length, trust_remote_code=trust_remote_code
+        )
+        uniform = scored.graph.mask_index is None
+        if uniform and (tolerance is not None or proposal != "stratified"):
+            raise ValueError("tolerance, proposal: not for a model of the uniform graph, integrated over its noise")
+        texts = {
+            name: [tokens_of(scored.tokenizer, document) for document in documents]
+            for name, documents in _texts(model, data, whole)
+        }
+        short = [name for name, documents in texts.items() if sum(len(d.ids) for d in documents) < scored.length]
+        if cut == "windows" and 0 < len(short) < len(texts):
+            texts = {name: documents for name, documents in texts.items() if name not in short}
+            if rank == 0:
+                typer.echo(f"shorter than a window of {scored.length} tokens, left out: {', '.join(short)}", err=True)
+        rows, options = {}, dict[str, Any](num_samples=num_samples, seed=seed)
+        settings = dict(model=model, files=_versions(model), mask_index=scored.graph.mask_index)
+        for name, documents in texts.items():
+            found = list(pieces(name, documents, scored.length, cut=cut, context=context, most=num_sequences or None))
+            if not uniform:
+                options |= dict(proposal=proposal, tolerance=_nats(tolerance, found))
+            estimate = likelihoods(scored, found, settings, json_file, **options)
+            rows[name] = row(estimate, found)
+        if rank == 0:
+            _show_rows(rows, f"{model}, {cut} of {scored.length} tokens, {proposal}")
+            missed = [name for name, found in rows.items() if tolerance is not None and _masking(found) > tolerance]
+            if missed:
+                names = ", ".join(missed)
+                typer.echo(f"wider than ± {tolerance} bits per byte: {names}; try more --num-samples", err=True)
+            if json_file is not None:
+                write_atomically(json_file, json.dumps(rows, indent=1).encode() + b"\n")
+                forget(json_file)
 
 
-def _texts(data: list[str], run: Path, config: dict[str, Any], whole: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names of texts and their bytes."""
-    length, trained_on = config["model"]["max_length"], config["data"]["path"]
-    for name in data:
-        if not whole:
-            text = Text(load_documents(name, run), length, seed=config["training"]["seed"])
-            own = trained_on in (name, str(Path(name).resolve()))
+def _texts(model: str, data: list[str] | None, whole: bool) -> Iterator[tuple[str, list[bytes]]]:
+    """Names of texts and their documents; those that a run was trained on without what it saw."""
+    run = Path(model) if (Path(model) / "config.json").is_file() and ":" not in model else None
+    config = None if run is None else _read_run(run)
+    if config is None and not data:
+        raise ValueError(f"data: expected texts, for {model} has none of its own")
+    for name in data or [config["data"]["path"]]:  # type: ignore[index]
+        if config is not None and not whole:
+            text = Text(load_documents(name, run), config["model"]["max_length"], seed=config["training"]["seed"])
+            own = config["data"]["path"] in (name, str(Path(name).resolve()))
             if own and text.fingerprint != config["source"]["fingerprint"]:
                 raise ValueError(
                     f"data: {name} has changed since {run} was trained on it, and so has its held-out part"
                 )
-            yield f"held-out part of {name}", text.validation_bytes
+            yield f"held-out part of {name}", [bytes(text.validation_bytes.tolist())]
         else:
             parts: dict[str, list[bytes]] = {}
             for part, document in load_named_documents(name, run):
                 parts.setdefault(part, []).append(document)
-            longer = {part: documents for part, documents in parts.items() if sum(map(len, documents)) >= length}
-            for part, documents in (longer or parts).items():  # of files shorter than a window the first is an error
-                yield part, as_bytes(documents, length)
+            yield from parts.items()
 
 
-def _row(estimate: NLLEstimate) -> dict[str, Any]:
-    """Numbers of one text, ready for JSON."""
-    pooled, bits = estimate.pooled(), estimate.bits_per_token
-    nll, n = pooled.nll.item(), pooled.num_tokens.item()
-    low, high = (bound.item() for bound in pooled.interval())
-    return {
-        "windows": len(bits),
-        "bytes": n,
-        "network_passes": pooled.num_forwards.item(),
-        "nll": nll,
-        "nll_interval": [low, high],
-        "bits_per_byte": nll / n / math.log(2),
-        "bits_per_byte_interval": [bound / n / math.log(2) for bound in (low, high)],
-        "perplexity": math.exp(nll / n),
-        "perplexity_interval": [math.exp(bound / n) for bound in (low, high)],
-        "bits_per_byte_sd_between_windows": bits.std().item() if len(bits) > 1 else None,
-    }
+def _nats(tolerance: float | None, found: list[Piece]) -> float | None:
+    """A tolerance for each piece, in nats: their errors add up in squares."""
+    if tolerance is None:
+        return None
+    return tolerance * math.log(2) * sum(piece.bytes for piece in found) / math.sqrt(len(found))
+
+
+def _versions(model: str) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a model's files."""
+    path = Path(model.partition(":")[2] or model)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
 
 def _show_rows(rows: dict[str, dict[str, Any]], title: str) -> None:
     table = Table(title=title, title_justify="left")
     for column in (
         "text",
-        "windows",
+        "pieces",
         "passes",
         "nats",
         "bits per byte",
         "± masking, 95%",
-        "perplexity",
-        "± between windows, 95%",
+        "± between pieces, 95%",
+        "perplexity per token",
+        "per word",
     ):
         table.add_column(column, justify="left" if column == "text" else "right")
-    for name, row in rows.items():
-        spread = row["bits_per_byte_sd_between_windows"]
+    for name, found in rows.items():
+        spread, n = found["bits_per_byte_sd_between_pieces"], found["pieces"]
         table.add_row(
             name,
-            f"{row['windows']}",
-            f"{row['network_passes']}",
-            f"{row['nll']:.1f}",
-            f"{row['bits_per_byte']:.4f}",
-            f"{_masking(row):.4f}",
-            f"{row['perplexity']:.3f}",
-            "one window" if spread is None else f"{_half(spread / math.sqrt(row['windows']), row['windows']):.4f}",
+            f"{n}",
+            f"{found['network_passes']}",
+            f"{found['nll']:.1f}",
+            f"{found['bits_per_byte']:.4f}",
+            f"{_masking(found):.4f}",
+            "one piece" if spread is None else f"{_half(spread / math.sqrt(n), n):.4f}",
+            f"{found['perplexity_per_token']:.3f}",
+            f"{found['perplexity_per_word']:.4g}",
         )
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _masking(row: dict[str, Any]) -> float:
@@ -272,45 +287,51 @@ def _half(stderr: float, n: int) -> float:
 
 @app.command()
 def sample(
-    run: Run,
+    model: Named,
     prompt: Annotated[str, typer.Option(help="text to go on from")] = "",
-    infill: Annotated[str | None, typer.Option(help="text with {n} where n bytes are to be filled in")] = None,
+    infill: Annotated[str | None, typer.Option(help="text with {n} where n tokens are to be filled in")] = None,
     length: Annotated[
-        int | None, typer.Option(help="bytes, with the prompt", show_default="all the model takes")
+        int | None, typer.Option(help="tokens (bytes of a run), with the prompt", show_default="all the model takes")
     ] = None,
     sampler: Annotated[str, typer.Option(help=", ".join(SAMPLERS))] = "tweedie",
-    steps: Annotated[int | None, typer.Option(help="steps", show_default="as many as bytes to draw")] = None,
+    steps: Annotated[int | None, typer.Option(help="steps", show_default="as many as tokens to draw")] = None,
     block_length: Annotated[int | None, typer.Option(help="for the last four samplers; else one block")] = None,
     guidance: Annotated[float, typer.Option(help="classifier-free; 0 is none")] = 0.0,
-    temperature: Annotated[float, typer.Option(help="below 1: more likely bytes; 0: the likeliest")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="draw from so many likeliest bytes")] = None,
-    top_p: Annotated[float | None, typer.Option(help="draw from the likeliest bytes of so much probability")] = None,
+    temperature: Annotated[float, typer.Option(help="below 1: more likely tokens; 0: the likeliest")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="draw from so many likeliest tokens")] = None,
+    top_p: Annotated[float | None, typer.Option(help="draw from the likeliest tokens of so much probability")] = None,
     num_samples: Annotated[int, typer.Option(help="texts to draw")] = 1,
     seed: Annotated[int, typer.Option(help="of the draws")] = 0,
     show: Annotated[bool, typer.Option("--show", help="also how each text came about")] = False,
+    tokenizer: TokenizerOf = None,
+    mask_index: MaskIndex = None,
+    trust_remote_code: Trust = False,
     device: Device = None,
 ) -> None:
     """Draw texts: whole ones, after a prompt, or where an infill leaves room."""
     _check_seed(seed)
-    model, saved = _load(run, device)
-    config, loss = model.config, saved["training"]["loss"]
+    options: dict[str, Any] = dict(tokenizer=tokenizer, mask_index=mask_index, trust_remote_code=trust_remote_code)
+    loaded = load(model, _device(device), **options)
+    graph, most = loaded.graph, loaded.length
+    given = loaded.front + loaded.tokenizer.encode(prompt, add_special_tokens=False)
     if length is not None:
-        _check_bytes("length", length, config.max_length)
+        _check_number("length", length, most)
     if prompt:
-        _check_bytes("prompt", len(prompt.encode()), length or config.max_length)
-    graph = (Uniform if loss == "dse-uniform" else Absorbing)(config.num_states)
+        _check_number("prompt", len(given) - len(loaded.front), length or most)
     # scores of the absorbing graph hold its conditionals, for the samplers that ask for these
-    by_score = loss == "dse-uniform" or (loss == "dse-absorb" and sampler in TIMED)
+    by_score = loaded.conditionals is None or (loaded.score is not None and sampler in TIMED)
+    network: Any = loaded.score if by_score else loaded.conditionals
+    room = None if infill is None else torch.tensor(loaded.front + _blanks(infill, loaded.tokenizer, most))
     drawn = draw_samples(
-        model if by_score else time_free(model, config.num_states - 1),
+        network,
         num_samples=num_samples,
-        length=config.max_length if length is None and infill is None else length,
+        length=None if infill is not None else len(loaded.front) + (length or most),
         steps=steps,
         graph=graph,
-        parametrization="scale_by_sigma" if by_score else "logits",
+        parametrization=loaded.parametrization if by_score else "logits",
         sampler=sampler,
-        prompt=encode(prompt) if prompt else None,
-        infill=None if infill is None else _blanks(infill, config.max_length),
+        prompt=torch.tensor(given) if given else None,
+        infill=room,
         block_length=block_length,
         guidance=guidance,
         temperature=temperature,
@@ -322,15 +343,20 @@ def sample(
     for text, trajectory in zip(drawn.tokens, drawn.trajectory.unbind(1), strict=True):
         if show:
             for step in torch.linspace(0, len(trajectory) - 1, min(_FRAMES, len(trajectory))).round().int().tolist():
-                typer.echo(f"{step:4}  {_dotted(trajectory[step], graph.mask_index)}")
-        typer.echo(decode(text))
+                typer.echo(f"{step:4}  {_dotted(trajectory[step].tolist(), graph.mask_index, loaded.tokenizer)}")
+        typer.echo(loaded.tokenizer.decode(text.tolist(), skip_special_tokens=True))
 
 
-def _blanks(text: str, most: int) -> torch.Tensor:
-    """The bytes of a text, and -1 for each of the n bytes that a "{n}" in it stands for; `most` of both."""
+def _blanks(text: str, tokenizer: Tokenizer, most: int) -> list[int]:
+    """The tokens of a text, and -1 for each of the n tokens that a "{n}" in it stands for; `most` of both."""
     parts = re.split(r"\{(\d+)\}", text)  # texts and numbers by turns
-    _check_bytes("infill", sum(int(p) if i % 2 else len(p.encode()) for i, p in enumerate(parts)), most)
-    return torch.cat([torch.full((int(p),), -1) if i % 2 else encode(p) for i, p in enumerate(parts)])
+    tokens = [tokenizer.encode(part, add_special_tokens=False) for part in parts[::2]]
+    counts = [int(count) for count in parts[1::2]]
+    _check_number("infill", sum(counts) + sum(map(len, tokens)), most)
+    whole = [*tokens[0]]
+    for count, behind in zip(counts, tokens[1:], strict=True):
+        whole += [-1] * count + behind
+    return whole
 
 
 def _check_seed(seed: int) -> None:
@@ -338,15 +364,15 @@ def _check_seed(seed: int) -> None:
         raise ValueError(f"seed: expected a number of 64 bits, got {seed}")
 
 
-def _check_bytes(option: str, n: int, most: int) -> None:
+def _check_number(option: str, n: int, most: int) -> None:
     if not 1 <= n <= most:
-        raise ValueError(f"{option}: expected 1 to {most} bytes, got {n}")
+        raise ValueError(f"{option}: expected 1 to {most} tokens, got {n}")
 
 
-def _dotted(tokens: torch.Tensor, mask_index: int | None) -> str:
+def _dotted(tokens: list[int], mask_index: int | None, tokenizer: Tokenizer) -> str:
     """Tokens on one line, a dot for each mask."""
-    runs = itertools.groupby(tokens.tolist(), key=lambda token: token == mask_index)
-    text = "".join("·" * len(list(run)) if masked else decode(torch.tensor(list(run))) for masked, run in runs)
+    runs = itertools.groupby(tokens, key=lambda token: token == mask_index)
+    text = "".join("·" * len(list(run)) if masked else tokenizer.decode(list(run)) for masked, run in runs)
     return "".join(c if c.isprintable() else "↵" if c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
@@ -389,12 +415,6 @@ def _read_run(run: Path) -> dict[str, Any]:
     except (KeyError, TypeError):
         raise ValueError(f"{run / 'config.json'}: expected the training and data of a `fastdiff train` run") from None
     return config
-
-
-def _load(run: Path, device: str | None) -> tuple[DiffusionTransformer, dict[str, Any]]:
-    """The averaged model of a run, on its device, and what config.json says."""
-    config = _read_run(run)
-    return DiffusionTransformer.from_pretrained(run).eval().to(_device(device)), config
 
 
 def _device(name: str | None) -> torch.device:

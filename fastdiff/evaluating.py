@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ def model_parts(model: Model) -> tuple[Callable[..., Any], Tensor | None, Tensor
     return (body, lm_head, None) if isinstance(lm_head, Tensor) else (body, lm_head.weight, lm_head.bias)
 
 
+_SHOWS: ContextVar[bool] = ContextVar("whether a bar is shown", default=False)
+
+
 @contextmanager
 def evaluating(
     body: Callable[..., Any], total: int, *, unit: str = "network passes", differentiable: bool = False
@@ -39,7 +43,7 @@ def evaluating(
     try:
         for module in modules:
             module.training = False
-        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()), _progress(total, unit) as advance:
+        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()), progress(total, unit) as advance:
             yield advance
     finally:
         for module, mode in zip(modules, modes, strict=True):
@@ -47,8 +51,11 @@ def evaluating(
 
 
 @contextmanager
-def _progress(total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """It shows nothing unless stderr is a terminal and rich is installed."""
+def progress(total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """A bar, with what to call with the number just done; the outermost of several.
+
+    It shows nothing unless stderr is a terminal and rich is installed.
+    """
     try:
         from rich.console import Console
         from rich.progress import Progress
@@ -56,6 +63,11 @@ def _progress(total: int, unit: str) -> Iterator[Callable[[int], None]]:
         yield lambda done: None
         return
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(unit, total=total)
-        yield lambda done: bar.advance(task, done)
+    inside = _SHOWS.get()
+    token = _SHOWS.set(True)
+    try:
+        with Progress(console=console, transient=True, disable=inside or not console.is_terminal) as bar:
+            task = bar.add_task(unit, total=total)
+            yield lambda done: bar.advance(task, done)
+    finally:
+        _SHOWS.reset(token)

@@ -40,6 +40,7 @@ def linear_dce_loss(  # type: ignore[misc]  # the overloads only tell apart what
     reduction: str = "none",
     num_items: Number | Tensor | None = None,
     return_stats: bool = False,
+    summed: bool = False,
     capacity: int | None = None,
     group: "ProcessGroup | None" = None,
     backend: str | None = None,
@@ -58,6 +59,9 @@ def linear_dce_loss(  # type: ignore[misc]  # the overloads only tell apart what
         bias: [V], added to the logits.
         softcap: if not 0, the logits are softcap * tanh(logits / softcap).
         return_stats: return (loss, RowStats), of the logits with bias and softcap, which are read where they lie.
+        summed: with "none", only the sum of all losses, or their mean, has a gradient, which the forward pass makes, as
+            for "sum". If they weigh differently in what backward starts from, that is a ValueError; on a GPU, or in
+            compiled code, gradients are NaN.
         capacity: the most scored rows there can be. Then nothing waits for the device, as in a CUDA graph, and this
             many rows are multiplied; if there are more, loss, gradients and statistics are NaN. None counts them.
         group: the ranks over whose ids lm_head (and bias) are cut, in equal parts in the order of ranks; lm_head may
@@ -74,7 +78,7 @@ def linear_dce_loss(  # type: ignore[misc]  # the overloads only tell apart what
     head = _head(hidden, lm_head, bias, softcap, capacity, group)
     rest = (x0, xt, mask, weight, mask_index, exclude_mask, ignore_index, z_loss, reduction, num_items)
     rows = head.shard.checked(hidden.device, dce_rows, head.logits_like(), *rest)
-    loss, stats = linear_loss(head, rows, backend, return_stats)
+    loss, stats = linear_loss(head, rows, backend, return_stats, summed)
     return (loss, row_stats(stats)) if return_stats else loss
 
 
@@ -93,6 +97,7 @@ def linear_dse_loss(
     parametrization: str = "log_score",
     reduction: str = "none",
     num_items: Number | Tensor | None = None,
+    summed: bool = False,
     capacity: int | None = None,
     group: "ProcessGroup | None" = None,
     backend: str | None = None,
@@ -100,7 +105,7 @@ def linear_dse_loss(
     """`dse_loss` of what hidden @ lm_head.T + bias gives, which is never whole in memory.
 
     Args:
-        hidden, lm_head, bias, softcap, capacity, group: as in `linear_dce_loss`.
+        hidden, lm_head, bias, softcap, summed, capacity, group: as in `linear_dce_loss`.
         sigma, xt, x0, graph, dsigma, mask_index, parametrization, reduction, num_items, backend: as in `dse_loss`, with
             [...] the shape of hidden without D.
 
@@ -114,7 +119,7 @@ def linear_dse_loss(
     head = _head(hidden, lm_head, bias, softcap, capacity, group)
     rest = (sigma, xt, x0, graph, dsigma, mask_index, parametrization, reduction, num_items)
     rows = head.shard.checked(hidden.device, dse_rows, head.logits_like(), *rest)
-    return linear_loss(head, rows, backend)[0]
+    return linear_loss(head, rows, backend, summed=summed)[0]
 
 
 def _head(

@@ -55,15 +55,16 @@ def test_end_to_end(folder):
 
     for proposal in ("stratified", "systematic", "uniform", "harmonic"):
         shown = invoke(f"eval run --num-samples 16 --num-sequences 4 --proposal {proposal} --json new/out.json")
-        assert f"windows of 16 bytes, {proposal}" in shown
+        assert f"windows of 16 tokens, {proposal}" in shown
         (row,) = json.loads((folder / "new" / "out.json").read_text()).values()
-        assert (row["windows"], row["bytes"], row["network_passes"]) == (4, 64, 64)
+        assert (row["pieces"], row["bytes"], row["tokens"], row["network_passes"]) == (4, 64, 64, 64)
         assert 7 < row["bits_per_byte"] < 8.5  # hardly trained
-        for name, digits in {"nll": 1, "bits_per_byte": 4, "perplexity": 3}.items():
+        for name, digits in {"nll": 1, "bits_per_byte": 4, "perplexity_per_token": 3}.items():
             low, high = row[name + "_interval"]
             assert low < row[name] < high
             assert f"{row[name]:.{digits}f}" in shown
-        assert row["perplexity"] == pytest.approx(2 ** row["bits_per_byte"])
+        assert row["perplexity_per_token"] == pytest.approx(2 ** row["bits_per_byte"])
+        assert row["perplexity_per_word"] == pytest.approx(math.exp(row["nll"] / row["words"]))
 
 
 def test_eval_of_several_texts(folder):
@@ -74,8 +75,11 @@ def test_eval_of_several_texts(folder):
     (folder / "c.txt").write_text("z" * 16)
     invoke("eval run --data texts --data c.txt --whole --num-samples 16 --json out.json")
     rows = json.loads((folder / "out.json").read_text())
-    assert {name: row["windows"] for name, row in rows.items()} == {"texts/a.txt": 2, "texts/b.txt": 3, "c.txt": 1}
-    assert rows["c.txt"]["bits_per_byte_sd_between_windows"] is None
+    assert {name: row["pieces"] for name, row in rows.items()} == {"texts/a.txt": 2, "texts/b.txt": 3, "c.txt": 1}
+    assert rows["c.txt"]["bits_per_byte_sd_between_pieces"] is None
+    invoke("eval run --data texts --whole --cut documents --num-samples 16 --json out.json")
+    rows = json.loads((folder / "out.json").read_text())
+    assert {name[6:]: row["bytes"] for name, row in rows.items()} == {"a.txt": 40, "b.txt": 60, "short.txt": 1}
 
 
 def test_eval_at_a_tolerance(folder, capsys, monkeypatch):
@@ -256,27 +260,33 @@ def test_user_errors_are_one_line(folder, capsys, monkeypatch):
     expect("train --out run --resume --lr 0.5", "lr: the run in run has 0.001, got 0.5")
     expect("train --out run --resume --length 17", "length: the run in run has 16, got 17")
     expect("train --out run --resume --steps 3", "steps: the run in run has done 4, got 3")
-    expect("eval run --num-sequences 0", "num_sequences: expected at least 1, got 0")
+    expect("eval run --num-sequences -1", "num_sequences: expected at least 1, or 0 for all, got -1")
+    expect("eval run --length 17", "length: expected 1 to 16 tokens, got 17")
+    expect("eval run --cut lines", "cut: expected one of")
+    expect("eval run --context 3", "context: expected 0, or with cut 'sliding'")
+    expect("eval run --data text.txt --whole --cut sliding --context 16", "less than a window's 16, got 16")
     expect(f"eval run --seed {2**63}", "seed: expected a number of 64 bits")
     expect("eval run --json run", "json: expected a file, but run is a folder")
     expect("eval run --proposal best --num-samples 15", "proposal: expected one of")
-    expect("sample run --prompt 0123456789abcdefg", "prompt: expected 1 to 16 bytes, got 17")
+    expect("sample run --prompt 0123456789abcdefg", "prompt: expected 1 to 16 tokens, got 17")
     expect("sample run --prompt a --infill b{3}", "prompt, infill: expected one of the two")
-    expect("sample run --infill b{99}", "infill: expected 1 to 16 bytes, got 100")
+    expect("sample run --infill b{99}", "infill: expected 1 to 16 tokens, got 100")
     expect("sample run --sampler best", "sampler: expected one of")
     expect("sample run --sampler margin --block-length 3", "block_length: expected a divisor of the 16 positions")
-    expect("sample run --length 99", "length: expected 1 to 16 bytes, got 99")
-    expect("sample run --length 3 --prompt abcd", "prompt: expected 1 to 3 bytes, got 4")
+    expect("sample run --length 99", "length: expected 1 to 16 tokens, got 99")
+    expect("sample run --length 3 --prompt abcd", "prompt: expected 1 to 3 tokens, got 4")
     expect(f"sample run --seed {-(2**63) - 1}", "seed: expected a number of 64 bits")
     (folder / "run" / "metrics.jsonl").write_text("garbage\n")
     expect("train --out run --resume", "run/metrics.jsonl: line 1 is not a record")
     (folder / "run" / "trainer.pt").write_bytes(b"half")
     expect("train --out run --resume", "trainer.pt: damaged or cut short")
+    whole = (folder / "run" / "model.safetensors").read_bytes()
     (folder / "run" / "model.safetensors").write_bytes(b"half")
     expect("sample run", "model.safetensors: damaged or cut short")
+    (folder / "run" / "model.safetensors").write_bytes(whole)
     config = json.loads((folder / "run" / "config.json").read_text())
     (folder / "run" / "config.json").write_text(json.dumps({"model": config["model"]}))
-    expect("sample run", "config.json: expected the training and data of a `fastdiff train` run")
+    expect("eval run", "config.json: expected the training and data of a `fastdiff train` run")
     expect("train --out run --resume", "config.json: expected the training and data of a `fastdiff train` run")
 
 

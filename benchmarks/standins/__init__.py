@@ -6,6 +6,7 @@ Given a folder of their checkouts in FASTDIFF_CHECKOUTS, each under the name of 
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 NEEDS = {  # beside torch and, where a version matters, transformers
     "bd3lm": "datasets einops hydra-core lightning omegaconf timm torchvision",
-    "dllm": "transformers==4.57.0 accelerate==1.11.0 datasets==4.2.0 peft==0.17.1 lm-eval==0.4.9 trl==0.24.0 tyro",
+    "dllm": "transformers==4.57.0 accelerate==1.11.0 datasets==4.2.0 peft==0.17.1 lm-eval==0.4.9 trl==0.24.0 "
+    "torchmetrics tyro",
     "duo": "datasets einops hydra-core lightning omegaconf timm torchvision",
     "mdlm": "datasets einops hydra-core lightning omegaconf timm torchvision",
     "radd": "einops omegaconf",
@@ -44,14 +46,20 @@ class Problem:
         return self.num_states - 1
 
 
-def problem(batch: int, length: int, num_states: int, seed: int = 0) -> Problem:
+def problem(batch: int, length: int, num_states: int, seed: int = 0, noise: float | None = None) -> Problem:
+    """noise: the share of noised tokens; None draws one for each sequence."""
     g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     x0 = torch.randint(0, num_states - 1, (batch, length), generator=g)
     t = 0.05 + 0.9 * torch.rand(batch, generator=g, dtype=torch.float64)
+    t = t if noise is None else torch.full_like(t, noise)
     noised = torch.rand(batch, length, generator=g) < t[:, None]
     anew = torch.randint(0, num_states, (batch, length), generator=g)
     xt, moved = torch.where(noised, num_states - 1, x0), torch.where(noised, anew, x0)
     return Problem(x0, xt, moved, t, -torch.log1p(-t), 1 / (1 - t), num_states)
+
+
+Loss = Callable[[nn.Module], Tensor]  # of a network
+Case = tuple[Loss, Loss]  # the published one, ours
 
 
 class Network(nn.Module):
@@ -70,6 +78,17 @@ class Network(nn.Module):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
+
+
+class LastLayer(nn.Module):
+    """A network in the place of a last layer: `.linear`, over whatever a codebase has before it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.linear = network, getattr(network, "module", network).get_output_embeddings()
+
+    def forward(self, indices: Tensor, *_: Any) -> Tensor:
+        return self.network(indices).logits
 
 
 def published(name: str, *modules: str) -> dict[str, ModuleType]:

@@ -1,5 +1,6 @@
 """BD3-LM's seams, where they are not MDLM's: a time for each block, a backbone that sees x0 too, sampling by blocks."""
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.integrations import bd3lm
-from standins import Problem, is_real, mdlm, published
+from standins import Network, Problem, mdlm, published
 from standins.sedd import default_dtype
 from standins.sedd import sample_categorical as _sample_categorical
 
@@ -73,6 +74,30 @@ class Diffusion(mdlm.StandIn):
             return dsigma * self._score_entropy(model_output, sigma, xt, x0)
         return loss_scale * model_output.gather(-1, x0[..., None]).squeeze(-1)
 
+    def _loss(
+        self,
+        x0: Tensor,
+        attention_mask: Tensor,
+        t: None = None,
+        sampling_eps_min: float | None = None,
+        sampling_eps_max: float | None = None,
+    ) -> mdlm.Loss:
+        if not hasattr(self, "sampling_eps_min"):
+            sampling_eps_min, sampling_eps_max = 1e-3, 1.0
+        elif sampling_eps_min is None:
+            sampling_eps_min, sampling_eps_max = self.sampling_eps_min, self.sampling_eps_max
+        x0, targets, attention_mask = self._maybe_sub_sample(x0, attention_mask)
+        if self.parameterization == "ar":
+            loss = -self.forward(x0, None).gather(-1, targets[..., None]).squeeze(-1)
+        else:
+            loss = self._forward_pass_diffusion(
+                x0, sampling_eps_min=sampling_eps_min, sampling_eps_max=sampling_eps_max
+            )
+        if self.ignore_bos and not self.training:
+            attention_mask[:, 0] = 0
+        nlls = loss * attention_mask
+        return mdlm.Loss(nlls.sum() / attention_mask.sum(), nlls, attention_mask)
+
     def _ddpm_caching_update(
         self, x: Tensor, t: Tensor, dt: float, p_x0: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor]:
@@ -102,10 +127,27 @@ SETTINGS = dict(
         sampling=SimpleNamespace(kv_cache=False, first_hitting=False, nucleus_p=1.0),
     ),
     block_size=4,
+    num_tokens=math.inf,
     cross_attn=True,
     ignore_bos=True,
     mdlm_loss_scale=False,
 )
+
+
+class Backbone(mdlm.Backbone):
+    """One that takes [xt, x0], if cross_attn, of the length of its mask, and gives the rows of xt."""
+
+    def __init__(self, network: Network, cross_attn: bool = True) -> None:
+        super().__init__(network)
+        if cross_attn:
+            self.block_diff_mask = torch.ones((network.hidden.shape[1],) * 2)
+
+    def forward(self, x: Tensor, sigma: Tensor, sample_mode: bool = False, store_kv: bool = False) -> Tensor:
+        logits = super().forward(x, sigma, sample_mode=sample_mode, store_kv=store_kv)
+        if sample_mode or not hasattr(self, "block_diff_mask"):
+            return logits
+        assert x.shape[1] == len(self.block_diff_mask)
+        return logits[:, : x.shape[1] // 2]
 
 
 def given(cls: type, num_states: int, **attributes: Any) -> Any:
@@ -113,32 +155,31 @@ def given(cls: type, num_states: int, **attributes: Any) -> Any:
     return mdlm.given(cls, num_states, **(SETTINGS | attributes))
 
 
-def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
-    """SUBS with a time for each block, SUBS weighted as in MDLM, and SEDD's loss; the real code needs a copy of z."""
-    ours = type("Ours", (Diffusion,), {"_forward_pass_diffusion": bd3lm.Diffusion._forward_pass_diffusion})
+def cases(p: Problem) -> dict[str, tuple[Callable[[Network], Tensor], Callable[[Network], Tensor]]]:
+    """SUBS with a time for each block, SUBS weighted as in MDLM, and SEDD's loss."""
+    ours = type("Ours", (Diffusion,), {"_loss": bd3lm.Diffusion._loss})
     blocks = (p.t[:, None] + 0.37 * (torch.arange(p.x0.shape[1]) // 4)) % 0.9 + 0.05
     config = SimpleNamespace(**vars(SETTINGS["config"]) | dict(model=SimpleNamespace(length=p.x0.shape[1])))
 
-    def loss(cls: type, t: Tensor, **options: Any) -> Callable[[Tensor], Tensor]:
-        def of(z: Tensor) -> Tensor:
-            with default_dtype(z.dtype):
+    def loss(cls: type, t: Tensor, cross_attn: bool, **options: Any) -> Callable[[Network], Tensor]:
+        def of(network: Network) -> Tensor:
+            with default_dtype(network.lm_head.weight.dtype):
                 diffusion = given(
                     cls,
                     p.num_states,
                     config=config,
-                    backbone=lambda x, sigma, **flags: (
-                        z.clone() if is_real(PUBLISHED["diffusion"]) and cls is Diffusion else z
-                    ),
+                    backbone=Backbone(network, cross_attn),
+                    cross_attn=cross_attn,
                     q_xt=lambda x0, move_chance, **clip: p.xt.clone(),
                     _sample_t=lambda *_, **__: t.to(torch.get_default_dtype()),
                     **options,
                 )
-                return mdlm.loss_per_token(diffusion, p.x0, torch.ones_like(p.x0))
+                return diffusion._loss(p.x0, torch.ones_like(p.x0)).loss
 
         return of
 
     settings = {
-        "subs": dict(t=blocks),
+        "subs": dict(t=blocks, cross_attn=True),
         "subs_mdlm_loss_scale": dict(t=p.t[:, None], mdlm_loss_scale=True, cross_attn=False),
         "sedd": dict(t=p.t[:, None], parameterization="sedd", cross_attn=False),
     }

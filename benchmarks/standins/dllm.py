@@ -1,7 +1,6 @@
 """dllm: `compute_loss` of its trainers, and what of a trainer that needs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.integrations import dllm
-from standins import Problem, published
+from standins import Network, Problem, published
 from standins.dream import cart_weight as cart_weight  # which DreamTrainer has
 
 
@@ -46,6 +45,12 @@ class MDLMTrainer:
 
     def _forward(self, model, xt, inputs):
         return model(input_ids=xt, attention_mask=inputs.get("attention_mask"))
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Logits are made, and thrown away where only the loss is asked for."""
+        with torch.no_grad():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return (loss, None, None) if prediction_loss_only else (loss, outputs.logits, inputs["labels"])
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         """Every row is scored, then weighted; those of tokens that are not masked weigh 0."""
@@ -93,7 +98,9 @@ class BD3LMTrainer(MDLMTrainer):
         return super().compute_loss(model, inputs, return_outputs, **kwargs)
 
 
-PUBLISHED = published("dllm", "dllm.core.trainers", "dllm.core.schedulers", "dllm.pipelines.dream.trainer")
+PUBLISHED = published(
+    "dllm", "dllm.core.trainers", "dllm.core.schedulers", "dllm.pipelines.dream.trainer", "dllm.pipelines.a2d"
+)
 MDLMTrainer, BD3LMTrainer = PUBLISHED["dllm.core.trainers"].MDLMTrainer, PUBLISHED["dllm.core.trainers"].BD3LMTrainer
 LinearAlphaScheduler = PUBLISHED["dllm.core.schedulers"].LinearAlphaScheduler
 
@@ -109,50 +116,34 @@ class Meter:
         self.sums += torch.stack([(value * weight).sum(), weight.sum()]).double()
 
 
-@dataclass
-class Network:
-    """Gives the logits it was given; keeps how it was called."""
-
-    logits: Tensor
-    training: bool = True
-    asked: dict[str, Any] = field(default_factory=dict)
-    config: Any = field(default_factory=lambda: SimpleNamespace(_attn_implementation="sdpa"))
-
-    def __call__(self, **asked: Any) -> Any:
-        self.asked = asked
-        return SimpleNamespace(logits=self.logits)
-
-
-def trainer(kind: type, mask_index: int, **options: Any) -> Any:
-    """A trainer with what the loss needs, and no Trainer behind it."""
+def trainer(kind: type, mask_index: int, attention: str = "sdpa", **options: Any) -> Any:
+    """A trainer with what the loss needs, and no Trainer behind it. attention: the model's kind."""
     made = kind.__new__(kind)
     tokenizer = SimpleNamespace(padding_side="right", mask_token_id=mask_index, bos_token_id=0)
     vars(made).update(processing_class=tokenizer, meter=Meter(), scheduler=LinearAlphaScheduler(), time_epsilon=1e-3)
-    vars(made).update(accelerator=SimpleNamespace(unwrap_model=lambda model: model), block_size=4)
+    config = SimpleNamespace(_attn_implementation=attention)
+    vars(made).update(accelerator=SimpleNamespace(unwrap_model=lambda _: SimpleNamespace(config=config)), block_size=4)
     vars(made).update(loss_weight_type="scheduler", loss_norm_type="token", right_shift_logits=False)
     vars(made).update(options)
     return made
 
 
-def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+def cases(p: Problem) -> dict[str, tuple[Callable[[Network], Tensor], Callable[[Network], Tensor]]]:
     labels = p.x0.clone()
     labels[:, 0], labels[0, -2:] = -100, -100
 
-    def pair(kind: type, compute_loss: Callable[..., Any], length: int, **options: Any):
-        inputs = dict(input_ids=p.x0[:, :length], labels=labels[:, :length])
-
-        def loss(function: Callable[..., Any], z: Tensor) -> Tensor:
+    def pair(kind: type, compute_loss: Callable[..., Any], **options: Any):
+        def loss(function: Callable[..., Any], network: Network) -> Tensor:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                return function(trainer(kind, p.mask_index, **options), Network(z), dict(inputs))
+                return function(trainer(kind, p.mask_index, **options), network, dict(input_ids=p.x0, labels=labels))
 
-        return lambda z: loss(kind.compute_loss, z), lambda z: loss(compute_loss, z)
+        return lambda network: loss(kind.compute_loss, network), lambda network: loss(compute_loss, network)
 
-    length = p.x0.shape[1]
     mdlm, bd3lm = (MDLMTrainer, dllm.MDLMTrainer.compute_loss), (BD3LMTrainer, dllm.BD3LMTrainer.compute_loss)
     return {
-        "MDLM": pair(*mdlm, length),
-        "MDLM, per sequence": pair(*mdlm, length, loss_norm_type="sequence"),
-        "MDLM, shifted": pair(*mdlm, length, loss_norm_type="batch", right_shift_logits=True),
-        "BD3LM": pair(*bd3lm, length // 2),
+        "MDLM": pair(*mdlm),
+        "MDLM, per sequence": pair(*mdlm, loss_norm_type="sequence"),
+        "MDLM, shifted": pair(*mdlm, loss_norm_type="batch", right_shift_logits=True),
+        "BD3LM": pair(*bd3lm),
     }

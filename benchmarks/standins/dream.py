@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.integrations import dream
-from standins import Problem, published
+from standins import Network, Problem, published
 
 
 def context_adaptive_reweight(seq_len, distribution="symmetric-geometric", **kwargs):
@@ -28,9 +28,10 @@ def cart_weight(masked_mask, t, p=0.3):
     return (~masked_mask).type_as(matrix).matmul(matrix).masked_fill(~masked_mask, 0)
 
 
-def sft_loss(logits, labels, loss_mask, t, diffusion):
+def sft_loss(model, masked_input_ids, labels, loss_mask, t, diffusion, **inputs):
     """Logits are moved by one in a copy, every row is scored under autocast, and those not masked are set to 0."""
-    with torch.autocast(device_type=logits.device.type, dtype=torch.bfloat16):
+    with torch.autocast(device_type=labels.device.type, dtype=torch.bfloat16):
+        logits = model(input_ids=masked_input_ids, **inputs).logits
         shifted = torch.cat([logits[:, :1], logits[:, :-1]], dim=1).contiguous()
         loss = nn.CrossEntropyLoss(reduction="none")(shifted.view(-1, logits.shape[-1]), labels.reshape(-1))
         loss = loss.masked_fill(~loss_mask.reshape(-1), 0)
@@ -52,22 +53,27 @@ def config(**options):
     return SimpleNamespace(**defaults | options)
 
 
-def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+def cases(p: Problem) -> dict[str, tuple[Callable[[Network], Tensor], Callable[[Network], Tensor]]]:
     masked = p.xt == p.mask_index
     masked[:, 0] = False
 
     def pair(**options):
-        arguments = (p.x0, masked, p.t, config(**options))
+        arguments = (p.xt, p.x0, masked, p.t, config(**options))
 
-        def published(z: Tensor) -> Tensor:
+        def published(network: Network) -> Tensor:
             default = torch.get_default_dtype()
-            torch.set_default_dtype(torch.float64 if z.dtype == torch.float64 else torch.float32)  # of the weights
+            exact = network.hidden.dtype == torch.float64
+            torch.set_default_dtype(torch.float64 if exact else torch.float32)  # of the weights
             try:
-                return sft_loss(z, *arguments)
+                return sft_loss(network, *arguments)
             finally:
                 torch.set_default_dtype(default)
 
-        return published, lambda z: dream.sft_loss(z, *arguments)
+        def ours(network: Network) -> Tensor:
+            with torch.autocast(p.x0.device.type, torch.bfloat16):
+                return dream.sft_loss(network, *arguments)
+
+        return published, ours
 
     return {
         "SFT": pair(),

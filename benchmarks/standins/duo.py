@@ -1,6 +1,7 @@
 """Duo's seams: the uniform-state NELBO, from log-probabilities, and a reverse step."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,12 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.integrations import duo
-from standins import Problem, published
+from standins import Network, Problem, mdlm, published
 from standins.sedd import sample_categorical
+
+
+@dataclass
+class Loss:
+    loss: Tensor
+    nlls: Tensor
+    prior_loss: float
+    num_tokens: Tensor
 
 
 class Diffusion:
     """Attributes are those of the codebase: backbone, noise, vocab_size and so on."""
+
+    def _process_model_input(self, x0: Tensor, valid_tokens: Tensor) -> tuple[Tensor, None, Tensor]:
+        return x0, None, valid_tokens
 
     def _loss(
         self,
@@ -23,9 +35,11 @@ class Diffusion:
         valid_tokens: Tensor,
         current_accumulation_step: int | None = None,
         train_mode: bool = False,
-    ) -> Any:
-        nlls = self.nll(x0, labels, None, current_accumulation_step, train_mode) * valid_tokens
-        return SimpleNamespace(loss=nlls.sum() / valid_tokens.sum())
+    ) -> Loss:
+        x0, output_tokens, valid_tokens = self._process_model_input(x0, valid_tokens)
+        loss = self.nll(x0, labels, output_tokens, current_accumulation_step, train_mode)
+        nlls, num_tokens = (loss * valid_tokens).sum(), valid_tokens.sum()
+        return Loss(nlls / num_tokens, nlls, 0.0, num_tokens)
 
     def nll(
         self,
@@ -37,13 +51,31 @@ class Diffusion:
     ) -> Tensor:
         dalpha_t, alpha_t = (value[:, None] for value in self.noise(self._sample_t(len(x0), current_accumulation_step)))
         xt = self.q_xt(x0, alpha_t)
+        if self.class_conditional:
+            dropped = torch.rand(labels.shape, dtype=torch.float32) < self.class_cond_dropout
+            labels = torch.where(dropped, self.num_classes, labels)
         log_x_theta = self.forward(xt, self._sigma_from_alphat(alpha_t), labels)
         if torch.isnan(log_x_theta).any():
             print("model_output", log_x_theta)
         return self.nll_per_token(log_x_theta, xt, x0, alpha_t, dalpha_t)
 
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        step = batch_idx % self.trainer.accumulate_grad_batches
+        losses = self._loss(batch["input_ids"], batch.get("labels"), batch["attention_mask"], step, train_mode=True)
+        self.metrics.update_train(losses.nlls, losses.prior_loss, losses.num_tokens)
+        self.log(name="trainer/loss", value=losses.loss.item(), on_step=True, on_epoch=False, sync_dist=True)
+        return losses.loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        losses = self._loss(batch["input_ids"], batch.get("labels"), batch["attention_mask"])
+        self.metrics.update_valid(losses.nlls, losses.prior_loss, losses.num_tokens)
+        return losses.loss
+
+    def _process_sigma(self, sigma: Tensor) -> Tensor:
+        return sigma.mean(-1) if self.time_conditioning else torch.zeros_like(sigma.mean(-1))
+
     def forward(self, xt: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        model_output = self.backbone(x=xt, sigma=sigma.mean(-1), class_cond=labels)
+        model_output = self.backbone(x=xt, sigma=self._process_sigma(sigma), class_cond=labels, weights=None)
         return self._process_model_output(model_output=model_output, xt=xt, sigma=sigma)
 
 
@@ -101,24 +133,13 @@ PUBLISHED = published("duo", "algo", "trainer_base")
 DUO_BASE = PUBLISHED["algo"].DUO_BASE
 
 
-class Backbone:
-    """What a network in training says, whatever it is asked."""
-
-    training = True
-
-    def __init__(self, answer: Tensor) -> None:
-        self.answer = answer
-
-    def __call__(self, **inputs: Any) -> Tensor:
-        return self.answer
-
-
 def given(cls: type, num_states: int, **attributes: Any) -> Any:
     """An object of the class with these attributes and no more."""
     sampling = SimpleNamespace(guid_weight=None, use_float64=True)
     settings = dict(
         config=SimpleNamespace(algo=SimpleNamespace(name="duo_base"), sampling=sampling),
         class_conditional=False,
+        training=True,
         time_conditioning=True,
         p_nucleus=1.0,
         vocab_size=num_states,
@@ -133,17 +154,18 @@ def given(cls: type, num_states: int, **attributes: Any) -> Any:
     return made
 
 
-def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+def cases(p: Problem) -> dict[str, tuple[Callable[[Network], Tensor], Callable[[Network], Tensor]]]:
     """The NELBO of a token, with the model's log_softmax and the look for NaN that comes before the loss."""
     ours = type("Ours", (DUO_BASE,), {n: f for n, f in vars(duo.DUO_BASE).items() if callable(f)})
 
-    def loss(cls: type) -> Callable[[Tensor], Tensor]:
-        def of(z: Tensor) -> Tensor:
-            alpha_t = torch.exp(-p.sigma).to(torch.promote_types(z.dtype, torch.float32))
+    def loss(cls: type) -> Callable[[Network], Tensor]:
+        def of(network: Network) -> Tensor:
+            dtype = torch.promote_types(network.lm_head.weight.dtype, torch.float32)
+            alpha_t = torch.exp(-p.sigma).to(dtype)
             diffusion = given(
                 cls,
                 p.num_states,
-                backbone=Backbone(z),
+                backbone=mdlm.Backbone(network),
                 noise=lambda t: (-torch.ones_like(alpha_t), alpha_t),
                 _sample_t=lambda n, step: p.t,
                 q_xt=lambda x0, alpha_t: p.moved,

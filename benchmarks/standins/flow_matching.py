@@ -1,6 +1,5 @@
 """flow_matching: the generalised KL of its discrete paths, with a path and a scheduler."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 from fastdiff.integrations import flow_matching
-from standins import Problem, published
+from standins import Case, Problem, published
 
 
 class SchedulerOutput(NamedTuple):
@@ -59,12 +58,12 @@ MixtureDiscreteProbPath = PUBLISHED["flow_matching.path"].MixtureDiscreteProbPat
 PolynomialConvexScheduler = PUBLISHED["flow_matching.path.scheduler"].PolynomialConvexScheduler
 
 
-def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+def cases(p: Problem) -> dict[str, Case]:
     path = MixtureDiscreteProbPath(PolynomialConvexScheduler(2.0))
     theirs, ours = MixturePathGeneralizedKL(path), flow_matching.MixturePathGeneralizedKL(path)
 
-    def pair(x_t: Tensor):
+    def pair(x_t: Tensor) -> Case:
         arguments = (p.x0, x_t, (1 - p.t).sqrt().float())  # so that a share t is noise
-        return lambda z: theirs(z, *arguments), lambda z: ours(z, *arguments)
+        return tuple(lambda network, loss=loss: loss(network(x_t).logits, *arguments) for loss in (theirs, ours))
 
     return {"uniform source": pair(p.moved), "mask source": pair(p.xt)}

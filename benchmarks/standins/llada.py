@@ -8,20 +8,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.integrations import llada
-from standins import Problem, published
+from standins import Network, Problem, published
 
 
-def pretraining_loss(logits: Tensor, input_ids: Tensor, masked_indices: Tensor, p_mask: Tensor) -> Tensor:
+def pretraining_loss(
+    model: Any, noisy_batch: Tensor, input_ids: Tensor, masked_indices: Tensor, p_mask: Tensor
+) -> Tensor:
     """Masked rows are gathered; each loss over its p_mask; B L tokens."""
+    logits = model(input_ids=noisy_batch).logits
     rows = logits[masked_indices]
     losses = F.cross_entropy(rows, input_ids[masked_indices], reduction="none") / p_mask[masked_indices]
     return losses.sum() / input_ids.numel()
 
 
 def sft_loss(
-    logits: Tensor, input_ids: Tensor, masked_indices: Tensor, p_mask: Tensor, answer_lengths: Tensor
+    model: Any,
+    noisy_batch: Tensor,
+    input_ids: Tensor,
+    masked_indices: Tensor,
+    p_mask: Tensor,
+    answer_lengths: Tensor,
 ) -> Tensor:
     """The same, over the answer's length, and B sequences."""
+    logits = model(input_ids=noisy_batch).logits
     rows = logits[masked_indices]
     losses = F.cross_entropy(rows, input_ids[masked_indices], reduction="none") / p_mask[masked_indices]
     return (losses / answer_lengths[masked_indices]).sum() / len(input_ids)
@@ -106,13 +115,17 @@ get_log_likelihood = PUBLISHED["get_log_likelihood"].get_log_likelihood
 generate = PUBLISHED["generate"].generate
 
 
-def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+def cases(p: Problem) -> dict[str, tuple[Callable[[Network], Tensor], Callable[[Network], Tensor]]]:
     p_mask = p.t.float()[:, None].expand(p.x0.shape)
     masked, prompt_lengths = p.xt == p.mask_index, torch.arange(len(p.x0)) % p.x0.shape[1]
     answer = torch.arange(p.x0.shape[1]) >= prompt_lengths[:, None]
-    pretraining = (p.x0, masked, p_mask)
-    sft = (p.x0, masked & answer, p_mask, answer.sum(1, keepdim=True).expand(p.x0.shape))
+    pretraining = (p.xt, p.x0, masked, p_mask)
+    sft = (p.xt, p.x0, masked & answer, p_mask, answer.sum(1, keepdim=True).expand(p.x0.shape))
+
+    def pair(theirs: Callable[..., Tensor], ours: Callable[..., Tensor], arguments: tuple[Tensor, ...]):
+        return lambda network: theirs(network, *arguments), lambda network: ours(network, *arguments)
+
     return {
-        "pretraining": (lambda z: pretraining_loss(z, *pretraining), lambda z: llada.pretraining_loss(z, *pretraining)),
-        "SFT": (lambda z: sft_loss(z, *sft), lambda z: llada.sft_loss(z, *sft)),
+        "pretraining": pair(pretraining_loss, llada.pretraining_loss, pretraining),
+        "SFT": pair(sft_loss, llada.sft_loss, sft),
     }

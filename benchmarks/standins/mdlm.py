@@ -2,16 +2,24 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.integrations import mdlm
-from standins import Problem, is_real, published
+from standins import Network, Problem, published
 from standins.sedd import default_dtype, expm1_sigma
 from standins.sedd import sample_categorical as _sample_categorical
+
+
+@dataclass
+class Loss:
+    loss: Tensor
+    nlls: Tensor
+    token_mask: Tensor
 
 
 class Diffusion:
@@ -75,6 +83,26 @@ class Diffusion:
             return log_p * torch.log1p(-torch.exp(-self.noise.sigma_min))
         return -log_p * (dsigma / torch.expm1(sigma))[:, None]
 
+    def _maybe_sub_sample(self, x0: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        ar = self.parameterization == "ar"
+        return (x0[:, :-1], x0[:, 1:], attention_mask[:, 1:]) if ar else (x0, None, attention_mask)
+
+    def _loss(self, x0: Tensor, attention_mask: Tensor) -> Loss:
+        x0, targets, attention_mask = self._maybe_sub_sample(x0, attention_mask)
+        if self.parameterization == "ar":
+            loss = -self.backbone(x0, None).gather(-1, targets[..., None]).squeeze(-1)
+        else:
+            loss = self._forward_pass_diffusion(x0)
+        nlls = loss * attention_mask
+        return Loss(nlls.sum() / attention_mask.sum(), nlls, attention_mask)
+
+    def _compute_loss(self, batch: dict[str, Tensor], prefix: str) -> Tensor:
+        losses = self._loss(batch["input_ids"], batch["attention_mask"])
+        metrics = self.train_metrics if prefix == "train" else self.valid_metrics
+        metrics.update(losses.nlls, losses.token_mask)
+        self.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True)
+        return losses.loss
+
     def _ddpm_caching_update(
         self, x: Tensor, t: Tensor, dt: float, p_x0: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -93,13 +121,14 @@ Diffusion = PUBLISHED["diffusion"].Diffusion
 
 
 SETTINGS = dict(
-    config=SimpleNamespace(noise=SimpleNamespace(type="loglinear")),
+    config=SimpleNamespace(noise=SimpleNamespace(type="loglinear"), model=SimpleNamespace(length=math.inf)),
     parameterization="subs",
     T=0,
     time_conditioning=True,
     change_of_variables=False,
     importance_sampling=False,
     neg_infinity=-1e6,
+    training=True,
 )
 
 
@@ -114,6 +143,17 @@ class Noise:
         return self.values
 
 
+class Backbone(nn.Module):
+    """A network as the codebase calls its own, with the last layer where a DIT has it."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network, self.output_layer = network, nn.ModuleDict({"linear": network.lm_head})
+
+    def forward(self, x: Tensor, sigma: Tensor, **flags: Any) -> Tensor:
+        return self.network(x, sigma, **flags).logits
+
+
 def given(cls: type, num_states: int, **attributes: Any) -> Any:
     """An object of the class whose mask is the last state, with these attributes and no more."""
     made = cls.__new__(cls)
@@ -121,28 +161,23 @@ def given(cls: type, num_states: int, **attributes: Any) -> Any:
     return made
 
 
-def loss_per_token(diffusion: Any, x0: Tensor, attention_mask: Tensor) -> Tensor:
-    """Per token that is no padding."""
-    return (diffusion._forward_pass_diffusion(x0) * attention_mask).sum() / attention_mask.sum()
+def cases(p: Problem) -> dict[str, tuple[Callable[[Network], Tensor], Callable[[Network], Tensor]]]:
+    """SUBS with times as they come and by importance, and SEDD's loss."""
+    ours = type("Ours", (Diffusion,), {"_loss": mdlm.Diffusion._loss})
 
-
-def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
-    """SUBS with times as they come and by importance, and SEDD's loss, per token; the real code needs a copy of z."""
-    ours = type("Ours", (Diffusion,), {"_forward_pass_diffusion": mdlm.Diffusion._forward_pass_diffusion})
-
-    def loss(cls: type, **options: Any) -> Callable[[Tensor], Tensor]:
-        def of(z: Tensor) -> Tensor:
-            with default_dtype(z.dtype):
+    def loss(cls: type, **options: Any) -> Callable[[Network], Tensor]:
+        def of(network: Network) -> Tensor:
+            with default_dtype(network.lm_head.weight.dtype):
                 diffusion = given(
                     cls,
                     p.num_states,
-                    backbone=lambda x, sigma: z.clone() if is_real(PUBLISHED["diffusion"]) and cls is Diffusion else z,
+                    backbone=Backbone(network),
                     noise=Noise(p, torch.get_default_dtype()),
                     _sample_t=lambda n, device: p.t.to(torch.get_default_dtype()),
                     q_xt=lambda x0, move_chance: p.xt,
                     **options,
                 )
-                return loss_per_token(diffusion, p.x0, torch.ones_like(p.x0))
+                return diffusion._loss(p.x0, torch.ones_like(p.x0)).loss
 
         return of
 

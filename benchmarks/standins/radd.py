@@ -2,19 +2,16 @@
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from fastdiff.integrations import radd
-from standins import Problem, published
-
-
-def log_probs(x: Tensor) -> Tensor:
-    """The tail of the model: log_softmax over the tokens, written back beside the mask's column."""
-    return torch.cat((x[..., :-1].log_softmax(-1), x[..., -1:]), -1)
+from standins import Case, LastLayer, Loss, Problem, published
 
 
 def Batch_Uniform_Sampler(B: int, type: str = "naive", device: str = "cuda") -> Tensor:
@@ -99,51 +96,49 @@ PUBLISHED = published("radd", "losses", "noise_lib", "model", "sampling")
 RADD = PUBLISHED["model"].RADD
 
 
-def network(answer: Callable[[Tensor], Tensor]) -> nn.Module:
-    """The codebase's model, whose last layer gives these logits."""
+def network(inner: nn.Module) -> nn.Module:
+    """The codebase's model, whose last layer is a network's, which may be wrapped."""
     made = RADD.__new__(RADD)
     nn.Module.__init__(made)
-    made.vocab_embed, made.rotary_emb, made.blocks, made.output_layer = lambda x: x, lambda x: None, [], answer
+    made.vocab_embed, made.rotary_emb, made.blocks = lambda x: x, lambda x: None, []
+    made.output_layer = LastLayer(inner)
     made.dtype = torch.float32
     return made
 
 
-class Given(nn.Module):
-    """A model that answers with these numbers."""
+def cases(p: Problem) -> dict[str, Case]:
+    """The four losses, at this noise."""
+    here, losses, model_of = sys.modules[__name__], PUBLISHED["losses"], cache(network)
+    masked, randint = (p.xt == p.mask_index).sum(1), torch.randint
 
-    def __init__(self, answer: Tensor) -> None:
-        super().__init__()
-        self.answer = answer
+    def counts(low: int, *rest: Any, **options: Any) -> Tensor:
+        return masked.clamp_min(1) if low == 1 else randint(low, *rest, **options)
 
-    def forward(self, indices: Tensor) -> Tensor:
-        return self.answer
-
-
-def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
-    """The four losses of log-probabilities, the model's tail included, against those of logits; both at this noise."""
-    here, losses = sys.modules[__name__], PUBLISHED["losses"]
-    masked = (p.xt == p.mask_index).sum(1)
-
-    def loss(module: ModuleType, loss_type: str, tail: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def of(z: Tensor) -> Tensor:
-            precision = torch.promote_types(z.dtype, torch.float32)
+    def loss(module: ModuleType, loss_type: str, forward: Callable) -> Loss:
+        def of(inner: nn.Module) -> Tensor:
+            precision = torch.promote_types(next(inner.parameters()).dtype, torch.float32)
             sigma, dsigma, t = (value.to(precision) for value in (p.sigma, p.dsigma, p.t))
             draws = dict.fromkeys(("add_noise_t", "add_noise_lambda", "add_noise_k"), mock.Mock(return_value=p.xt))
             draws["Batch_Uniform_Sampler"] = mock.Mock(return_value=t)
-            with mock.patch.multiple(module, **draws), mock.patch("torch.randint", return_value=masked.clamp_min(1)):
+            with (
+                mock.patch.multiple(module, **draws),
+                mock.patch("torch.randint", counts),
+                mock.patch.object(RADD, "forward", forward),
+            ):
                 loss_fn = module.get_loss_fn(lambda t: (sigma, dsigma), p.num_states, True, loss_type=loss_type)
-                return loss_fn(Given(tail(z)), p.x0).mean()
+                return loss_fn(model_of(inner), p.x0).mean()
 
         return of
 
-    def t_dce(z: Tensor) -> Tensor:
+    def t_dce(inner: nn.Module) -> Tensor:
         """Without log(e1) / e1, which the published t_DCE adds at each mask: its mean and its gradient are 0."""
         e1 = torch.expm1(p.sigma)
-        return published_t_dce(z) - (masked * p.dsigma * e1.log() / e1).mean()
+        return published_t_dce(inner) - (masked * p.dsigma * e1.log() / e1).mean()
 
     # The real k_DCE ends in float32, which comparisons in float64 would see.
+    theirs = {"k_DCE": here}
     pairs = {
-        name: (loss(here if name == "k_DCE" else losses, name, log_probs), loss(radd, name, lambda z: z))
+        name: (loss(theirs.get(name, losses), name, RADD.forward), loss(radd, name, radd.RADD.forward))
         for name in radd.LOSSES
     }
     published_t_dce, ours = pairs["t_DCE"]

@@ -3,23 +3,29 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.integrations import sedd
-from standins import Problem, published
+from standins import Case, LastLayer, Loss, Problem, published
 
 
 def expm1_sigma(sigma: Tensor) -> Tensor:
     return torch.where(sigma < 0.5, torch.expm1(sigma), torch.exp(sigma) - 1)
 
 
-def scale_by_sigma(x: Tensor, indices: Tensor, sigma: Tensor) -> Tensor:
-    """The tail of the model: from its last layer's output to the log score, 0 at the tokens themselves."""
-    x = x - expm1_sigma(sigma).log().to(x.dtype)[:, None, None] - math.log(x.shape[-1] - 1)
-    return torch.scatter(x, -1, indices[..., None], torch.zeros_like(x[..., :1]))
+class SEDD(nn.Module):
+    """The model's last layer and its tail: log scores, 0 at the tokens themselves."""
+
+    def forward(self, indices: Tensor, sigma: Tensor) -> Tensor:
+        x = self.output_layer(self.vocab_embed(indices), self.sigma_map(sigma))
+        if self.scale_by_sigma:
+            x = x - expm1_sigma(sigma).log().to(x.dtype)[:, None, None] - math.log(x.shape[-1] - 1)
+        return torch.scatter(x, -1, indices[..., None], torch.zeros_like(x[..., :1]))
 
 
 def sample_categorical(probs: Tensor) -> Tensor:
@@ -160,21 +166,25 @@ def get_loss_fn(
     return loss_fn
 
 
-PUBLISHED = published("sedd", "graph_lib", "losses", "sampling")
+PUBLISHED = published("sedd", "graph_lib", "losses", "model", "sampling")
+SEDD = PUBLISHED["model"].SEDD
 Absorbing, Uniform = PUBLISHED["graph_lib"].Absorbing, PUBLISHED["graph_lib"].Uniform
 AnalyticPredictor, Denoiser = PUBLISHED["sampling"].AnalyticPredictor, PUBLISHED["sampling"].Denoiser
 EulerPredictor, get_loss_fn = PUBLISHED["sampling"].EulerPredictor, PUBLISHED["losses"].get_loss_fn
 
 
-class Network(nn.Module):
-    """Answers with these numbers, scaled by sigma or not, as the model ends."""
-
-    def __init__(self, answer: Tensor, scale_by_sigma: bool) -> None:
-        super().__init__()
-        self.answer, self.scale_by_sigma = answer, scale_by_sigma
-
-    def forward(self, indices: Tensor, sigma: Tensor) -> Tensor:
-        return scale_by_sigma(self.answer, indices, sigma) if self.scale_by_sigma else self.answer
+def network(inner: nn.Module, scaled: bool = False) -> nn.Module:
+    """The codebase's model, whose last layer is a network's, which may be wrapped."""
+    made = SEDD.__new__(SEDD)
+    nn.Module.__init__(made)
+    made.vocab_embed, made.sigma_map, made.rotary_emb, made.blocks = (
+        lambda x: x,
+        lambda sigma: sigma,
+        lambda x: None,
+        [],
+    )
+    made.output_layer, made.absorb, made.scale_by_sigma = LastLayer(inner), True, scaled
+    return made
 
 
 @contextmanager
@@ -188,18 +198,19 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+def cases(p: Problem) -> dict[str, Case]:
     """The loss of each graph from log scores, and of the absorbing one from what the model scales to them."""
-    absorb, uniform = Absorbing(p.num_states - 1), Uniform(p.num_states)
+    absorb, uniform, model_of = Absorbing(p.num_states - 1), Uniform(p.num_states), cache(network)
 
     def noise(t: Tensor) -> tuple[Tensor, Tensor]:
         return p.sigma.to(torch.get_default_dtype()), p.dsigma.to(torch.get_default_dtype())
 
-    def loss(get_loss_fn: Callable, graph: Graph, xt: Tensor, scaled: bool) -> Callable[[Tensor], Tensor]:
-        def of(z: Tensor) -> Tensor:
-            with default_dtype(z.dtype):
+    def loss(get_loss_fn: Callable, forward: Callable, graph: Graph, xt: Tensor, scaled: bool) -> Loss:
+        def of(inner: nn.Module) -> Tensor:
+            dtype = next(inner.parameters()).dtype
+            with default_dtype(dtype), mock.patch.object(SEDD, "forward", forward):
                 loss_fn = get_loss_fn(noise, graph, True)
-                return loss_fn(Network(z, scaled), p.x0, t=p.t, perturbed_batch=xt).mean()
+                return loss_fn(model_of(inner, scaled), p.x0, t=p.t, perturbed_batch=xt).mean()
 
         return of
 
@@ -208,4 +219,5 @@ def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[T
         "absorb_scaled": (absorb, p.xt, True),
         "uniform": (uniform, p.moved, False),
     }
-    return {name: (loss(get_loss_fn, *case), loss(sedd.get_loss_fn, *case)) for name, case in settings.items()}
+    theirs, ours = (get_loss_fn, SEDD.forward), (sedd.get_loss_fn, sedd.SEDD.forward)
+    return {name: (loss(*theirs, *case), loss(*ours, *case)) for name, case in settings.items()}

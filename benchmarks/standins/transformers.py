@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.integrations.transformers import masked_diffusion_loss
-from standins import Problem
+from fastdiff.integrations.loss_head import LossHead
+from standins import Network, Problem
 
 
 def weighted_masked_lm_loss(logits: Tensor, labels: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
@@ -17,11 +17,16 @@ def weighted_masked_lm_loss(logits: Tensor, labels: Tensor, mask: Tensor, weight
     return (loss * weight).sum() / (labels != -100).sum()
 
 
-def cases(p: Problem) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
-    mask, weight = p.xt == p.mask_index, (1 / p.t)[:, None]
-    return {
-        "masked diffusion": (
-            lambda z: weighted_masked_lm_loss(z, p.x0, mask, weight),
-            lambda z: masked_diffusion_loss(z, p.x0, p.num_states, mask=mask, weight=weight),
-        )
-    }
+def cases(p: Problem) -> dict[str, tuple[Callable[[Network], Tensor], Callable[[Network], Tensor]]]:
+    mask, weight, num_items = p.xt == p.mask_index, 1 / p.t, p.x0.numel()
+
+    def published(network: Network) -> Tensor:
+        return weighted_masked_lm_loss(network(p.xt).logits, p.x0, mask, weight[:, None])
+
+    def ours(network: Network) -> Tensor:
+        head = LossHead(network)
+        options = dict(exclude_mask=False, reduction="mean", num_items=num_items)
+        with head.dce_loss(p.x0, mask=mask, weight=weight, **options) as loss_of:
+            return loss_of(network(p.xt).logits)
+
+    return {"masked diffusion": (published, ours)}

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from fastdiff import dce_loss, mask_tokens
 from fastdiff.checks import check_choice, check_values
+from fastdiff.integrations.loss_head import LossHead
 from fastdiff.integrations.patching import patch
 
 
 def apply_to_dllm() -> Callable[[], None]:
-    """Replaces `compute_loss` of both trainers, and returns what puts the published ones back.
+    """Replaces `compute_loss` of both trainers and `prediction_step`, and returns what puts the published ones back.
 
     Raises:
         ImportError, RuntimeError: as `patch`.
@@ -33,20 +34,32 @@ class MDLMTrainer:
     ) -> Tensor | tuple[Tensor, Any]:
         """Cross-entropy of masked tokens, weighted by time, in nats over the trainer's norm.
 
-        Masks are those of the published method under the same torch seed. Logits are neither copied nor shifted: where
-        those at i predict token i + 1, tokens, masks and weights move instead, and nothing predicts the first token.
+        Masks are those of the published method under the same torch seed. Logits are made where outputs are asked for,
+        and neither copied nor shifted: where those at i predict token i + 1, tokens, masks and weights move instead,
+        and nothing predicts the first token.
 
         Args:
-            model: (input_ids, attention_mask) -> an object with `.logits` [B, L, V].
+            model: (input_ids, attention_mask) -> an object with `.logits` [B, L, V]; its last layer as in `LossHead`.
             inputs: input_ids and labels [B, L] int64, labels -100 where a token is never masked; maybe an
                 attention_mask.
             return_outputs: also return the model's outputs, with their logits shifted.
 
         Raises:
-            ValueError, TypeError: padding is not on the right, an unknown norm, as `dce_loss`, or (on the CPU) a label
-                that is neither the token nor -100.
+            ValueError, TypeError: padding is not on the right, an unknown norm, or (on the CPU) a label that is neither
+                the token nor -100.
+            ValueError, TypeError, RuntimeError: as `LossHead`.
         """
         return _compute_loss(self, model, inputs, return_outputs, _mdlm_arguments)
+
+    @torch.no_grad()
+    def prediction_step(
+        self: Any, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(loss, logits, labels) of a batch in evaluation; logits are made unless only the loss is asked for."""
+        if prediction_loss_only:
+            return self.compute_loss(model, inputs), None, None
+        loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return loss, outputs.logits, inputs["labels"]
 
 
 class BD3LMTrainer:
@@ -107,20 +120,24 @@ def _compute_loss(
     t = trainer.time_epsilon + (1 - trainer.time_epsilon) * torch.rand(len(x0), **made)
     p_mask, uniforms = 1 - trainer.scheduler(t), torch.rand(x0.shape, **made)
     xt, mask = mask_tokens(x0, p_mask, mask_index=tokenizer.mask_token_id, maskable=maskable, uniforms=uniforms)
-    outputs = model(**arguments(trainer, model, xt, inputs))
+    norms = dict(token=counts.sum().clamp_min(1), sequence=counts.clamp_min(1).unsqueeze(1) * len(x0), batch=len(x0))
+    check_choice("loss_norm_type", trainer.loss_norm_type, tuple(norms))
     weight = trainer._compute_loss_weights(t=t, inputs=inputs, masked_mask=mask)
-    shift, rows = int(trainer.right_shift_logits), outputs.logits.shape[1]
+    asked, shift = arguments(trainer, model, xt, inputs), int(trainer.right_shift_logits)
 
     def at_logits(tokens: Tensor) -> Tensor:
         """[B, L] moved to the logits that predict it, 0 where they predict nothing."""
         tokens = tokens[:, shift:]
-        return F.pad(tokens, (0, rows - tokens.shape[1]))
+        return F.pad(tokens, (0, asked["input_ids"].shape[1] - tokens.shape[1]))
 
-    x0, mask, weight = at_logits(x0), at_logits(mask), at_logits(weight)
-    token_nll = dce_loss(outputs.logits, x0, mask=mask, weight=weight, exclude_mask=False)
+    options: dict[str, Any] = dict(x0=at_logits(x0), mask=at_logits(mask), exclude_mask=False, reduction="sum")
+    options |= dict(weight=at_logits(weight.double() / norms[trainer.loss_norm_type]), return_stats=True)
+    if return_outputs:
+        outputs = model(**asked)
+        loss, stats = dce_loss(outputs.logits, **options)
+    else:
+        with LossHead(model).dce_loss(**options) as loss_of:
+            loss, stats = loss_of(model(**asked).logits)
     split = "train" if model.training else "eval"
-    trainer.meter.update(split=split, value=token_nll.detach(), weight=at_logits(maskable).float())
-    norms = dict(token=counts.sum().clamp_min(1), sequence=counts.clamp_min(1) * len(x0), batch=len(x0))
-    check_choice("loss_norm_type", trainer.loss_norm_type, tuple(norms))
-    loss = (token_nll.sum(1) / norms[trainer.loss_norm_type]).sum()
+    trainer.meter.update(split=split, value=stats.nll * at_logits(weight), weight=at_logits(maskable).float())
     return (loss, trainer._postprocess_outputs(outputs)) if return_outputs else loss

@@ -1,7 +1,9 @@
 """Dream: the SFT loss of its released trainer (DreamLM/Dream-Coder), and CART weights. In the place of what stands from
-`shift_logits = ...` to `loss = torch.sum(loss) / valid_token_this_rank` in instruct/src/trainer/fsdp_sft_trainer.py:
+`output = self.fsdp_model(` to `loss = torch.sum(loss) / valid_token_this_rank` in
+instruct/src/trainer/fsdp_sft_trainer.py:
 
-    loss = sft_loss(logits, labels, loss_mask_nonflatten, t, self.config.diffusion)
+    more = dict(attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+    loss = sft_loss(self.fsdp_model, masked_input_ids, labels, loss_mask_nonflatten, t, self.config.diffusion, **more)
 
 and in dllm, whose DreamTrainer has the same weights (its loss: `fastdiff.integrations.dllm`):
 
@@ -15,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff import dce_loss
+from fastdiff.checks import check_bool
+from fastdiff.integrations.loss_head import LossHead
 from fastdiff.integrations.patching import patch
 
 
@@ -43,22 +46,27 @@ def cart_weight(masked_mask: Tensor, t: Tensor, p: float = 0.3) -> Tensor:
     return _cart(masked_mask, p).float()
 
 
-def sft_loss(logits: Tensor, labels: Tensor, loss_mask: Tensor, t: Tensor, diffusion: Any) -> Tensor:
-    """Weighted cross-entropy of the masked tokens over their number, in nats, float32 (float64 for float64 logits) [].
+def sft_loss(
+    model: Any, masked_input_ids: Tensor, labels: Tensor, loss_mask: Tensor, t: Tensor, diffusion: Any, **inputs: Any
+) -> Tensor:
+    """Weighted cross-entropy of the masked tokens over their number, in nats, float32 (float64 for float64 weights) [].
 
     It is 0 if there are none.
 
-    Logits at i predict token i + 1 and are not copied for it; nothing predicts the first token.
+    Hidden states at i predict token i + 1; nothing predicts the first token. Those that predict no masked token meet no
+    last layer.
 
     Args:
-        logits: [B, L, V]. labels: [B, L] int64 clean tokens, -100 where there is none to predict.
+        model: (input_ids, and the other inputs) -> an object with `.logits` [B, L, V]; its last layer as in `LossHead`.
+        masked_input_ids: [B, L] int64. labels: [B, L] int64 clean tokens, -100 where there is none to predict.
         loss_mask: [B, L] bool, the masked tokens. t: [B], the times at which they were masked.
         diffusion: the trainer's configuration. time_reweighting: "original", 1 / t; "linear", 1 - t; "cart", with
             cart_p; anything else, 1. token_reweighting: losses l become alpha (1 - exp(-l))^gamma l.
 
     Raises:
-        ValueError, TypeError: as `dce_loss` and `cart_weight`.
+        ValueError, TypeError, RuntimeError: as `LossHead`, its `dce_loss` and `cart_weight`.
     """
+    check_bool("loss_mask", loss_mask, labels.shape, labels.device)
     if diffusion.time_reweighting == "cart":
         weight = _cart(loss_mask, diffusion.cart_p)
     else:
@@ -66,11 +74,13 @@ def sft_loss(logits: Tensor, labels: Tensor, loss_mask: Tensor, t: Tensor, diffu
         weight = weights.get(diffusion.time_reweighting, torch.ones_like(t)).unsqueeze(1).expand(labels.shape)
     weight = weight.masked_fill(~loss_mask, 0)  # 1 / t may be infinite where nothing is masked
     x0, mask, weight = (F.pad(tokens[:, 1:], (0, 1)) for tokens in (labels, loss_mask, weight))
+    options = dict(reduction="none") if diffusion.token_reweighting else dict(reduction="mean", weight=weight)
+    with LossHead(model).dce_loss(x0, mask=mask, exclude_mask=False, **options) as loss_of:
+        loss = loss_of(model(input_ids=masked_input_ids, **inputs).logits)
     if not diffusion.token_reweighting:
-        return dce_loss(logits, x0, mask=mask, weight=weight, exclude_mask=False, reduction="mean")
-    nll = dce_loss(logits, x0, mask=mask, exclude_mask=False)
-    focal = diffusion.alpha * (-torch.expm1(-nll)) ** diffusion.gamma * nll
-    return ((focal * weight).sum() / mask.sum().clamp_min(1)).to(nll.dtype)
+        return loss
+    focal = diffusion.alpha * (-torch.expm1(-loss)) ** diffusion.gamma * loss
+    return ((focal * weight).sum() / mask.sum().clamp_min(1)).to(loss.dtype)
 
 
 def _cart(masked: Tensor, p: float) -> Tensor:

@@ -1,4 +1,8 @@
-"""LLaDA (ML-GSAI/LLaDA): the losses of GUIDELINES.md, for a training loop, and `get_log_likelihood` and `generate`:
+"""LLaDA (ML-GSAI/LLaDA): the losses of GUIDELINES.md, for a training loop, from a model that makes no logits for them:
+
+    loss = pretraining_loss(model, noisy_batch, input_ids, masked_indices, p_mask)
+
+and `get_log_likelihood` and `generate`:
 
     undo = apply_to_llada()
 
@@ -12,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff import conditional_nll, dce_loss, sample_tokens
+from fastdiff import conditional_nll, sample_tokens
 from fastdiff.checks import check_choice
+from fastdiff.integrations.loss_head import LossHead
 from fastdiff.integrations.patching import patch
 
 MASK, EOS, EOT = 126336, 126081, 126348
@@ -28,37 +33,48 @@ def apply_to_llada() -> Callable[[], None]:
     return patch("LLaDA", {"generate": (generate,), "get_log_likelihood": (get_log_likelihood,)})
 
 
-def pretraining_loss(logits: Tensor, input_ids: Tensor, masked_indices: Tensor, p_mask: Tensor) -> Tensor:
-    """Cross-entropy of the masked tokens over p_mask, divided by B L: nats, float32 (float64 for float64 logits) [].
+def pretraining_loss(
+    model: Any, noisy_batch: Tensor, input_ids: Tensor, masked_indices: Tensor, p_mask: Tensor
+) -> Tensor:
+    """Cross-entropy of the masked tokens over p_mask, divided by B L: nats, float32 (float64 for float64 weights) [].
 
     Args:
-        logits: [B, L, V]. input_ids: [B, L] int64. masked_indices: [B, L] bool. p_mask: [B, L], from `forward_process`.
+        model: (input_ids) -> an object with `.logits` [B, L, V]; its last layer as in `LossHead`.
+        noisy_batch, masked_indices, p_mask: [B, L] int64, bool and float, from `forward_process`.
+        input_ids: [B, L] int64, the clean tokens.
 
     Raises:
-        ValueError, TypeError: as `dce_loss`.
+        ValueError, TypeError, RuntimeError: as `LossHead` and its `dce_loss`.
     """
     weight = 1 / p_mask.double()
-    return _loss(logits, input_ids, masked_indices, weight, input_ids.numel())
+    return _loss(model, noisy_batch, input_ids, masked_indices, weight, input_ids.numel())
 
 
 def sft_loss(
-    logits: Tensor, input_ids: Tensor, masked_indices: Tensor, p_mask: Tensor, answer_lengths: Tensor
+    model: Any,
+    noisy_batch: Tensor,
+    input_ids: Tensor,
+    masked_indices: Tensor,
+    p_mask: Tensor,
+    answer_lengths: Tensor,
 ) -> Tensor:
     """Cross-entropy of the masked tokens over p_mask and the length of their answer, divided by B.
 
     Args:
-        logits, input_ids, masked_indices, p_mask: as in `pretraining_loss`.
+        model, noisy_batch, input_ids, masked_indices, p_mask: as in `pretraining_loss`.
         answer_lengths: [B, L] int64, the same along a sequence.
 
     Raises:
-        ValueError, TypeError: as `dce_loss`.
+        ValueError, TypeError, RuntimeError: as `pretraining_loss`.
     """
     weight = 1 / (p_mask.double() * answer_lengths)
-    return _loss(logits, input_ids, masked_indices, weight, len(input_ids))
+    return _loss(model, noisy_batch, input_ids, masked_indices, weight, len(input_ids))
 
 
-def _loss(logits: Tensor, x0: Tensor, mask: Tensor, weight: Tensor, num_items: int) -> Tensor:
-    return dce_loss(logits, x0, mask=mask, weight=weight, exclude_mask=False, reduction="mean", num_items=num_items)
+def _loss(model: Any, xt: Tensor, x0: Tensor, mask: Tensor, weight: Tensor, num_items: int) -> Tensor:
+    options = dict(mask=mask, weight=weight, exclude_mask=False, reduction="mean", num_items=num_items)
+    with LossHead(model).dce_loss(x0, **options) as loss_of:
+        return loss_of(model(input_ids=xt).logits)
 
 
 def get_log_likelihood(

@@ -23,44 +23,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
-from fastdiff.checks import check_choice, check_tensor
-from fastdiff.data import NUM_BYTES, decode, encode
+from fastdiff.checks import check_choice
+from fastdiff.data import NUM_BYTES
 from fastdiff.estimators import conditional_nll
 from fastdiff.estimators.scoring import Model
 from fastdiff.estimators.time_free import PROPOSALS
-from fastdiff.integrations.transformers import agreed_mask_index, logits_are_shifted  # names FastdiffForMaskedLM
-from fastdiff.model import DiffusionTransformer, ModelConfig, read_config
+from fastdiff.integrations.transformers import agreed_mask_index  # and names FastdiffForMaskedLM
+from fastdiff.loading import front_of, of_config, shifted
+from fastdiff.model import DiffusionTransformer, read_config
 from fastdiff.sampling import sample
+from fastdiff.texts import Bytes
 from fastdiff.training import time_free
 
 _TOGETHER = 64  # requests of equal lengths
 _PARTS = 2**20  # more than a document has windows or repeats
-
-
-class Bytes:
-    """The tokenizer of models on bytes."""
-
-    eos_token_id = None
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return encode(text).tolist()
-
-    def decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
-        return decode(torch.tensor([token for token in tokens if token < NUM_BYTES], device="cpu"))
-
-
-class _Shifted(nn.Module):
-    """What a body gives at i - 1, at i: logits ("logits") or hidden states ("last_hidden_state")."""
-
-    def __init__(self, body: Any, what: str) -> None:
-        super().__init__()
-        self.body, self.what = body, what
-
-    def forward(self, xt: Tensor) -> Tensor:
-        output = self.body(xt)
-        output = getattr(output, self.what, output)
-        check_tensor(f"model's {self.what}", output)
-        return torch.cat([output[:, :1], output[:, :-1]], 1)  # the first is there for the shape: nothing predicts it
 
 
 class _Scored(NamedTuple):
@@ -148,7 +124,7 @@ class FastdiffLM(LM):
         if isinstance(pretrained, str | os.PathLike):
             model, known = _load(Path(pretrained), self._device)
         else:
-            model, known = pretrained, _of_config(getattr(pretrained, "config", None))
+            model, known = pretrained, of_config(getattr(pretrained, "config", None))
         self.tokenizer = known.pop("tokenizer", None) if tokenizer is None else tokenizer
         if isinstance(self.tokenizer, str | os.PathLike):
             self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=True)
@@ -158,10 +134,10 @@ class FastdiffLM(LM):
         for name, value in (("tokenizer", self.tokenizer), *given.items()):
             if value is None:
                 raise ValueError(f"{name}: expected one, for the model comes with none")
-        self.front = _front(self.tokenizer, add_bos_token)
+        self.front = front_of(self.tokenizer, add_bos_token)
         self.max_length, self.shift = given.pop("max_length"), given.pop("shift")
         self.shared: dict[str, Any] = given  # mask_index and exclude_mask
-        self.model = _shifted(model) if self.shift else model
+        self.model = shifted(model) if self.shift else model
         self.likelihoods: list[dict[str, Any]] = []
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -329,38 +305,9 @@ def _load(folder: Path, device: torch.device) -> tuple[Model, dict[str, Any]]:
         thin = DiffusionTransformer.from_pretrained(folder).to(device)
         if thin.config.num_states != NUM_BYTES + 1:
             raise ValueError(f"pretrained: expected a model of bytes and a mask, got {thin.config}")
-        return time_free(thin, NUM_BYTES), _of_config(thin.config) | dict(tokenizer=Bytes(), mask_index=NUM_BYTES)
+        return time_free(thin, NUM_BYTES), of_config(thin.config) | dict(tokenizer=Bytes(), mask_index=NUM_BYTES)
     model = AutoModel.from_pretrained(folder, dtype="auto", trust_remote_code=True).to(device)
-    return model, _of_config(model.config) | dict(tokenizer=folder)
-
-
-def _of_config(config: Any) -> dict[str, Any]:
-    """What a model's config says; max_length of one of transformers is a default of generation."""
-    ours = isinstance(config, ModelConfig)
-    names = ("max_length",) if ours else ("max_position_embeddings", "max_sequence_length")
-    longest = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
-    mask_index, shift = getattr(config, "mask_token_id", None), logits_are_shifted(config)
-    return dict(mask_index=mask_index, max_length=longest, exclude_mask=ours, shift=shift)
-
-
-def _shifted(model: Model) -> Model:
-    if isinstance(model, tuple):
-        return _Shifted(model[0], "last_hidden_state"), model[1]
-    return _Shifted(model, "logits")
-
-
-def _front(tokenizer: Any, add_bos_token: bool | None) -> list[int]:
-    """What is put in front of every text."""
-    if add_bos_token is not None:
-        bos: Any = getattr(tokenizer, "bos_token_id", None)
-        if add_bos_token and bos is None:
-            raise ValueError("add_bos_token: expected a tokenizer that has a BOS")
-        return [bos] if add_bos_token else []
-    text, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
-    for start in range(len(whole) - len(text) + 1):
-        if whole[start : start + len(text)] == text and (text or not whole):
-            return whole[:start]
-    raise ValueError(f"tokenizer: expected the tokens {text} of a text among those with special ones, got {whole}")
+    return model, of_config(model.config) | dict(tokenizer=folder)
 
 
 def _name(k: int, request: Instance) -> int:

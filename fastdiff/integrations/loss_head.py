@@ -139,8 +139,8 @@ class _Scoring:
     @torch.compiler.disable
     def _in_parts(self, forward: Forward, hidden: Tensor) -> Any:
         """By calls of the layer on some scored rows at a time, whose logits are made again in backward."""
-        options = {"return_stats": False, "backend": None, "capacity": None} | self.options
-        with_stats, backend, _ = (options.pop(name) for name in ("return_stats", "backend", "capacity"))
+        options = {"return_stats": False, "backend": None, "capacity": None, "summed": False} | self.options
+        with_stats, backend, *_ = (options.pop(name) for name in ("return_stats", "backend", "capacity", "summed"))
         tail = self.behind.tail
         rows = self.rows(hidden.detach().new_empty(()).expand(*hidden.shape[:-1], tail.num_states), **options)
         index = scored_tokens(rows).flatten().nonzero().squeeze(1)

@@ -1,19 +1,25 @@
-"""MDLM (kuleshov-group/mdlm): its losses, and the reverse step of its sampler, from the backbone's logits.
+"""MDLM (kuleshov-group/mdlm): its losses, from the backbone's hidden states, and the reverse step of its sampler.
 
 undo = apply_to_mdlm()
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.checks import check_choice
+from fastdiff.integrations.loss_head import LossHead
 from fastdiff.integrations.patching import patch
-from fastdiff.losses import dce_loss, dse_loss
+from fastdiff.losses import dse_loss
 from fastdiff.tokens import sample_tokens
+
+# What a loss that makes no logits does not call.
+BYPASSED = ("forward", "_forward_pass_diffusion", "_subs_parameterization", "_sedd_parameterization", "_score_entropy")
+LAST_LAYERS = ("output_layer.linear", "backbone.output_layer.linear", "model.lm_head")  # DIT, the hub's, DiMamba
 
 
 def apply_to_mdlm() -> Callable[[], None]:
@@ -25,18 +31,34 @@ def apply_to_mdlm() -> Callable[[], None]:
     return patch("MDLM", {"diffusion": (Diffusion,)})
 
 
+@dataclass
+class Loss:
+    """As `diffusion.Loss`: the mean over tokens; what it sums, [B, L]; the tokens, [B, L], 0 where they are padding."""
+
+    loss: Tensor
+    nlls: Tensor
+    token_mask: Tensor
+
+
 class Diffusion:
     """For `diffusion.Diffusion`, whose attributes the methods read."""
 
-    def _forward_pass_diffusion(self: Any, x0: Tensor) -> Tensor:
-        """NELBO of each token, [B, L] float32 in nats, at a time and under a noise drawn for x0 [B, L] int64.
+    def _loss(self: Any, x0: Tensor, attention_mask: Tensor) -> Loss:
+        """NELBO of a token, in nats, at a time and under a noise drawn for x0 [B, L] int64. No logits are made.
 
-        For the parameterizations "subs" (with importance sampling of t or a change of variables too) and "sedd".
+        For the parameterizations "subs" (with importance sampling of t or a change of variables too) and "sedd";
+        "ar" is MDLM's own.
 
         Raises:
-            ValueError: another parameterization, or discrete time (T > 0); else as `fastdiff.dce_loss`.
+            ValueError: another parameterization, or discrete time (T > 0).
+            TypeError: a class derived from this one has its own of what is not called here.
+            ValueError, TypeError, RuntimeError: as `LossHead.dce_loss`.
         """
-        check_choice("parameterization", self.parameterization, ("subs", "sedd"))
+        x0, targets, attention_mask = self._maybe_sub_sample(x0, attention_mask)
+        if self.parameterization == "ar":
+            return mean_loss(-at(self.backbone(x0, None), targets), attention_mask)
+        check_bypassed(self, Diffusion._loss, *BYPASSED)
+        check_choice("parameterization", self.parameterization, ("subs", "sedd", "ar"))
         if self.T > 0:
             raise ValueError(f"T: expected 0, continuous time, got {self.T}")
         t = self._sample_t(len(x0), x0.device)
@@ -47,15 +69,18 @@ class Diffusion:
             sigma, dsigma = self.noise(t)
             conditioning, move_chance = sigma, -torch.expm1(-sigma)
         xt = self.q_xt(x0, move_chance[:, None])
-        logits = _logits(self, xt, conditioning[:, None])
+
+        def logits(x: Tensor) -> Tensor:
+            return _logits(self, x, conditioning[: len(x), None])
+
+        head = LossHead(self.backbone, last_layer(self.backbone), logits=logits)
         if self.parameterization == "sedd":
-            options: dict[str, Any] = dict(parametrization="scale_by_sigma", mask_index=self.mask_index)
-            return dse_loss(logits, sigma, xt, x0, dsigma=dsigma, **options)
+            return sedd_loss(self, head, logits, xt, x0, sigma[:, None], dsigma[:, None], attention_mask)
         if self.change_of_variables or self.importance_sampling:
-            weight = -_log_masked(self.noise.sigma_min)  # every log of the masked share is as likely
+            weight = -_log_masked(self.noise.sigma_min)[None]  # every log of the masked share is as likely
         else:
-            weight = dsigma / torch.expm1(sigma)
-        return dce_loss(logits, x0, xt=xt, weight=weight, mask_index=self.mask_index)
+            weight = (dsigma / torch.expm1(sigma))[:, None]
+        return subs_loss(self, head, logits, xt, x0, weight, attention_mask)
 
     def _score_entropy(self: Any, log_score: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor) -> Tensor:
         """Score entropy of each token in nats per unit of sigma, [B, L] float32; 0 where xt is not the mask.
@@ -88,15 +113,94 @@ class Diffusion:
         return logits, sample_tokens(logits, x, mask=revealed, mask_index=self.mask_index)
 
 
-def _logits(diffusion: Any, x: Tensor, sigma: Tensor) -> Tensor:
-    """What `Diffusion.forward` has before it is parametrised."""
-    with float32_on_gpus(x):
-        return diffusion.backbone(x, diffusion._process_sigma(sigma))
+# ---------------------------------------------------------------------------------------------------------
+# What BD3-LM shares.
+
+Model = Callable[[Tensor], Tensor]
+
+
+def subs_loss(
+    diffusion: Any, head: LossHead, model: Model, x: Tensor, x0: Tensor, weight: Tensor, attention_mask: Tensor
+) -> Loss:
+    """Cross-entropy at masks, times weight, [B, L] or what broadcasts to it.
+
+    Where x is [xt, x0], [B, 2 L], so are the hidden states; the rows of x0 are not scored.
+    """
+    halves, weight = x.shape[1] // x0.shape[1], weight * attention_mask
+    scored = _scored(x, x0.repeat(1, halves), attention_mask.repeat(1, halves))
+    options: dict[str, Any] = dict(xt=scored, weight=weight.repeat(1, halves), mask_index=diffusion.mask_index)
+    options |= dict(reduction="mean", num_items=attention_mask.sum(), return_stats=True)
+    with head.dce_loss(x0.repeat(1, halves), **options) as loss_of:
+        loss, stats = loss_of(model(x))
+    return Loss(loss, weight * stats.nll[:, : x0.shape[1]], attention_mask)
+
+
+def sedd_loss(
+    diffusion: Any,
+    head: LossHead,
+    model: Model,
+    xt: Tensor,
+    x0: Tensor,
+    sigma: Tensor,
+    dsigma: Tensor,
+    attention_mask: Tensor,
+) -> Loss:
+    """Score entropy at masks of what the backbone gives before it is scaled by sigma, [B, 1], times dsigma, [B, L] or
+    what broadcasts to it."""
+    options: dict[str, Any] = dict(parametrization="scale_by_sigma", mask_index=diffusion.mask_index, summed=True)
+    count = attention_mask.sum()
+    options |= dict(dsigma=dsigma.double() * attention_mask / count)  # so that backward starts from 1
+    with head.dse_loss(sigma, _scored(xt, x0, attention_mask), x0, **options) as loss_of:
+        shares = loss_of(model(xt))
+    return Loss(shares.sum(), shares.detach() * count, attention_mask)
+
+
+def mean_loss(losses: Tensor, attention_mask: Tensor) -> Loss:
+    nlls = losses * attention_mask
+    return Loss(nlls.sum() / attention_mask.sum(), nlls, attention_mask)
+
+
+def _scored(xt: Tensor, x0: Tensor, attention_mask: Tensor) -> Tensor:
+    """xt with masks nowhere but where a token is scored."""
+    return torch.where(attention_mask != 0, xt, x0)
+
+
+def last_layer(backbone: nn.Module) -> nn.Module | None:
+    """What makes logits of hidden states, where these codebases have it; None if it is not there."""
+    for name in LAST_LAYERS:
+        try:
+            return backbone.get_submodule(name)
+        except AttributeError:
+            continue
+    return None
+
+
+def at(rows: Tensor, tokens: Tensor) -> Tensor:
+    """The number of each row [..., V] that is its token's, [...]."""
+    return rows.gather(-1, tokens[..., None]).squeeze(-1)
+
+
+def check_bypassed(diffusion: Any, ours: Callable[..., Any], *names: str) -> None:
+    """That no class derived from the one that has our method has its own of what this does not call."""
+    for cls in type(diffusion).__mro__:
+        if vars(cls).get(ours.__name__) is ours:
+            return
+        for name in names:
+            if name in vars(cls):
+                raise TypeError(
+                    f"{cls.__name__}.{name}: expected the published one, as {ours.__name__} does not call it"
+                )
 
 
 def float32_on_gpus(x: Tensor) -> AbstractContextManager[Any]:
     """The autocast of `Diffusion.forward`: CUDA's alone."""
     return torch.autocast("cuda", dtype=torch.float32) if x.is_cuda else nullcontext()
+
+
+def _logits(diffusion: Any, x: Tensor, sigma: Tensor) -> Tensor:
+    """What `Diffusion.forward` has before it is parametrised."""
+    with float32_on_gpus(x):
+        return diffusion.backbone(x, diffusion._process_sigma(sigma))
 
 
 def _log_masked(sigma: Tensor) -> Tensor:

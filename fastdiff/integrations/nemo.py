@@ -1,24 +1,32 @@
-"""NVIDIA NeMo Automodel: the loss of masked diffusion in its dLLM recipes.
+"""NVIDIA NeMo Automodel: the losses of its dLLM recipes, from hidden states.
 
 undo = apply_to_nemo()
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from fastdiff import dce_loss
-from fastdiff.integrations.patching import patch
+from fastdiff import linear_dce_loss
+from fastdiff.integrations.loss_head import LossHead
+from fastdiff.integrations.patching import around, patch, setting
+
+LOSSES, STRATEGIES = "nemo_automodel.components.loss.dllm_loss", "nemo_automodel.recipes.dllm.strategy"
 
 
 def apply_to_nemo() -> Callable[[], None]:
-    """Replaces what `MDLMCrossEntropyLoss` computes, not the class, and returns what undoes that.
+    """Replaces how the strategies MDLM, Hybrid and IDLM train, and DFlash's loss, and returns what undoes that.
 
     Raises:
         ImportError, RuntimeError: as `patch`.
     """
-    return patch("NeMo Automodel", {"nemo_automodel.components.loss.dllm_loss": (MDLMCrossEntropyLoss,)})
+    strategies = tuple(around(STRATEGIES, name, forward_backward=make) for name, make in SEAMS.items())
+    return patch("NeMo Automodel", {STRATEGIES: strategies, LOSSES: (DFlashDecayLoss,)})
 
 
 class DLLMLossOutput(NamedTuple):
@@ -30,49 +38,158 @@ class DLLMLossOutput(NamedTuple):
     draft_count_per_pos: Tensor | None = None
 
 
-class MDLMCrossEntropyLoss(nn.Module):
-    """Cross-entropy of the masked tokens over their p_mask, in nats, in float32 for any logits.
+class Scored(NamedTuple):
+    """What a loss asks of each hidden state, [B, L] or [B, 2 L]: the loss is the sum of weight times cross-entropy.
 
-    Args:
-        fp32_upcast: not used; sums are float32 (float64 for float64 logits) in any case.
+    first: L, whose part of the loss is logged. causal: whether the rest is of the model's causal_logits; None if
+    nobody asks.
     """
 
-    def __init__(self, fp32_upcast: bool = True) -> None:
-        super().__init__()
-        self.fp32_upcast = fp32_upcast
+    x0: Tensor
+    mask: Tensor
+    weight: Tensor
+    first: int
+    causal: bool | None = None
 
-    def forward(
-        self,
-        logits: Tensor,
-        target_ids: Tensor,
-        noise_mask: Tensor,
-        p_mask: Tensor,
-        loss_mask: Tensor,
-        loss_mask_ar: Tensor | None = None,
-        num_diffusion_tokens: int | None = None,
+
+def without_logits(published: Any, loss: str, scored: Callable[..., Scored | None]) -> Callable[..., None]:
+    """A strategy's forward and backward in which the model gives the loss of what is scored where it gave logits."""
+
+    def forward_backward(
+        self: Any,
+        recipe: Any,
+        idx: int,
+        batch: dict[str, Any],
+        *,
+        loss_buffer: list[Tensor],
+        num_diffusion_tokens: int,
         num_ar_tokens: int | None = None,
-        causal_logits: Tensor | None = None,
-        noisy_input_ids: Tensor | None = None,
-    ) -> DLLMLossOutput:
-        """The loss, summed over this rank's tokens and divided by num_diffusion_tokens (not at all if that is None).
-
-        Args:
-            logits: [B, L, V]; may be a DTensor sharded along V, of which each rank reads its own part.
-            target_ids: [B, L] int64 clean tokens. noise_mask: [B, L] bool, the masked ones.
-            p_mask: [B, L], taken as 1e-8 where it is smaller. loss_mask: [B, L], nonzero where a token is supervised.
-            num_diffusion_tokens: of all ranks and accumulated parts.
-            loss_mask_ar, num_ar_tokens, causal_logits, noisy_input_ids: of other losses; not used.
-
-        Raises:
-            ValueError, TypeError: as `dce_loss`; a DTensor that is not sharded along V alone.
-        """
-        loss = dce_loss(
-            logits,
-            target_ids.to(logits.device),
-            mask=noise_mask & loss_mask.bool(),
-            weight=1 / p_mask.clamp(min=1e-8),
-            exclude_mask=False,
-            reduction="mean",
-            num_items=1 if num_diffusion_tokens is None else max(num_diffusion_tokens, 1),
+        num_batches: int,
+        is_train: bool = True,
+    ) -> None:
+        step = partial(
+            published,
+            self,
+            recipe,
+            idx,
+            batch,
+            loss_buffer=loss_buffer,
+            num_diffusion_tokens=num_diffusion_tokens,
+            num_ar_tokens=num_ar_tokens,
+            num_batches=num_batches,
+            is_train=is_train,
         )
-        return DLLMLossOutput(loss, loss.detach().clone())
+        rows = None
+        known = "_noise_mask" in batch and num_diffusion_tokens is not None
+        if known and type(recipe.dllm_loss_fn).__name__ == loss:
+            device = recipe.dist_env.device
+            here = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+            rows = scored(recipe, here, max(num_diffusion_tokens, 1), num_ar_tokens or 1)
+        if rows is None:
+            step()
+        else:
+            with _loss_fn(recipe, rows) as ours, setting(recipe, "dllm_loss_fn", ours):
+                step()
+
+    return forward_backward
+
+
+@contextmanager
+def _loss_fn(recipe: Any, rows: Scored) -> Iterator[Any]:
+    """In the place of the recipe's: the loss, given what the model gives in the place of its logits."""
+    x0, mask, weight, first, causal = rows
+    halves = first < x0.shape[1]
+    options = dict(mask=mask, weight=weight, exclude_mask=False, reduction="sum", return_stats=halves)
+    with _head(recipe).dce_loss(x0, **options) as loss_of:
+
+        def loss_fn(logits: Tensor, *_: Any, causal_logits: Tensor | None = None, **__: Any) -> DLLMLossOutput:
+            if causal not in (None, causal_logits is not None):
+                raise ValueError(f"causal_logits: expected {'some' if causal else 'None'} of this dlm_paradigm")
+            if not halves:
+                total = loss_of(logits)
+                return DLLMLossOutput(total, total.detach().clone())
+            total, stats = loss_of(logits)
+            return DLLMLossOutput(total, (weight * stats.nll)[:, :first].sum())
+
+        yield loss_fn
+
+
+def mdlm(recipe: Any, batch: dict[str, Tensor], num_diffusion_tokens: int, _: int) -> Scored:
+    x0 = batch["_clean_input_ids"]
+    weight = (1 / batch["_p_mask"].clamp(min=1e-8)).double() / num_diffusion_tokens
+    return Scored(x0, batch["_noise_mask"] & batch["loss_mask"].bool(), weight, x0.shape[1])
+
+
+def hybrid(recipe: Any, batch: dict[str, Tensor], num_diffusion_tokens: int, num_ar_tokens: int) -> Scored:
+    """In two paradigms of [xt, x0]; in the second of them x0 predicts the next token."""
+    x0, mask, weight, length, _ = mdlm(recipe, batch, num_diffusion_tokens, num_ar_tokens)
+    weight = recipe.dllm_loss_fn.alpha * weight
+    paradigm = getattr(recipe.model_parts[0].config, "dlm_paradigm", None)
+    if paradigm not in ("block_diff", "sbd_block_diff"):
+        return Scored(x0, mask, weight, length, causal=False)
+    causal = paradigm == "sbd_block_diff"
+    predicted, even = _following(batch["loss_mask"].bool()) & causal, torch.full_like(weight, 1 / num_ar_tokens)
+    halves = (x0, _following(x0)), (mask, predicted), (weight, even)
+    x0, mask, weight = (torch.cat(two, 1) for two in halves)
+    return Scored(x0, mask, weight, length, causal)
+
+
+def idlm(recipe: Any, batch: dict[str, Tensor], num_diffusion_tokens: int, _: int) -> Scored | None:
+    """Of [xt, x0], where each half predicts the next token."""
+    if recipe.dllm_loss_fn.auto_balance:  # their weights are known when both losses are
+        return None
+    x0, mask = batch["_clean_input_ids"], batch["_noise_mask"].bool()
+    if "attention_mask" in batch:
+        mask = mask & batch["attention_mask"].bool()
+    even = torch.full(x0.shape, 1 / num_diffusion_tokens, dtype=torch.float64, device=x0.device)
+    weight = torch.cat([even, recipe.dllm_loss_fn.clean_loss_weight * even], 1)
+    return Scored(_following(x0).repeat(1, 2), _following(mask).repeat(1, 2), weight, x0.shape[1])
+
+
+SEAMS = {
+    "MDLMStrategy": partial(without_logits, loss="MDLMCrossEntropyLoss", scored=mdlm),
+    "HybridStrategy": partial(without_logits, loss="HybridDiffusionLLMLoss", scored=hybrid),
+    "IDLMStrategy": partial(without_logits, loss="IDLMLoss", scored=idlm),
+}
+
+
+class DFlashDecayLoss:
+    def forward_fused(
+        self: Any,
+        hidden: Tensor,
+        lm_head_weight: Tensor,
+        target_ids: Tensor,
+        block_mask: Tensor,
+        num_tokens: int | None = None,
+        block_size: int | None = None,
+        lm_head_bias: Tensor | None = None,
+    ) -> DLLMLossOutput:
+        """As published, of hidden [B, T, D]: cross-entropy weighted by decay and block_mask [B, T], and accuracies."""
+        weight = block_mask * self._decay_weights(hidden.shape[1], block_size, hidden.device, torch.float64)
+        options = dict(mask=block_mask != 0, weight=weight, exclude_mask=False, reduction="sum")
+        loss, stats = linear_dce_loss(
+            hidden, lm_head_weight, target_ids, bias=lm_head_bias, return_stats=True, **options
+        )
+        if self.normalize == "mean":
+            loss = loss / (weight.sum() + 1e-6)
+        elif num_tokens is not None:
+            loss = loss / max(num_tokens, 1)
+        accuracies = self._draft_acc_per_pos(stats.correct, block_mask, block_size)
+        return DLLMLossOutput(loss, loss.detach().clone(), *accuracies)
+
+
+def _head(recipe: Any) -> LossHead:
+    """Of a model that is called as the recipe does."""
+    model, dtype = recipe.model_parts[0], getattr(recipe.distributed_config, "autocast_dtype", None)
+
+    def logits(tokens: Tensor) -> Tensor:
+        with torch.autocast(tokens.device.type, dtype, enabled=dtype is not None):
+            out = model(input_ids=tokens)
+        return getattr(out, "logits", out)
+
+    return LossHead(model, logits=logits)
+
+
+def _following(tokens: Tensor) -> Tensor:
+    """Of each position the next one's; the last has none (0, False)."""
+    return F.pad(tokens[:, 1:], (0, 1))

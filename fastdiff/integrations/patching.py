@@ -25,7 +25,7 @@ def patch(codebase: str, seams: Mapping[str, tuple[Any, ...]]) -> Callable[[], N
 
     Args:
         codebase: its name, for messages.
-        seams: by module, functions, and classes whose methods (without two underscores) are meant.
+        seams: by module, functions, and classes whose methods (without two underscores, or `__call__`) are meant.
 
     Raises:
         ImportError: a module is not there.
@@ -54,8 +54,20 @@ def patch(codebase: str, seams: Mapping[str, tuple[Any, ...]]) -> Callable[[], N
     return undo
 
 
+def around(module: str, name: str, **methods: Callable[[Any], Callable[..., Any]]) -> type:
+    """A namesake of a class, for `patch`: each of its methods is made of the published one, which it calls."""
+    owner = getattr(importlib.import_module(module), name, None)
+    made: dict[str, Any] = {}
+    for method, make in methods.items():
+        made[method] = published = getattr(owner, method, None)
+        if getattr(published, "made_by", None) is not make:  # a second time it would be around ours
+            made[method] = make(published)
+            made[method].made_by = make
+    return type(name, (), made)
+
+
 @contextmanager
-def setting(owner: Any, name: str, value: bool) -> Iterator[None]:
+def setting(owner: Any, name: str, value: Any) -> Iterator[None]:
     """With another value of an attribute, which is False where there is none: a loss that normalises by itself spares
     the network its tail, and nobody else is given what comes before that."""
     before = getattr(owner, name, False)
@@ -68,7 +80,8 @@ def setting(owner: Any, name: str, value: bool) -> Iterator[None]:
 
 def _methods(codebase: str, published: Any, ours: type) -> list[tuple[Any, str, Any]]:
     """Where what is to be put: the class, the method's name, our method."""
-    methods = [m for m in vars(ours).values() if inspect.isfunction(m) and not m.__name__.startswith("__")]
+    functions = filter(inspect.isfunction, vars(ours).values())
+    methods = [m for m in functions if m.__name__ == "__call__" or not m.__name__.startswith("__")]
     for method in methods:
         _check(codebase, getattr(published, method.__name__, None), method)
     return [(published, method.__name__, method) for method in methods]

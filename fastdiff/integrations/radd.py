@@ -1,4 +1,4 @@
-"""RADD (ML-GSAI/RADD): its four losses t_DSE, t_DCE, lambda_DCE and k_DCE, and its noise.
+"""RADD (ML-GSAI/RADD): its four losses t_DSE, t_DCE, lambda_DCE and k_DCE, without logits, and its noise.
 
 undo = apply_to_radd()    # before losses.get_step_fn, or the evaluation's get_loss_fn
 """
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checks import check_choice
+from fastdiff.integrations.loss_head import LossHead
 from fastdiff.integrations.patching import patch, setting
-from fastdiff.losses import dce_loss
 from fastdiff.noising import mask_exactly, mask_tokens
 
 LOSSES = ("t_DSE", "t_DCE", "lambda_DCE", "k_DCE")
@@ -32,7 +32,7 @@ class RADD:
     """For `model.RADD`."""
 
     def forward(self: Any, indices: Tensor) -> Tensor:
-        """Log-probabilities [B, L, V] of indices [B, L] int64; to these losses, which normalise them, logits."""
+        """Log-probabilities [B, L, V] of indices [B, L] int64; to these losses, its last layer's output."""
         x = self.logits(indices)
         if not getattr(self, "gives_logits", False):
             x[..., :-1] = x[..., :-1].log_softmax(-1)
@@ -82,8 +82,9 @@ def get_loss_fn(
         order: unused, as there.
 
     Returns:
-        The function, whose result is [B] float32 in nats per sequence ("lambda_DCE": float64). Its model maps [B, L]
-        int64 to [B, L, V] log-probabilities or logits, in any float type.
+        The function, whose result is [B] float32 in nats per sequence ("lambda_DCE": float64), to be summed or
+        averaged: they must weigh alike in what backward starts from, or that is a ValueError. Its model is RADD's, as
+        it is or wrapped by DDP; its last layer computes the loss, and no logits are made.
 
     Raises:
         ValueError: loss_type is not one of the four.
@@ -101,10 +102,13 @@ def get_loss_fn(
         else:
             sigma, dsigma = noise((1 - sampling_eps) * Batch_Uniform_Sampler(B, "vdm", batch.device) + sampling_eps)
             weight, perturbed_batch = dsigma / torch.expm1(sigma), add_noise_t(batch, sigma[:, None], token_dim - 1)
+        network: Any = getattr(model, "module", model)
+        scoring = LossHead(model, network.output_layer.linear, logits=model).dce_loss(
+            batch, xt=perturbed_batch, weight=weight, summed=True
+        )
         model.train(train)
-        with setting(getattr(model, "module", model), "gives_logits", True):
-            out = model(perturbed_batch)
-        loss = dce_loss(out, batch, xt=perturbed_batch, weight=weight)
+        with setting(network, "gives_logits", True), scoring as loss_of:
+            loss = loss_of(model(perturbed_batch))
         return loss.sum(-1, dtype=torch.float64 if loss_type == "lambda_DCE" else None)
 
     return loss_fn

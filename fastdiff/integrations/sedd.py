@@ -1,15 +1,18 @@
-"""SEDD (louaaron/Score-Entropy-Discrete-Diffusion): its loss, its forward noise and its reverse steps.
+"""SEDD (louaaron/Score-Entropy-Discrete-Diffusion): its loss, without logits, its forward noise and its reverse steps.
 
 undo = apply_to_sedd()    # before losses.get_step_fn
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff import graphs
+from fastdiff.integrations.loss_head import LossHead
 from fastdiff.integrations.patching import patch, setting
 from fastdiff.losses import dse_loss
 from fastdiff.noising import corrupt
@@ -17,13 +20,32 @@ from fastdiff.reverse import reverse_step
 
 
 def apply_to_sedd() -> Callable[[], None]:
-    """Replaces `losses.get_loss_fn`, the methods of both graphs and the predictors' steps; returns what undoes that.
+    """Replaces `losses.get_loss_fn`, the model's tail, the methods of both graphs and the predictors' steps; returns
+    what undoes that.
 
     Raises:
         ImportError, RuntimeError: as `patch`.
     """
-    predictors = (AnalyticPredictor, EulerPredictor, Denoiser)
-    return patch("SEDD", {"losses": (get_loss_fn,), "graph_lib": (Absorbing, Uniform), "sampling": predictors})
+    seams = {"losses": (get_loss_fn,), "model": (SEDD,), "graph_lib": (Absorbing, Uniform)}
+    return patch("SEDD", seams | {"sampling": (AnalyticPredictor, EulerPredictor, Denoiser)})
+
+
+class SEDD:
+    """For `model.SEDD`."""
+
+    def forward(self: Any, indices: Tensor, sigma: Tensor) -> Tensor:
+        """Log scores [B, L, V] of indices [B, L] int64 at noise sigma [B]; to the loss, its last layer's output."""
+        x = self.vocab_embed(indices)
+        c, rotary = F.silu(self.sigma_map(sigma)), self.rotary_emb(x)
+        with torch.autocast("cuda", torch.bfloat16, enabled=indices.is_cuda):
+            for block in self.blocks:
+                x = block(x, rotary, c)
+            x = self.output_layer(x, c)
+        if getattr(self, "gives_logits", False):
+            return x
+        if self.scale_by_sigma:
+            x = x - torch.expm1(sigma).log().to(x.dtype)[:, None, None] - math.log(x.shape[-1] - 1)
+        return x.scatter(-1, indices[..., None], 0)
 
 
 def get_loss_fn(
@@ -31,7 +53,7 @@ def get_loss_fn(
 ) -> Callable[..., Tensor]:
     """For `losses.get_loss_fn`: a function of (model, batch [B, L] int64) that noises the batch and bounds its NLL.
 
-    A model that scales by sigma is spared that tail, which the loss has in it.
+    The model's last layer computes the loss: no logits are made, and the tail behind it is in the loss.
 
     Args:
         noise: t [B] -> (sigma, dsigma), each [B].
@@ -41,8 +63,9 @@ def get_loss_fn(
         lv: unused, as there.
 
     Returns:
-        The function, whose result is [B] float32 in nats per sequence. It draws the times t [B] and the noised tokens
-        perturbed_batch [B, L] unless they are given. Its model maps [B, L] int64 and sigma [B] to [B, L, V] log scores.
+        The function, whose result is [B] float32 in nats per sequence, to be summed or averaged: they must weigh alike
+        in what backward starts from, or that is a ValueError. It draws the times t [B] and the noised tokens
+        perturbed_batch [B, L] unless they are given. Its model is SEDD's, as it is or wrapped by DDP.
     """
 
     def loss_fn(
@@ -57,16 +80,13 @@ def get_loss_fn(
         sigma, dsigma = noise(t)
         if perturbed_batch is None:
             perturbed_batch = graph.sample_transition(batch, sigma[:, None])
-        network = getattr(model, "module", model)
-        scaled = getattr(network, "scale_by_sigma", False)
+        network: Any = getattr(model, "module", model)
+        head = LossHead(model, network.output_layer.linear, logits=lambda tokens: model(tokens, sigma[:1]))
+        form = dict(parametrization="scale_by_sigma" if network.scale_by_sigma else "log_score", graph=_name(graph))
+        scoring = head.dse_loss(sigma, perturbed_batch, batch, dsigma=dsigma, summed=True, **form)
         model.train(train)
-        with setting(network, "scale_by_sigma", False):
-            out = model(perturbed_batch, sigma)
-        parametrization = "scale_by_sigma" if scaled else "log_score"
-        loss = dse_loss(
-            out, sigma, perturbed_batch, batch, graph=_name(graph), dsigma=dsigma, parametrization=parametrization
-        )
-        return loss.sum(-1)
+        with setting(network, "gives_logits", True), scoring as loss_of:
+            return loss_of(model(perturbed_batch, sigma)).sum(-1)
 
     return loss_fn
 

@@ -8,7 +8,10 @@ AutoModelForMaskedLM.from_config(FastdiffConfig(vocab_size=257, max_position_emb
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel, Trainer
 from transformers.modeling_outputs import MaskedLMOutput
 
+from fastdiff.integrations.loss_head import LossHead
+from fastdiff.integrations.patching import setting
 from fastdiff.losses import dce_loss
 from fastdiff.model import DiffusionTransformer, ModelConfig
 from fastdiff.noising import mask_tokens, sample_times
@@ -58,20 +63,32 @@ def masked_diffusion_loss(
     if mask_index is not None and not 0 <= mask_index < vocab_size:
         raise ValueError(f"mask_index: expected an id in [0, {vocab_size}) or None, got {mask_index}")
     labels = labels.to(logits.device)
-    if shift:  # the tokens move and not the logits, which are large
+    return dce_loss(logits, **_options(labels, num_items_in_batch, mask, weight, shift, mask_index, ignore_index))
+
+
+def _options(
+    labels: Tensor,
+    num_items: Tensor | int | None,
+    mask: Tensor | None,
+    weight: Tensor | float | None,
+    shift: bool,
+    mask_index: int | None,
+    ignore_index: int = -100,
+) -> dict[str, Any]:
+    """What `dce_loss` is given beside logits, and `LossHead.dce_loss`: tokens move and not logits, which are large."""
+    if shift:
         labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
         mask = None if mask is None else mask.roll(-1, 1)
         weight = weight.roll(-1, 1) if isinstance(weight, Tensor) and weight.dim() == 2 else weight
-    return dce_loss(
-        logits,
-        labels,
+    return dict(
+        x0=labels,
         mask=mask,
         weight=weight,
         mask_index=-1 if mask_index is None else mask_index,
         exclude_mask=mask_index is not None,
         ignore_index=ignore_index,
         reduction="mean",
-        num_items=(labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch,
+        num_items=(labels != ignore_index).sum() if num_items is None else num_items,
     )
 
 
@@ -92,21 +109,18 @@ def logits_are_shifted(config: Any) -> bool:
     return str(getattr(config, "model_type", None)).lower() == "dream"
 
 
-class _Labels(NamedTuple):
-    """What the loss of a noised batch needs beside logits: tokens and masks [B, L], and weights [B]."""
-
-    x0: Tensor
-    mask: Tensor
-    weight: Tensor
-
-
 class MaskedDiffusionTrainer(Trainer):
-    """Trainer that noises input_ids and takes `masked_diffusion_loss`; as a mix-in, the first of a class's bases.
+    """Trainer that noises input_ids and takes `masked_diffusion_loss`, without logits; a mix-in, first of the bases.
 
     Batches hold input_ids and labels, [B, L] int64, and may hold attention_mask: where a label is -100 or the
     attention_mask 0, tokens are never masked. A sequence has a time t, stratified over the batch and the ranks, each
     token is masked with probability 1 - alpha(t), and its loss has weight dsigma / expm1(sigma). The sum is divided by
     the labels of all ranks and accumulated parts, as Trainer counts them.
+
+    Logits are made where they are asked for (compute_metrics, predict), or where `model.get_output_embeddings()` gives
+    no layer; otherwise the last layer computes the loss, as a `LossHead`.
+
+    With the loss it logs masked_accuracy, the share of masked tokens that are the argmax, and masked_entropy, in nats.
 
     Draws are named by args.seed, step, part, rank and row: a resumed run meets the noise of an unbroken one, and each
     evaluation the same.
@@ -117,10 +131,12 @@ class MaskedDiffusionTrainer(Trainer):
         shift: the logits at i predict token i + 1; then the first token is never masked, and its label not counted.
             None means yes for Dream, by the model's config, and no otherwise.
         exclude_mask: leave the mask out of the softmax.
+        from_logits: take the loss from logits always, of a model that `LossHead` refuses.
         args, kwargs: Trainer's.
 
     Raises:
-        ValueError: mask_index is None and neither has one, or each another; a batch without labels.
+        ValueError: mask_index is None and neither has one, or each another; a batch without labels; label smoothing.
+        RuntimeError: `LossHead` refuses the model.
     """
 
     def __init__(
@@ -130,9 +146,12 @@ class MaskedDiffusionTrainer(Trainer):
         schedule: Schedule | None = None,
         shift: bool | None = None,
         exclude_mask: bool = False,
+        from_logits: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **dict(compute_loss_func=self._loss, **kwargs))
+        super().__init__(*args, **dict(compute_loss_func=self._scored, **kwargs))
+        if self.args.label_smoothing_factor:
+            raise ValueError(f"label_smoothing_factor: expected 0, got {self.args.label_smoothing_factor}")
         config = getattr(self.model, "config", None)
         if mask_index is None:
             said = (getattr(source, "mask_token_id", None) for source in (config, self.processing_class))
@@ -141,10 +160,13 @@ class MaskedDiffusionTrainer(Trainer):
             raise ValueError("mask_index: expected an id, for neither config nor processing_class has a mask_token_id")
         self.mask_index, self.schedule, self.exclude_mask = mask_index, schedule or LogLinear(), exclude_mask
         self.shift = logits_are_shifted(config) if shift is None else shift
+        self.from_logits = from_logits
         self.label_names = self.label_names or ["labels"]  # of models whose forward takes none
         self._loss_shifts_labels = False  # or it counts what a causal model predicts
         self._at: tuple[bool, int] | None = None  # training, and the step
         self._part = 0
+        self._loss_only = False
+        self._seen = torch.zeros(3, device=self.args.device)  # correct, entropy, masked since the last log
 
     def compute_loss(
         self,
@@ -167,13 +189,38 @@ class MaskedDiffusionTrainer(Trainer):
         sigma, dsigma = self.schedule(t)
         names |= dict(sample_ids=rank * n + torch.arange(n, device=x0.device))
         xt, mask = mask_tokens(x0, -torch.expm1(-sigma), mask_index=self.mask_index, maskable=maskable, **names)
-        noised = {**inputs, "input_ids": xt, "labels": _Labels(labels, mask, dsigma / torch.expm1(sigma))}
-        return super().compute_loss(model, noised, return_outputs, num_items_in_batch)
+        weight, excluded = dsigma / torch.expm1(sigma), self.mask_index if self.exclude_mask else None
+        options = _options(labels, num_items_in_batch, mask, weight, self.shift, excluded)
+        options["return_stats"] = model.training
+        with_logits = return_outputs and not self._loss_only
+        with ExitStack() as stack:
+            loss_of: Callable[[Tensor], Any] = partial(dce_loss, **options)
+            if not (with_logits or self.from_logits):
+                loss_of = _last_layer_scores(model, options, stack) or loss_of
+            noised = {**inputs, "input_ids": xt, "labels": (loss_of, mask)}
+            # not that of another base, which may look at what comes in the place of logits
+            result: Any = Trainer.compute_loss(self, model, noised, with_logits, num_items_in_batch)
+        return (result, {}) if return_outputs and not with_logits else result
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """Trainer's, without logits where only the loss is wanted."""
+        with setting(self, "_loss_only", prediction_loss_only):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, with the same noise each time."""
         self._at = None
         return super().evaluation_loop(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        """Trainer's, of the masked tokens too."""
+        if "loss" in logs:
+            correct, entropy, masked = self.accelerator.reduce(self._seen).tolist()
+            logs = logs | dict(masked_accuracy=correct / max(masked, 1), masked_entropy=entropy / max(masked, 1))
+            self._seen.zero_()
+        super().log(logs, *args)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         """Trainer's, of the labels that something predicts."""
@@ -192,17 +239,28 @@ class MaskedDiffusionTrainer(Trainer):
         step = self.state.global_step * self.args.gradient_accumulation_steps if training else 0
         return dict(seed=self.args.seed + (not training), step=step + self._part)
 
-    def _loss(self, outputs: Any, labels: _Labels, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        return masked_diffusion_loss(
-            outputs.logits,
-            labels.x0,
-            outputs.logits.shape[-1],
-            num_items_in_batch,
-            mask=labels.mask,
-            weight=labels.weight,
-            shift=self.shift,
-            mask_index=self.mask_index if self.exclude_mask else None,
-        )
+    def _scored(self, outputs: Any, labels: tuple[Callable, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        """A compute_loss_func, whose labels are what makes the loss of logits or of what is in their place, and the
+        mask."""
+        loss_of, mask = labels
+        loss = loss_of(outputs.logits)
+        if isinstance(loss, tuple):
+            loss, stats = loss
+            self._seen += torch.stack([stats.correct.sum(), stats.entropy.sum(), mask.sum()])
+        return loss
+
+
+def _last_layer_scores(model: nn.Module, options: dict[str, Any], stack: ExitStack) -> Callable[[Tensor], Any] | None:
+    """What makes the loss of what the last layer gives until the stack is closed; None if the model does not say which
+    layer that is."""
+    try:
+        head = LossHead(model)
+    except TypeError:
+        return None
+    try:
+        return stack.enter_context(head.dce_loss(**options))
+    except Exception as error:
+        raise RuntimeError(f"no loss without logits: {error}; from_logits=True takes it from them") from error
 
 
 class FastdiffConfig(PretrainedConfig):

@@ -73,8 +73,13 @@ class Head:
         return self.hidden.detach().new_empty((), dtype=self.dtype).expand(shape)
 
 
-def linear_loss(head: Head, rows: Rows, backend: str | None, with_stats: bool = False) -> tuple[Tensor, Tensor]:
-    """As `row_loss`, with the same fall-back on GPUs; rows.z stands for the logits."""
+def linear_loss(
+    head: Head, rows: Rows, backend: str | None, with_stats: bool = False, summed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """As `row_loss`, with the same fall-back on GPUs; rows.z stands for the logits.
+
+    summed: losses per token will weigh alike, so that the forward pass can make the gradients of their sum.
+    """
     backend = resolve(backend, head.hidden.device, "linear_loss", head.num_states)
     if backend == "reference" or (backend != "cpu" and head.dtype == torch.float64):
         return _reference(head, rows, with_stats)
@@ -84,7 +89,7 @@ def linear_loss(head: Head, rows: Rows, backend: str | None, with_stats: bool = 
     no_forward_mode("linear_loss", (*inputs, *rows.arguments()))
     wanted = _NONE
     # In float16 a gradient needs the upstream loss scale at once, as it would underflow without.
-    if torch.is_grad_enabled() and rows.reduction != "none" and head.dtype != torch.float16:
+    if torch.is_grad_enabled() and (summed or rows.reduction != "none") and head.dtype != torch.float16:
         wanted = [x is not None and x.requires_grad for x in inputs]
     constants = (*rows.arguments()[1:], head.softcap, head.capacity, head.dtype, *head.shard)
     loss, *_, stats = _linear_loss[backend](*inputs, *constants, wanted, with_stats)
@@ -120,13 +125,24 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(backend: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     made: Sequence[Tensor | None] = (None, None, None)
     if grad_loss is not None and ctx.constants is None:
-        saved = iter(scaled(backend, ctx, grad_loss))
+        saved = iter(scaled(backend, ctx, _alike(grad_loss)))
         made = [next(saved) if want else None for want in ctx.wanted]
     elif grad_loss is not None:
         wanted = list(ctx.needs_input_grad[:3])
         made = _linear_loss_backward[backend](grad_loss, *ctx.saved_tensors, *ctx.constants, wanted)
         made = [grad if want else None for grad, want in zip(made, wanted, strict=True)]
     return (*made, *(None,) * (len(ctx.needs_input_grad) - 3))
+
+
+def _alike(grad_loss: Tensor) -> Tensor:
+    """The one number [] that it is for every loss, or NaN."""
+    if grad_loss.dim() == 0:
+        return grad_loss
+    first = grad_loss.flatten()[:1].sum()
+    alike = (grad_loss == first).all()
+    if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and not alike:
+        raise ValueError("summed: expected losses that weigh alike in what backward starts from, got others")
+    return torch.where(alike, first, math.nan)
 
 
 _linear_loss = define(

@@ -82,20 +82,28 @@ def deferred(model):
     model.set_requires_gradient_sync(True)
 
 
-def trainer_over_ranks(load):
+def trainer_over_ranks(**options):
     """One step of Trainer: its gradient is that of all ranks' parts over the labels of all."""
-    from test_transformers import data, published, trainer_of
-    from test_transformers import make as make_for_transformers
+    from test_transformers import make
+    from test_transformers_models import make as make_real
 
-    before = make_for_transformers()
+    for before in (make(), make_real("GPT2LMHeadModel")):  # the last layer on its own, and tied
+        step_over_ranks(before, **options)
+
+
+def step_over_ranks(before, **options):
+    from test_transformers import data, published, trainer_of
+
     with tempfile.TemporaryDirectory() as own:
         folders = [own]
         dist.broadcast_object_list(folders)  # the first rank saves
         before.save_pretrained(folders[0])
         dist.barrier()
-        model = load(folders[0])
+        model = type(before).from_pretrained(folders[0], **options)
+        assert all(isinstance(p, DTensor) for p in model.parameters()) == bool(options)
         trainer = trainer_of(model, own, data(8), gradient_accumulation_steps=PARTS)
         trainer.train()
+    assert not any(trainer.with_logits)
     every = [None] * RANKS
     dist.all_gather_object(every, (trainer.given, trainer.shown))
     given, shown = (list(chain(*parts)) for parts in zip(*every, strict=True))
@@ -115,23 +123,14 @@ def trainer_over_ranks(load):
 
 def trainer_ddp():
     """As accelerate wraps it."""
-    from transformers import AutoModelForMaskedLM
-
-    trainer_over_ranks(AutoModelForMaskedLM.from_pretrained)
+    trainer_over_ranks()
 
 
 def trainer_fsdp2():
     """As transformers shards it; accelerate does on GPUs alone."""
-    from transformers import AutoModelForMaskedLM
     from transformers.distributed import DistributedConfig
 
-    def load(folder):
-        config = DistributedConfig(fsdp_size=RANKS)
-        model = AutoModelForMaskedLM.from_pretrained(folder, distributed_config=config)
-        assert all(isinstance(p, DTensor) for p in model.parameters())
-        return model
-
-    trainer_over_ranks(load)
+    trainer_over_ranks(distributed_config=DistributedConfig(fsdp_size=RANKS))
 
 
 if __name__ == "__main__":

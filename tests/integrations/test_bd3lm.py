@@ -1,19 +1,44 @@
-"""BD3-LM: clipped schedules, noise of each token, the sampler's step by frequency and by calls of the backbone."""
+"""BD3-LM: a training step, clipped schedules, noise of each token, the sampler's step by frequency and by calls."""
 
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import standins
 import torch
+from backbones import random_numbers, tiny_dit
+from standins import Network, is_real, problem
 from standins import bd3lm as published
-from standins import problem
 from standins.sedd import default_dtype
+from step import NoLogits, assert_same_step, loss_and_grads
 
 from fastdiff.integrations import bd3lm
 
 P = problem(3, 8, 11)
 Z = torch.randn(3, 8, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 TIMES = torch.rand(3, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64).clamp_min(0.05)
+REAL = is_real(published.PUBLISHED["diffusion"])
+
+
+class Backbone(published.Backbone):
+    """Over hidden states of a few dimensions; keeps what it was asked."""
+
+    def __init__(self, cross_attn=True):
+        torch.manual_seed(0)
+        super().__init__(Network(P, 5, bias=True, dtype=torch.float64), cross_attn)
+
+    def forward(self, x, sigma, **flags):
+        self.asked = x, sigma
+        return super().forward(x, sigma, **flags)
+
+
+def step(it, backbone, **arguments):
+    return loss_and_grads(lambda: it._loss(P.x0, attention(), **arguments).loss, backbone)
+
+
+def attention():
+    """New for each step, which may write to it."""
+    return torch.ones(3, 8).index_fill(1, torch.tensor([6, 7]), 0)
 
 
 def diffusion(sampling=None, **attributes):
@@ -36,44 +61,139 @@ def swap(applied):
     return lambda: applied(published, bd3lm.apply_to_bd3lm)
 
 
+@pytest.fixture(autouse=True)
+def _in_float64():
+    """SEDD's losses are collected in the default type."""
+    with default_dtype(torch.float64):
+        yield
+
+
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     ("options", "arguments"),
     [
         ({}, {}),
-        ({}, dict(t=TIMES.flip(0))),
-        ({}, dict(sampling_eps_min=0.6, sampling_eps_max=torch.tensor(1.0))),
-        ({}, dict(sampling_eps_min=torch.tensor(0.3), sampling_eps_max=0.8)),
+        (dict(t=TIMES.flip(0)), {}),
+        (dict(sampling_eps_min=torch.tensor(0.6), sampling_eps_max=torch.tensor(1.0)), {}),
+        (
+            dict(sampling_eps_min=torch.tensor(0.6), sampling_eps_max=1.0),
+            dict(sampling_eps_min=1e-3, sampling_eps_max=1),
+        ),
+        (dict(sampling_eps_min=0.3, sampling_eps_max=0.8), {}),
         (dict(ignore_bos=False, cross_attn=False, time_conditioning=False), {}),
         (dict(mdlm_loss_scale=True), {}),
+        (dict(parameterization="sedd"), {}),
         (dict(parameterization="sedd", cross_attn=False), {}),
-        (dict(parameterization="sedd", cross_attn=False, mdlm_loss_scale=True), dict(t=TIMES[:, :1])),
+        (dict(parameterization="sedd", cross_attn=False, mdlm_loss_scale=True, t=TIMES[:, :1]), {}),
         (dict(parameterization="sedd", cross_attn=False, mdlm_loss_scale=True), {}),
     ],
 )
-def test_loss_and_calls_are_the_published_ones(options, arguments, swap):
-    """The loss, and what is asked of the noise and of the backbone."""
-    seen = []
+def test_a_training_step_is_the_published_one(options, arguments, training, swap):
+    """Loss, gradients, the numbers of each token, and what is asked of the noise and of the backbone."""
+    seen, t = [], options.get("t", TIMES)
     for _ in range(2):
-        q_xt, backbone = (
-            mock.Mock(side_effect=lambda *_, **__: P.xt.clone()),
-            mock.Mock(side_effect=lambda *_, **__: Z.clone()),
+        q_xt, backbone = mock.Mock(side_effect=lambda *_, **__: P.xt.clone()), Backbone(options.get("cross_attn", True))
+        it = diffusion(q_xt=q_xt, backbone=backbone, training=training, _sample_t=lambda *_, **__: t, **options)
+        tokens = it._loss(P.x0, attention(), **arguments)
+        clip = [torch.as_tensor(number) for number in q_xt.call_args[1].values()]
+        seen.append(
+            [
+                *step(it, backbone, **arguments),
+                tokens.nlls,
+                tokens.token_mask,
+                q_xt.call_args[0][1],
+                *clip,
+                *backbone.asked,
+            ]
         )
-        with default_dtype(torch.float64):
-            it = diffusion(q_xt=q_xt, backbone=backbone, **options)
-            loss = it._forward_pass_diffusion(P.x0, **arguments)
-        assert q_xt.call_args[1] == dict(sampling_eps_min=None, sampling_eps_max=None) | {
-            name: value for name, value in arguments.items() if name != "t"
-        }
-        seen.append((loss, q_xt.call_args[0][1], *backbone.call_args[0]))
         swap()
-    torch.testing.assert_close(*seen, rtol=1e-9, atol=1e-12)
+    assert_same_step(*reversed(seen))
 
 
-def test_the_first_token_is_never_scored():
+@pytest.mark.parametrize(
+    "options", [{}, dict(mdlm_loss_scale=True), dict(parameterization="sedd", cross_attn=False), dict(cross_attn=False)]
+)
+def test_a_step_makes_no_logits(options, swap):
+    swap()
+    backbone = Backbone(options.get("cross_attn", True))
+    it = diffusion(backbone=backbone, **options)
+    if options.get("parameterization") == "sedd":
+        it._sample_t = lambda *_, **__: TIMES[:, :1].expand(3, 8)
+    with NoLogits(3, 8, 11):
+        step(it, backbone)
+
+
+def backbone_of(code, cross_attn, hub, monkeypatch):
+    """A DIT, or the hub's model of one."""
+    backbone = tiny_dit(code.models.dit, monkeypatch, 211, cross_attn=cross_attn)
+    if not hub:
+        return backbone
+    modeling = standins.published("bd3lm", "models.hf.modeling_bd3lm")["models.hf.modeling_bd3lm"]
+    sizes = dict(block_size=4, vocab_size=211, model_length=8, hidden_dim=16, cond_dim=6, n_blocks=2, n_heads=2)
+    config = modeling.BD3LMConfig(
+        **sizes, cross_attn=cross_attn, attn_backend="sdpa", time_conditioning=True, return_dict=False
+    )
+    return random_numbers(modeling.BD3LM(config))
+
+
+@pytest.mark.parametrize("hub", [False, True], ids=["DIT", "hub"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(time_conditioning=False), dict(parameterization="sedd", cross_attn=False), dict(cross_attn=False)],
+)
+def test_a_step_of_the_real_backbone(options, hub, swap, monkeypatch):
+    """With its own noise, attention over [xt, x0], dropout and adaLN, in float64."""
+    if not REAL:
+        pytest.skip("the backbone is that of a checkout: FASTDIFF_CHECKOUTS")
+    code = published.PUBLISHED["diffusion"]
+    backbone, seen = backbone_of(code, options.get("cross_attn", True), hub, monkeypatch), []
+    x0 = torch.randint(210, (32, 8))
+    for _ in range(2):
+        it = code.Diffusion.__new__(code.Diffusion)
+        code.L.LightningModule.__init__(it)
+        config = SimpleNamespace(**vars(published.SETTINGS["config"]), training=SimpleNamespace(resample=False))
+        it.__dict__.update(published.mdlm.SETTINGS | published.SETTINGS | dict(config=config, num_tokens=8) | options)
+        it.__dict__.update(mask_index=210, vocab_size=211, antithetic_sampling=True, log=mock.Mock())
+        it.__dict__.update(noise=code.noise_schedule.LogLinearNoise(), metrics=mock.Mock())
+        it.backbone = backbone
+        torch.manual_seed(1)
+        batch = {"input_ids": x0, "attention_mask": attention()[:1].repeat(32, 1)}
+        step = loss_and_grads(it.training_step, backbone, batch, 0)
+        seen.append([*step, *it.metrics.train_nlls.update.call_args[0]])
+        swap()
+    assert any(grad.any() for name, grad in seen[0][1].items() if "adaLN" in name)
+    assert_same_step(*reversed(seen))
+    with NoLogits(32, 8, 211):
+        loss_and_grads(it.training_step, backbone, batch, 0)
+
+
+def test_a_backbone_is_left_as_it_was(swap):
+    """Which is asked once about a few tokens without x0, and then about [xt, x0]."""
+    swap()
+    backbone = Backbone()
+    mask, lengths = backbone.block_diff_mask, []
+    backbone.network.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    for _ in range(2):
+        diffusion(backbone=backbone)._loss(P.x0, attention())
+    assert lengths == [4, 16, 16]
+    assert backbone.block_diff_mask is mask
+
+
+def test_the_first_token_is_never_scored(swap):
+    swap()
     q_xt = mock.Mock(return_value=torch.full_like(P.x0, 10))
-    loss = bd3lm.Diffusion._forward_pass_diffusion(diffusion(q_xt=q_xt), P.x0)
-    assert not loss[:, 0].any()
-    assert (loss[:, 1:] > 0).all()
+    nlls = diffusion(q_xt=q_xt, backbone=Backbone())._loss(P.x0, torch.ones(3, 8)).nlls
+    assert not nlls[:, 0].any()
+    assert (nlls[:, 1:] > 0).all()
+
+
+def test_the_autoregressive_loss_is_the_published_one(swap):
+    it = diffusion(parameterization="ar", forward=lambda x, sigma: Z[:, : x.shape[1]].log_softmax(-1), ignore_bos=False)
+    expected = it._loss(P.x0, attention())
+    swap()
+    losses = it._loss(P.x0, attention())
+    assert losses.nlls.shape == (3, 7)
+    assert_same_step(vars(losses), vars(expected))
 
 
 def test_a_step_is_drawn_from_the_published_law(swap):
@@ -142,10 +262,9 @@ def test_cache_of_logits_and_of_keys():
     assert backbone.call_args[1] == dict(sample_mode=True, store_kv=True)
 
 
-def test_other_parameterizations_are_an_error():
-    for method, arguments in (
-        ("_forward_pass_diffusion", (P.x0,)),
-        ("_ddpm_caching_update", (P.xt, TIMES[:, :1], 0.1)),
-    ):
+def test_other_parameterizations_are_an_error(swap):
+    swap()
+    it = diffusion(parameterization="d3pm")
+    for call in (lambda: it._loss(P.x0, attention()), lambda: it._ddpm_caching_update(P.xt, TIMES[:, :1], 0.1)):
         with pytest.raises(ValueError, match="parameterization"):
-            getattr(bd3lm.Diffusion, method)(diffusion(parameterization="ar"), *arguments)
+            call()

@@ -2,20 +2,27 @@
 
 import pytest
 import torch
+from rows import largest_rows
+from standins import Network, problem
 from standins import dream as standin
 
 from fastdiff.integrations import dream
 
-B, L, V = 3, 11, 33
+B, L, V, D = 3, 11, 33, 4
 
 
-def made(seed=0, dtype=torch.float64):
-    """Logits, labels, masks and times; the first token is never masked."""
-    g = torch.Generator().manual_seed(seed)
-    z = torch.randn(B, L, V, generator=g, dtype=dtype).requires_grad_()
-    mask = torch.rand(B, L, generator=g) < 0.5
+def made(num_states=V, dtype=torch.float64):
+    """A network, its noised input, labels, masks and times; the first token is never masked."""
+    p = problem(B, L, num_states)
+    torch.manual_seed(0)
+    mask = p.xt == p.mask_index
     mask[:, 0] = False
-    return z, torch.randint(0, V, (B, L), generator=g), mask, torch.rand(B, generator=g)
+    return Network(p, D, dtype=dtype), p.xt, p.x0, mask, p.t.float()
+
+
+def loss_and_grads(function, network, *arguments):
+    loss = function(network, *arguments)
+    return loss.detach(), torch.autograd.grad(loss, tuple(network.parameters()))
 
 
 def double(function, *arguments):
@@ -50,78 +57,103 @@ def test_weights_where_only_neighbours_count():
 @pytest.mark.parametrize("method", ["original", "linear", "cart", "none"])
 @pytest.mark.parametrize("focal", [False, True])
 def test_losses_are_the_published_ones(method, focal):
-    z, labels, mask, t = made()
     diffusion = standin.config(time_reweighting=method, token_reweighting=focal, alpha=0.7, gamma=1.5)
-    ours = dream.sft_loss(z, labels, mask, t, diffusion)
-    theirs = double(standin.sft_loss, z, labels, mask, t, diffusion)
-    torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=0)
-    grads = (torch.autograd.grad(loss, z)[0] for loss in (ours, theirs))
-    torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-12)
+    arguments = (*made(), diffusion)
+    ours = loss_and_grads(dream.sft_loss, *arguments)
+    theirs = double(loss_and_grads, standin.sft_loss, *arguments)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
+
+
+def test_the_model_is_called_as_in_the_trainer():
+    network, xt, *rest = made()
+    more = dict(attention_mask=torch.ones(B, 1, L, L, dtype=torch.bool), position_ids=torch.arange(L), use_cache=False)
+    dream.sft_loss(network, xt, *rest, standin.config(), **more)
+    assert network.asked == more | dict(input_ids=xt)
 
 
 @pytest.mark.parametrize("focal", [False, True])
 def test_nothing_masked_is_no_loss(focal):
-    z, labels, mask, t = made()
+    network, xt, labels, mask, t = made()
     diffusion = standin.config(token_reweighting=focal)
-    assert standin.sft_loss(z, labels, mask & False, 0 * t, diffusion).isnan()  # 0 / 0, as published
-    loss = dream.sft_loss(z, labels, mask & False, 0 * t, diffusion)
-    loss.backward()
+    arguments = (network, xt, labels, mask & False, 0 * t, diffusion)
+    assert standin.sft_loss(*arguments).isnan()  # 0 / 0, as published
+    loss, grads = loss_and_grads(dream.sft_loss, *arguments)
     assert loss == 0
-    assert not z.grad.any()
+    assert not any(grad.any() for grad in grads)
 
 
 def test_everything_but_the_first_is_masked():
-    z, labels, mask, t = made()
+    network, xt, labels, mask, t = made()
     mask[:, 1:] = True
-    diffusion = standin.config(time_reweighting="cart")
-    theirs = double(standin.sft_loss, z, labels, mask, t, diffusion)
-    torch.testing.assert_close(dream.sft_loss(z, labels, mask, t, diffusion), theirs, rtol=1e-7, atol=0)
+    arguments = (network, xt, labels, mask, t, standin.config(time_reweighting="cart"))
+    ours = loss_and_grads(dream.sft_loss, *arguments)
+    torch.testing.assert_close(ours, double(loss_and_grads, standin.sft_loss, *arguments), rtol=1e-10, atol=1e-14)
 
 
 def test_labels_that_are_not_to_be_predicted_count_for_nothing():
-    z, labels, mask, t = made()
+    network, xt, labels, mask, t = made()
     without = mask.clone()
     without[0], without[1, 5:] = False, False
-    expected = dream.sft_loss(z, labels, without, t, standin.config())
+    expected = loss_and_grads(dream.sft_loss, network, xt, labels, without, t, standin.config())
     labels[0], labels[1, 5:] = -100, -100
-    torch.testing.assert_close(dream.sft_loss(z, labels, mask, t, standin.config()), expected, rtol=1e-12, atol=0)
+    got = loss_and_grads(dream.sft_loss, network, xt, labels, mask, t, standin.config())
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
 
 
-def test_the_first_token_is_never_scored_and_the_last_logits_never_read():
-    z, labels, mask, t = made()
-    expected = dream.sft_loss(z, labels, mask, t, standin.config())
+def test_the_first_token_is_never_scored_and_the_last_hidden_state_never_read():
+    network, xt, labels, mask, t = made()
+    expected = dream.sft_loss(network, xt, labels, mask, t, standin.config())
     mask[:, 0] = True
     with torch.no_grad():
-        z[:, -1] = torch.nan
-    loss = dream.sft_loss(z, labels, mask, t, standin.config())
+        network.hidden[:, L - 1] = torch.nan
+    loss, grads = loss_and_grads(dream.sft_loss, network, xt, labels, mask, t, standin.config())
     assert loss == expected
-    loss.backward()
-    assert not z.grad[:, -1].any()
+    assert not grads[0][:, L - 1].any()
 
 
-def test_one_write_of_the_gradient_and_no_copy_of_the_logits():
-    """Not even that of a slice, whose backward would copy the gradient into zeros."""
-    z, labels, mask, t = made(dtype=torch.float32)
-    with torch.profiler.profile(profile_memory=True) as profile:
-        dream.sft_loss(z, labels, mask, t, standin.config()).backward()
-    names = {event.key for event in profile.key_averages()}
-    assert "aten::slice_backward" not in names
-    made_bytes = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
-    assert made_bytes < 1.8 * z.numel() * z.element_size()
+@pytest.mark.parametrize("focal", [False, True])
+def test_training_makes_logits_of_masked_tokens_only(focal):
+    network, xt, labels, mask, t = made(num_states=1031)
+    arguments = (network, xt, labels, mask, t, standin.config(token_reweighting=focal))
+    steps = (lambda f=module.sft_loss: f(*arguments).backward() for module in (dream, standin))
+    (_, ours), (_, theirs) = (largest_rows(step, 1031) for step in steps)
+    assert D < ours == mask.sum() < B * L <= theirs
+
+
+@pytest.mark.parametrize("focal", [False, True])
+def test_autocast_multiplies_in_bfloat16_as_the_trainer_does(focal):
+    """And no further off than the trainer's."""
+    network, *arguments = made(dtype=torch.float32)
+    arguments.append(standin.config(token_reweighting=focal))
+    exact = double(loss_and_grads, standin.sft_loss, made()[0], *arguments)
+    theirs = loss_and_grads(standin.sft_loss, network, *arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = loss_and_grads(dream.sft_loss, network, *arguments)
+    assert ours[0].dtype == torch.float32
+    for got, published, expected in zip(*((loss, *grads) for loss, grads in (ours, theirs, exact)), strict=True):
+        assert got.dtype == published.dtype == torch.float32
+        assert 0 < (got - expected).norm() <= 2 * (published - expected).norm()
 
 
 def test_errors_name_the_argument():
-    z, labels, mask, t = made()
+    network, xt, labels, mask, t = made()
     with pytest.raises(ValueError, match="p: "):
-        dream.sft_loss(z, labels, mask, t, standin.config(time_reweighting="cart", cart_p=0.0))
-    with pytest.raises(TypeError, match="logits"):
-        dream.sft_loss(labels, labels, mask, t, standin.config())
+        dream.sft_loss(network, xt, labels, mask, t, standin.config(time_reweighting="cart", cart_p=0.0))
+    with pytest.raises(TypeError, match="loss_mask"):
+        dream.sft_loss(network, xt, labels, mask.long(), t, standin.config())
+    with pytest.raises(ValueError, match="loss_mask"):
+        dream.sft_loss(network, xt, labels[:, 1:], mask, t, standin.config())
+    with pytest.raises(ValueError, match="x0"):
+        dream.sft_loss(network, xt, labels[:, 1:], mask[:, 1:], t, standin.config())
+    with pytest.raises(TypeError, match="get_output_embeddings"):
+        dream.sft_loss(torch.nn.Linear(2, 2), xt, labels, mask, t, standin.config())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("focal", [False, True])
 @pytest.mark.parametrize("method", ["original", "cart"])
 def test_losses_have_the_type_of_losses(dtype, focal, method):
-    z, labels, mask, t = made(dtype=dtype)
-    loss = dream.sft_loss(z, labels, mask, t.double(), standin.config(time_reweighting=method, token_reweighting=focal))
+    network, xt, labels, mask, t = made(dtype=dtype)
+    diffusion = standin.config(time_reweighting=method, token_reweighting=focal)
+    loss = dream.sft_loss(network, xt, labels, mask, t.double(), diffusion)
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)

@@ -5,7 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rows import largest_rows
+from standins import Network as LastLayer
 from standins import llada as standin
+from standins import problem
 
 from fastdiff.integrations import llada
 
@@ -33,32 +36,68 @@ class Network:
         return SimpleNamespace(logits=torch.tanh(state / 4 + self.place[: xt.shape[1]]) @ self.head)
 
 
+LOSSES = {"pretraining_loss": (), "sft_loss": (torch.full((2, 3), 3),)}  # and what of an answer they are told
+
+
+def last_layer(shape=(2, 3), num_states=9, width=4, dtype=torch.float64):
+    torch.manual_seed(1)
+    return LastLayer(problem(*shape, num_states), width, dtype=dtype)
+
+
+def loss_and_grads(module, name, network, *arguments):
+    loss = getattr(module, name)(network, *arguments)
+    return loss.detach(), torch.autograd.grad(loss, tuple(network.parameters()))
+
+
+def batch(mask, shape=(2, 3), num_states=9):
+    """Noised and clean tokens, the mask and p_mask."""
+    x0 = torch.arange(mask.numel()).view(shape) % (num_states - 1)
+    return torch.where(mask, num_states - 1, x0), x0, mask, torch.full(shape, 0.25)
+
+
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("masked", [False, True])
-def test_losses_where_nothing_or_everything_is_masked(masked):
-    z = torch.randn(2, 3, 9, dtype=torch.float64, requires_grad=True)
-    x0, mask, p_mask = torch.arange(6).view(2, 3), torch.full((2, 3), masked), torch.full((2, 3), 0.25)
-    lengths = torch.full((2, 3), 3)
-    for name, extra in (("pretraining_loss", ()), ("sft_loss", (lengths,))):
-        pair = [getattr(module, name)(z, x0, mask, p_mask, *extra) for module in (llada, standin)]
-        torch.testing.assert_close(*pair, rtol=1e-12, atol=0)
-        torch.testing.assert_close(*(torch.autograd.grad(loss, z)[0] for loss in pair), rtol=1e-10, atol=1e-14)
+def test_losses_where_nothing_or_everything_is_masked(name, masked):
+    network, arguments = last_layer(), (*batch(torch.full((2, 3), masked)), *LOSSES[name])
+    ours, theirs = (loss_and_grads(module, name, network, *arguments) for module in (llada, standin))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
+    assert (ours[0] != 0) == masked
 
 
 def test_a_sequence_without_an_answer_counts_for_nothing():
-    z = torch.randn(2, 3, 9, dtype=torch.float64, requires_grad=True)
     mask, lengths = torch.tensor([[False] * 3, [True] * 3]), torch.tensor([[0], [3]]).expand(2, 3)
-    arguments = (torch.arange(6).view(2, 3), mask, torch.full((2, 3), 0.5), lengths)
-    loss = llada.sft_loss(z, *arguments)
-    torch.testing.assert_close(loss, standin.sft_loss(z, *arguments), rtol=1e-12, atol=0)
-    loss.backward()
-    assert z.grad.isfinite().all()
+    network, arguments = last_layer(), (*batch(mask), lengths)
+    ours, theirs = (loss_and_grads(module, "sft_loss", network, *arguments) for module in (llada, standin))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
+    assert ours[0] != 0
 
 
 def test_losses_in_bfloat16_are_not_rounded():
-    z, x0 = torch.randn(4, 8, 1000).bfloat16(), torch.randint(0, 1000, (4, 8))
-    arguments = (x0, torch.ones(4, 8, dtype=torch.bool), torch.full((4, 8), 0.5))
-    exact = standin.pretraining_loss(z.double(), *arguments)
-    torch.testing.assert_close(llada.pretraining_loss(z, *arguments).double(), exact, rtol=1e-6, atol=0)
+    network, shape = last_layer((4, 8), 1000, 1, torch.bfloat16), (4, 8)
+    with torch.no_grad():
+        network.hidden.fill_(1)  # so that logits are the weights, and not rounded either
+    arguments = batch(torch.ones(shape, dtype=torch.bool), shape, 1000)
+    loss = llada.pretraining_loss(network, *arguments)
+    exact = standin.pretraining_loss(network.double(), *arguments)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_logits_that_the_model_scales_in_place(name):
+    """As LLaDA's does with scale_logits."""
+    network, arguments = last_layer(), (*batch(torch.tensor([[True, True, False], [True] * 3])), *LOSSES[name])
+    network.register_forward_hook(lambda model, inputs, outputs: SimpleNamespace(logits=outputs.logits.mul_(0.25)))
+    ours, theirs = (loss_and_grads(module, name, network, *arguments) for module in (llada, standin))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_training_makes_logits_of_masked_tokens_only(name):
+    mask = torch.tensor([[True, True, False], [True] * 3])
+    network, arguments = last_layer(num_states=1031, width=2), (*batch(mask, num_states=1031), *LOSSES[name])
+    steps = (lambda of=module: getattr(of, name)(network, *arguments).backward() for module in (llada, standin))
+    (_, ours), (_, theirs) = (largest_rows(step, 1031) for step in steps)
+    assert (ours, theirs) == (5, 6)
 
 
 def likelihood_by_enumeration(network, prompt, answer, cfg_scale):
@@ -206,8 +245,10 @@ def test_errors_name_the_argument():
     ):
         with pytest.raises(ValueError, match=name):
             generated(llada.generate, network, PROMPT % 7, mask_id=7, **options)
-    z, x0, mask = torch.randn(2, 3, 9), torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool)
+    last, (xt, x0, mask, p_mask) = last_layer(), batch(torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(TypeError, match="mask"):
-        llada.pretraining_loss(z, x0, mask.long(), torch.ones(2, 3))
+        llada.pretraining_loss(last, xt, x0, mask.long(), p_mask)
     with pytest.raises(ValueError, match="x0"):
-        llada.pretraining_loss(z, x0[:, :2], mask, torch.ones(2, 3))
+        llada.pretraining_loss(last, xt, x0[:, :2], mask, p_mask)
+    with pytest.raises(TypeError, match="get_output_embeddings"):
+        llada.pretraining_loss(torch.nn.Linear(2, 2), xt, x0, mask, p_mask)

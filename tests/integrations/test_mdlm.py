@@ -1,26 +1,57 @@
-"""MDLM: its times and weights, padding, the sampler's step by frequency, autocast, errors."""
+"""MDLM: a training step, its times and weights, padding, backbones, the sampler's step by frequency, errors."""
 
 from unittest import mock
 
 import pytest
 import torch
+from backbones import tiny_dit
+from standins import Network, is_real, problem
 from standins import mdlm as published
-from standins import problem
+from step import NoLogits, assert_same_step, loss_and_grads
+from torch import nn
 
 from fastdiff.integrations import mdlm
 from fastdiff.schedules import Cosine, LogLinear
 
 P = problem(3, 8, 11)
 Z = torch.randn(3, 8, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+REAL = is_real(published.PUBLISHED["diffusion"])
+ATTENTION = torch.tensor([1, 1, 1, 1, 1, 0.5, 0, 0]).repeat(3, 1)  # one of them weighs half
+BATCH = {"input_ids": P.x0, "attention_mask": ATTENTION}
+
+
+class Backbone(published.Backbone):
+    """Over hidden states of a few dimensions; keeps what it was asked."""
+
+    def __init__(self, dtype=torch.float64):
+        torch.manual_seed(0)
+        super().__init__(Network(P, 5, bias=True, dtype=dtype))
+
+    def forward(self, x, sigma):
+        self.asked, self.autocast = (x, sigma), torch.is_autocast_enabled("cpu")
+        return super().forward(x, sigma)
+
+
+class Mean:
+    """What torchmetrics computes of values and weights."""
+
+    def __init__(self):
+        self.value = self.weight = 0
+
+    def update(self, values, weights):
+        self.value, self.weight = self.value + (values * weights).sum().item(), self.weight + weights.sum().item()
 
 
 def diffusion(**attributes):
-    """A Diffusion of the codebase at the problem's noise, whose backbone gives Z."""
+    """A Diffusion of the codebase at the problem's noise, whose backbone gives Z to samplers."""
     settings = dict(
         backbone=lambda x, sigma: Z.clone(),
         noise=published.Noise(P, torch.float64),
         _sample_t=lambda n, device: P.t,
         q_xt=lambda x0, move_chance: P.xt,
+        train_metrics=Mean(),
+        valid_metrics=Mean(),
+        log_dict=mock.Mock(),
     )
     return published.given(published.Diffusion, 11, **(settings | attributes))
 
@@ -30,41 +61,156 @@ def swap(applied):
     return lambda: applied(published, mdlm.apply_to_mdlm)
 
 
-def test_padding_weighs_nothing(swap):
-    attention_mask = torch.ones(3, 8).index_fill(1, torch.tensor([6, 7]), 0)
-    expected = published.loss_per_token(diffusion(), P.x0, attention_mask)
-    swap()
-    loss = published.loss_per_token(diffusion(), P.x0, attention_mask)
-    torch.testing.assert_close(loss, expected)
-    assert not torch.isclose(loss, published.loss_per_token(diffusion(), P.x0, torch.ones(3, 8)))
+@pytest.fixture(autouse=True)
+def _in_float64():
+    """SEDD's losses are collected in the default type."""
+    with published.default_dtype(torch.float64):
+        yield
 
 
-@pytest.mark.parametrize("options", [dict(change_of_variables=True), dict(parameterization="sedd"), {}])
-def test_noise_and_conditioning_are_the_published_ones(options, swap):
+OPTIONS = [
+    {},
+    dict(importance_sampling=True),
+    dict(change_of_variables=True),
+    dict(time_conditioning=False),
+    dict(parameterization="sedd"),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_training_step_is_the_published_one_without_logits(options, swap):
+    """Loss, gradients, metrics, and what is asked of the noise and of the backbone."""
     seen = []
     for _ in range(2):
-        q_xt, backbone = mock.Mock(return_value=P.xt), mock.Mock(side_effect=lambda *_: Z.clone())
-        with published.default_dtype(torch.float64):
-            loss = diffusion(q_xt=q_xt, backbone=backbone, **options)._forward_pass_diffusion(P.x0)
-        seen.append((loss, q_xt.call_args[0][1], backbone.call_args[0][1]))
+        backbone, q_xt = Backbone(), mock.Mock(return_value=P.xt)
+        it = diffusion(backbone=backbone, q_xt=q_xt, **options)
+        with torch.inference_mode():  # Lightning validates before it trains
+            valid = it._compute_loss(BATCH, "val")
+        step = loss_and_grads(it._compute_loss, backbone, BATCH, "train")
+        metrics = [torch.tensor([m.value, m.weight]) for m in (it.train_metrics, it.valid_metrics)]
+        seen.append([*step, valid, *metrics, it._loss(P.x0, ATTENTION).nlls, q_xt.call_args[0][1], *backbone.asked])
         swap()
-    torch.testing.assert_close(*seen, rtol=1e-9, atol=1e-12)
+    assert_same_step(*reversed(seen))
+    with NoLogits(3, 8, 11):
+        loss_and_grads(it._compute_loss, backbone, BATCH, "train")
 
 
-def test_without_time_conditioning_the_backbone_is_told_no_time():
-    backbone = mock.Mock(side_effect=lambda *_: Z.clone())
-    mdlm.Diffusion._forward_pass_diffusion(diffusion(backbone=backbone, time_conditioning=False), P.x0)
-    assert torch.equal(backbone.call_args[0][1], torch.zeros(3, dtype=torch.float64))
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_step_of_the_real_backbone(options, swap, monkeypatch):
+    """With its own noise, dropout, adaLN and metrics, in float64."""
+    if not REAL:
+        pytest.skip("the backbone is that of a checkout: FASTDIFF_CHECKOUTS")
+    code = published.PUBLISHED["diffusion"]
+    backbone, seen = tiny_dit(code.models.dit, monkeypatch, num_states=211), []
+    batch = {"input_ids": torch.randint(210, (32, 8)), "attention_mask": ATTENTION[:1].repeat(32, 1)}
+    for _ in range(2):
+        metrics = code.torchmetrics.MetricCollection({"nll": code.NLL(), "ppl": code.Perplexity()})
+        noise = code.noise_schedule.LogLinearNoise()
+        it = code.Diffusion.__new__(code.Diffusion)
+        code.L.LightningModule.__init__(it)
+        it.__dict__.update(published.SETTINGS | dict(antithetic_sampling=True, sampling_eps=1e-3) | options)
+        it.__dict__.update(mask_index=210, vocab_size=211, log_dict=mock.Mock(), log=mock.Mock())
+        it.backbone, it.noise, it.train_metrics = backbone, noise, metrics.set_dtype(torch.float64)
+        torch.manual_seed(1)
+        step = loss_and_grads(it.training_step, backbone, batch, 0)
+        seen.append([*step, *it.train_metrics.compute().values()])
+        swap()
+    assert all(grad.any() for grad in seen[0][1].values())
+    assert_same_step(*reversed(seen))
+    with NoLogits(32, 8, 211):
+        loss_and_grads(it.training_step, backbone, batch, 0)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_nothing_and_everything_masked(masked, swap):
     xt = torch.full_like(P.x0, 10) if masked else P.x0
-    expected = diffusion(q_xt=lambda *_: xt)._forward_pass_diffusion(P.x0)
+    it = diffusion(backbone=Backbone(), q_xt=lambda *_: xt)
+    expected = it._loss(P.x0, ATTENTION)
     swap()
-    loss = diffusion(q_xt=lambda *_: xt)._forward_pass_diffusion(P.x0)
-    torch.testing.assert_close(loss, expected)
-    assert bool(loss.any()) == masked
+    losses = it._loss(P.x0, ATTENTION)
+    torch.testing.assert_close(losses.nlls, expected.nlls)
+    torch.testing.assert_close(losses.loss, expected.loss)
+    assert bool(losses.loss > 0) == masked
+
+
+class Hub(nn.Module):
+    """As a checkpoint of the hub has its DIT."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x, sigma):
+        return self.backbone(x, sigma)
+
+
+class DiMamba(nn.Module):
+    def __init__(self, backbone):
+        super().__init__()
+        self.model = backbone.network
+
+    def forward(self, x, sigma):
+        return self.model(x).logits
+
+
+class Normalising(Hub):
+    """As the autoregressive backbone, which gives log-probabilities."""
+
+    def forward(self, x, sigma):
+        return self.backbone(x, sigma).log_softmax(-1)
+
+
+@pytest.mark.parametrize("around", [Hub, DiMamba, torch.compile], ids=["hub", "dimamba", "compiled"])
+def test_other_backbones(around, swap):
+    swap()
+    backbone = Backbone()
+    expected = diffusion(backbone=backbone)._loss(P.x0, ATTENTION)
+    other = torch.compile(backbone, backend="eager") if around is torch.compile else around(backbone)
+    with NoLogits(3, 8, 11):
+        assert_same_step(vars(diffusion(backbone=other)._loss(P.x0, ATTENTION)), vars(expected))
+
+
+def test_a_backbone_that_gives_no_plain_logits_is_refused(swap):
+    swap()
+    with pytest.raises(ValueError, match="logits: expected a model that scales, caps"):
+        diffusion(backbone=Normalising(Backbone()))._loss(P.x0, ATTENTION)
+    with pytest.raises(TypeError, match="layer: expected a last layer"):
+        diffusion(backbone=nn.Linear(5, 11))._loss(P.x0, ATTENTION)
+
+
+def test_the_autoregressive_loss_is_the_published_one(swap):
+    backbone = Normalising(Backbone())
+    it = diffusion(backbone=lambda x, sigma: backbone(x, sigma), parameterization="ar")
+    expected = it._loss(P.x0, ATTENTION)
+    swap()
+    losses = it._loss(P.x0, ATTENTION)
+    assert losses.nlls.shape == (3, 7)
+    assert_same_step(vars(losses), vars(expected))
+
+
+def test_a_method_of_a_derived_class_that_the_loss_does_not_call_is_an_error(swap):
+    class Own(published.Diffusion):
+        def forward(self, x, sigma):
+            return -super().forward(x, sigma)
+
+    it = published.given(Own, 11, **vars(diffusion(backbone=Backbone())))
+    it._loss(P.x0, ATTENTION)
+    swap()
+    with pytest.raises(TypeError, match=r"Own\.forward: expected the published one"):
+        it._loss(P.x0, ATTENTION)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_autocast_on_the_cpu_stays_as_it_is(enabled, swap):
+    """And its 16-bit logits are found to be plain."""
+    swap()
+    backbone = Backbone(torch.float32)
+    expected = diffusion(backbone=backbone)._loss(P.x0, ATTENTION).loss
+    backbone = Backbone(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        loss = diffusion(backbone=backbone)._loss(P.x0, ATTENTION).loss
+    assert backbone.autocast == enabled
+    torch.testing.assert_close(loss, expected, rtol=2**-7 if enabled else 0, atol=0)
 
 
 def test_score_entropy_with_a_mask_amid_the_vocabulary():
@@ -116,23 +262,11 @@ def test_no_mask_is_left_at_time_0(t, noise):
     assert not (drawn == 10).any()
 
 
-def test_what_is_not_here_is_an_error():
-    with pytest.raises(ValueError, match="parameterization: expected one of 'subs', 'sedd', got 'd3pm'"):
-        mdlm.Diffusion._forward_pass_diffusion(diffusion(parameterization="d3pm"), P.x0)
+def test_what_is_not_here_is_an_error(swap):
+    swap()
+    with pytest.raises(ValueError, match="parameterization: expected one of 'subs', 'sedd', 'ar', got 'd3pm'"):
+        diffusion(parameterization="d3pm")._loss(P.x0, ATTENTION)
     with pytest.raises(ValueError, match="T: expected 0"):
-        mdlm.Diffusion._forward_pass_diffusion(diffusion(T=1000), P.x0)
+        diffusion(T=1000)._loss(P.x0, ATTENTION)
     with pytest.raises(ValueError, match="parameterization"):
         mdlm.Diffusion._ddpm_caching_update(diffusion(parameterization="d3pm"), P.xt, P.t, 0.1)
-
-
-@pytest.mark.parametrize("enabled", [False, True])
-def test_autocast_on_the_cpu_stays_as_it_is(enabled):
-    seen = []
-
-    def backbone(x, sigma):
-        seen.append(torch.is_autocast_enabled("cpu"))
-        return Z
-
-    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-        mdlm.Diffusion._forward_pass_diffusion(diffusion(backbone=backbone), P.x0)
-    assert seen == [enabled]

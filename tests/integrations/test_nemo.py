@@ -1,113 +1,264 @@
-"""NeMo Automodel's loss where the shared test does not look: edges, and logits that ranks share."""
+"""NeMo Automodel's recipe before and after, on one rank and on two: data parallel, or sharing the vocabulary."""
+
+import copy
+import functools
+import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torchrun
+from rows import largest_rows
 from standins import nemo as standin
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+from standins import problem
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from fastdiff.integrations import nemo
 
-B, L, V = 3, 7, 34
+B, L, D, V = 4, 8, 4, 34
+TOKENS = dict(num_diffusion_tokens=99, num_ar_tokens=88)
+STRATEGIES = {
+    "MDLM": ("MDLMStrategy", {}, {}),
+    "Hybrid": ("HybridStrategy", dict(ar_loss_alpha=0.7), dict(paradigm="sbd_block_diff")),
+    "Hybrid, one loss": ("HybridStrategy", {}, dict(paradigm="block_diff")),
+    "Hybrid, one half": ("HybridStrategy", {}, dict(paradigm="bidirectional")),
+    "IDLM": ("IDLMStrategy", dict(clean_loss_weight=0.3), {}),
+}
 
 
-def made(dtype=torch.float64, share=0.5):
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.lm_head = nn.Embedding(V, D), nn.Linear(D, V, bias=False)
+
+    def forward(self, input_ids, **_):
+        return SimpleNamespace(logits=self.lm_head(self.hidden(input_ids)))
+
+    def hidden(self, input_ids):
+        return torch.tanh(self.embedding(input_ids))
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+
+def made(paradigm=None):
+    torch.manual_seed(0)
+    model = Model().double()
+    return model if paradigm is None else standin.TwoHalves(model, paradigm)
+
+
+def run(recipe, batch, is_train=True):
+    """The losses of the log, and of the parameters' gradients what they are whole."""
+    model, losses = recipe.model_parts[0], []
+    model.zero_grad()
+    recipe._dllm_loss_buffer.clear()
+    recipe.dllm_strategy.forward_backward(
+        recipe, 0, dict(batch), loss_buffer=losses, num_batches=1, is_train=is_train, **TOKENS
+    )
+    grads = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
+    return [*losses, *recipe._dllm_loss_buffer, *grads]
+
+
+def same(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_step_before_and_after(applied, name):
+    strategy, config, model = STRATEGIES[name]
+    recipe, batch = standin.recipe_of(made(**model), strategy, 4, **config), standin.batch_of(problem(B, L, V))
+    expected, before = largest_rows(lambda: run(recipe, batch), V)
+    applied(standin, nemo.apply_to_nemo)
+    loss_fn = recipe.dllm_loss_fn
+    same(run(recipe, batch), expected)  # and a look at what is behind the last layer
+    got, after = largest_rows(lambda: run(recipe, batch), V)
+    same(got, expected)
+    assert len(got) == 4
+    assert recipe.dllm_loss_fn is loss_fn
+    masked = (batch["_noise_mask"] & batch["loss_mask"].bool()).sum().item()
+    following = batch["_noise_mask"][:, 1:].sum().item()
+    scored = {"IDLM": 2 * following, "Hybrid": masked + B * (L - 2)}.get(name, masked)
+    assert before >= B * L * (1 if name in ("MDLM", "Hybrid, one half") else 2)
+    assert after <= scored
+    assert recipe.model_parts[0](batch["input_ids"]).logits.shape == (B, L, V)
+
+
+def test_validation_has_no_gradient(applied):
+    recipe, batch = standin.recipe_of(made(), "MDLMStrategy"), standin.batch_of(problem(B, L, V))
+    with torch.no_grad():
+        expected = run(recipe, batch, is_train=False)
+        applied(standin, nemo.apply_to_nemo)
+        got = run(recipe, batch, is_train=False)
+    same(got[:2], expected[:2])
+    assert got[2:] == [None, None]
+
+
+def test_an_attention_mask_leaves_tokens_out(applied):
+    recipe, batch = standin.recipe_of(made(), "IDLMStrategy"), standin.batch_of(problem(B, L, V))
+    batch["attention_mask"] = (torch.arange(L) < L - 2).long().expand(B, L)
+    expected = run(recipe, batch)
+    applied(standin, nemo.apply_to_nemo)
+    same(run(recipe, batch), expected)
+
+
+def test_tiny_probabilities_and_no_tokens_at_all(applied):
+    recipe, batch = standin.recipe_of(made(), "MDLMStrategy"), standin.batch_of(problem(B, L, V))
+    batch["_p_mask"] = torch.full((B, L), 1e-12)
+    expected = run(recipe, batch)
+    applied(standin, nemo.apply_to_nemo)
+    same(run(recipe, batch), expected)
+    batch["_noise_mask"] = torch.zeros(B, L, dtype=torch.bool)
+    assert all((one == 0).all() for one in run(recipe, batch))
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_undone_it_is_as_published(applied, twice):
+    recipe, batch = standin.recipe_of(made(), "MDLMStrategy"), standin.batch_of(problem(B, L, V))
+    undos = [applied(standin, nemo.apply_to_nemo) for _ in range(1 + twice)]
+    for undo in undos:
+        undo()
+    assert largest_rows(lambda: run(recipe, batch), V)[1] >= B * L
+
+
+class OtherLoss(nn.Module):
+    """As a strategy of one's own has."""
+
+    def forward(self, logits, **_):
+        return standin.DLLMLossOutput(logits.square().mean(), logits.detach().mean())
+
+
+def test_what_is_not_followed_stays_as_published(applied):
+    batch = standin.batch_of(problem(B, L, V))
+    balanced = standin.recipe_of(made(), "IDLMStrategy", auto_balance_clean_loss=True)
+    other = standin.recipe_of(made(), "MDLMStrategy")
+    other.dllm_loss_fn = OtherLoss()
+    expected = [run(recipe, batch) for recipe in (balanced, other)]
+    applied(standin, nemo.apply_to_nemo)
+    for recipe, published in zip((balanced, other), expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(run(recipe, batch), published, strict=True))
+
+
+@pytest.mark.parametrize("normalize", ["tokens", "mean"])
+def test_dflash(applied, normalize):
     g = torch.Generator().manual_seed(0)
-    logits = torch.randn(B, L, V, generator=g, dtype=dtype).requires_grad_()
-    target_ids = torch.randint(0, V, (B, L), generator=g)
-    noise_mask = torch.rand(B, L, generator=g) < share
-    return logits, target_ids, noise_mask, torch.rand(B, L, generator=g), (torch.arange(L) > 1).long().expand(B, L)
+    loss_fn = standin.LOSSES.DFlashDecayLoss(loss_gamma=3.0, normalize=normalize, use_fused_linear_ce=True)
+    hidden = torch.randn(2, 12, D, generator=g, dtype=torch.float64).requires_grad_()
+    head = torch.randn(V, D, generator=g, dtype=torch.float64)
+    target, mask = torch.randint(0, V, (2, 12), generator=g), (torch.rand(2, 12, generator=g) < 0.6).float()
+    with torch.no_grad():
+        head[target[0]] += 9 * hidden[0]  # some are right
+
+    def results():
+        out = loss_fn.forward_fused(hidden, head, target, mask, num_tokens=11, block_size=5)
+        return [*out, torch.autograd.grad(out.total_loss, hidden)[0]]
+
+    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):  # to which the published one casts
+        expected = results()
+    assert 0 < expected[2].sum() < mask.sum()
+    applied(standin, nemo.apply_to_nemo)
+    same(results(), expected)
 
 
-def agree(arguments, **options):
-    results = [
-        loss_fn()(*arguments, **options) for loss_fn in (nemo.MDLMCrossEntropyLoss, standin.MDLMCrossEntropyLoss)
-    ]
-    torch.testing.assert_close(results[0].total_loss, results[1].total_loss, rtol=1e-12, atol=0)
-    grads = [torch.autograd.grad(result.total_loss, arguments[0])[0] for result in results]
-    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-14)
-    return results[0]
+def data_parallel():
+    """Each rank has every second sequence; gradients are averaged over ranks, as the recipe expects."""
+    sys.modules.update(standin.PUBLISHED)
+    for name, (strategy, config, options) in STRATEGIES.items():
+        p = problem(B, L, V)
+        model, batch = made(**options), standin.batch_of(p)
+        expected = run(standin.recipe_of(copy.deepcopy(model), strategy, 1, **config), batch)
+        mine = {key: value[dist.get_rank() :: 2] for key, value in batch.items()}
+        inner = getattr(model, "network", model)
+        fully_shard(inner.lm_head)
+        fully_shard(model)
+        undo = nemo.apply_to_nemo()
+        got = run(standin.recipe_of(model, strategy, 2, **config), mine)
+        undo()
+        for loss in got[:2]:
+            dist.all_reduce(loss)
+        assert all(isinstance(p, DTensor) for p in model.parameters()), name
+        same(got, expected)
+
+
+class PartOfTokens(Model):
+    """As in sequence parallelism: each rank has the hidden states of its own."""
+
+    def hidden(self, input_ids):
+        return super().hidden(input_ids).chunk(2, 1)[dist.get_rank()]
+
+
+def vocabulary_parallel():
+    """The last layer is cut along its ids, as Automodel's plans do; there are plans that give whole logits too."""
+    sys.modules.update(standin.PUBLISHED)
+    mesh = init_device_mesh("cpu", (2,))
+    sharded = dict(output_layouts=Shard(-1), use_local_output=False)
+    for plan in (sharded, dict(output_layouts=Replicate()), dict(sharded, input_layouts=Shard(1))):
+        for name, (strategy, config, options) in STRATEGIES.items():
+            model, batch = made(**options), standin.batch_of(problem(B, L, V))
+            expected = run(standin.recipe_of(copy.deepcopy(model), strategy, 1, **config), batch)
+            inner = getattr(model, "network", model)
+            parallelize_module(inner, mesh, {"lm_head": ColwiseParallel(**plan)})
+            inner.__class__ = PartOfTokens if "input_layouts" in plan else Model
+            undo = nemo.apply_to_nemo()
+            recipe = standin.recipe_of(model, strategy, 1, **config)
+            run(recipe, batch)
+            got, rows = largest_rows(functools.partial(run, recipe, batch), V // 2)
+            undo()
+            if "input_layouts" in plan:
+                dist.all_reduce(got[2])  # of the embedding, which all ranks have
+            same(got, expected)
+            assert rows < B * L * (1 if name in ("MDLM", "Hybrid, one half") else 2), name
+
+
+@pytest.mark.parametrize("ranks", ["data_parallel", "vocabulary_parallel"])
+def test_two_ranks(ranks):
+    torchrun.launch(__file__, 2, ranks)
+
+
+def test_errors_name_what_is_wrong(applied):
+    applied(standin, nemo.apply_to_nemo)
+    p = problem(B, L, V)
+    batch = standin.batch_of(p)
+    recipe = standin.recipe_of(made("sbd_block_diff"), "HybridStrategy")
+    recipe.model_parts[0].config = SimpleNamespace(dlm_paradigm="sbd, renamed")
+    with pytest.raises(ValueError, match="x0: expected shape"):
+        run(recipe, batch)
+    recipe = standin.recipe_of(CausalOf(made()), "HybridStrategy")
+    with pytest.raises(ValueError, match="causal_logits: expected None of this dlm_paradigm"):
+        run(recipe, batch)
+    recipe = standin.recipe_of(made(), "MDLMStrategy")
+    recipe.model_parts[0].get_output_embeddings = lambda: None
+    with pytest.raises(TypeError, match="layer: expected a last layer"):
+        run(recipe, batch)
+    recipe = standin.recipe_of(made(), "MDLMStrategy")
+    with pytest.raises(ValueError, match="x0: expected"):
+        run(recipe, batch | dict(_clean_input_ids=p.x0 + V))
+    run(recipe, batch)  # and nothing is left behind
+
+
+class CausalOf(nn.Module):
+    """A model of a paradigm of its own, with causal_logits."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, SimpleNamespace()
+
+    def forward(self, input_ids, **_):
+        logits = self.model(input_ids).logits
+        return SimpleNamespace(logits=logits, causal_logits=logits)
+
+    def get_output_embeddings(self):
+        return self.model.lm_head
 
 
 def test_what_the_recipe_takes_from_a_loss():
-    assert nemo.DLLMLossOutput._fields == standin.DLLMLossOutput._fields
-    assert nemo.DLLMLossOutput._field_defaults == standin.DLLMLossOutput._field_defaults
-
-
-def test_one_call_swaps_the_loss_of_the_recipe(applied):
-    """It calls by keyword what its strategy made, and multiplies the loss by its ranks."""
-    strategy = standin.PUBLISHED["nemo_automodel.recipes.dllm.strategy"].MDLMStrategy()
-    names = ("logits", "target_ids", "noise_mask", "p_mask", "loss_mask")
-    loss_fn, outputs = strategy.create_loss_fn({}), []  # before
-    for _ in range(2):
-        arguments = dict(
-            zip(names, made(), strict=True), num_diffusion_tokens=99, loss_mask_ar=None, causal_logits=None
-        )
-        result = loss_fn(**arguments)
-        (4 * result.total_loss).backward()
-        outputs.append((result.total_loss.detach(), arguments["logits"].grad))
-        applied(standin, nemo.apply_to_nemo)
-    torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-14)
-    assert loss_fn.forward.__func__ is nemo.MDLMCrossEntropyLoss.forward
-
-
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("tokens", [None, 0, 1, 1000])
-def test_normalisers(share, tokens):
-    result = agree(made(share=share), num_diffusion_tokens=tokens)
-    assert result.dllm_loss == result.total_loss
-    assert not result.dllm_loss.requires_grad
-    assert (result.total_loss == 0) == (share == 0)
-
-
-def test_only_masked_and_supervised_tokens_count():
-    arguments = made()
-    expected = agree(arguments).total_loss
-    arguments[1][~arguments[2]] = 0
-    with torch.no_grad():
-        arguments[0][:, :2] = torch.nan
-    assert nemo.MDLMCrossEntropyLoss()(*arguments).total_loss == expected
-    arguments[1][0] = -100
-    assert nemo.MDLMCrossEntropyLoss()(*arguments).total_loss < expected
-
-
-def test_tiny_probabilities_are_clamped():
-    arguments = list(made())
-    arguments[3] = torch.full((B, L), 1e-12, dtype=torch.float64)
-    agree(arguments)
-
-
-def test_bfloat16_is_not_rounded():
-    logits, *others = made(torch.bfloat16)
-    exact = standin.MDLMCrossEntropyLoss()(logits.double(), *others).total_loss
-    got = nemo.MDLMCrossEntropyLoss()(logits, *others).total_loss
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), exact, rtol=1e-6, atol=0)
-
-
-def logits_of_two_ranks():
-    mesh, (logits, *others) = init_device_mesh("cpu", (2,)), made()
-    expected = standin.MDLMCrossEntropyLoss()(logits, *others, num_diffusion_tokens=9).total_loss
-    expected.backward()
-    sharded = distribute_tensor(logits.detach(), mesh, [Shard(-1)]).requires_grad_()
-    got = nemo.MDLMCrossEntropyLoss()(sharded, *others, num_diffusion_tokens=9).total_loss
-    got.backward()
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)
-    torch.testing.assert_close(sharded.grad.full_tensor(), logits.grad, rtol=1e-8, atol=1e-14)
-    with pytest.raises(ValueError, match="logits: expected a DTensor sharded along its ids"):
-        nemo.MDLMCrossEntropyLoss()(distribute_tensor(logits.detach(), mesh, [Replicate()]), *others)
-
-
-def test_sharded_logits_are_not_gathered():
-    torchrun.launch(__file__, 2, "logits_of_two_ranks")
-
-
-def test_errors_name_the_argument():
-    logits, target_ids, *others = made()
-    with pytest.raises(ValueError, match="x0"):
-        nemo.MDLMCrossEntropyLoss()(logits, target_ids[:, 1:], *others)
-    with pytest.raises(TypeError, match="logits"):
-        nemo.MDLMCrossEntropyLoss()(target_ids, target_ids, *others)
+    assert nemo.DLLMLossOutput._fields == standin.LOSSES.DLLMLossOutput._fields
+    assert nemo.DLLMLossOutput._field_defaults == standin.LOSSES.DLLMLossOutput._field_defaults
 
 
 if __name__ == "__main__":

@@ -9,13 +9,16 @@ from types import FunctionType, ModuleType
 import pytest
 import torch
 
-from fastdiff.integrations.patching import patch, setting
+from fastdiff.integrations.patching import around, patch, setting
 
 CODEBASES = ("bd3lm", "dllm", "duo", "flow_matching", "llada", "mdlm", "nemo", "radd", "sedd")
 BODY = """
 class Loss:
     def value(self, x):
         return x + 1
+
+    def __call__(self, x):
+        return x + 4
 
 class Derived(Loss):
     pass
@@ -79,6 +82,38 @@ def test_twice_is_once(code):
     again()
     assert code[1].Loss().value(1) == 2
     assert code[1].made_by(2)(3) == 6
+
+
+def doubled(published):
+    def __call__(self, x):
+        return 2 * published(self, x)
+
+    return __call__
+
+
+def doubled_with_more(published):
+    def value(self, x, *, scale):
+        return scale * published(self, x)
+
+    return value
+
+
+def test_a_method_around_the_published_one_is_put_there_once(code):
+    loss = code[1].Loss()
+    undo, again = (
+        patch("Code", {"code_of_others": (around("code_of_others", "Loss", __call__=doubled),)}) for _ in range(2)
+    )
+    assert (loss(1), loss.value(1)) == (10, 2)
+    undo()
+    again()
+    assert loss(1) == 5
+
+
+def test_a_method_around_one_that_is_not_there(code):
+    for name, method in (("Loss", {"value": doubled_with_more}), ("Missing", {"__call__": doubled})):
+        with pytest.raises(RuntimeError, match="Code: expected doubled"):
+            patch("Code", {"code_of_others": (around("code_of_others", name, **method),)})
+    assert code[0].Loss().value(1) == 2
 
 
 def test_says_who_keeps_the_published_function(code):

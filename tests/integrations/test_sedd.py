@@ -1,9 +1,15 @@
 """SEDD: signatures, reverse steps by frequency, noise, edge cases and what the published formula loses."""
 
+from contextlib import nullcontext
+from functools import partial
+
+import one_step
 import pytest
 import torch
-from standins import problem
+from repeated import Repeated
+from standins import is_real, problem
 from standins import sedd as published
+from torch import nn
 
 from fastdiff.integrations import sedd
 from fastdiff.schedules import Geometric, LogLinear
@@ -87,29 +93,117 @@ def test_swapped_arguments_are_named():
         sedd.Denoiser.update_fn(published.Denoiser(graph, LogLinear()), lambda *_: z, p.xt, torch.zeros(2, 1))
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_losses_of_a_model_that_ddp_has_wrapped(train, graph, applied):
-    x0, t = torch.arange(6).repeat(2, 4), torch.tensor([0.3, 0.9])
-    model, xt = torch.nn.Module(), graph.sample_transition(x0, t[:, None])
-    model.module = published.Network(torch.randn(2, 24, 7), scale_by_sigma=graph.absorb)
-    model.forward = lambda x, sigma: model.module(x, sigma)
+class Wrapped(nn.Module):
+    """As DDP has a model."""
 
-    def loss():
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *arguments):
+        return self.module(*arguments)
+
+
+def compiled(model):
+    return torch.compile(model, backend="aot_eager")
+
+
+@pytest.fixture
+def model(graph):
+    return published.network(Repeated(24, 7), scaled=graph.absorb)
+
+
+X0, T = torch.arange(6).repeat(2, 4), torch.tensor([0.3, 0.9])
+
+
+@pytest.mark.parametrize(
+    ("wrap", "train"), [(nn.Identity(), True), (nn.Identity(), False), (Wrapped, True), (compiled, True)]
+)
+def test_a_step_as_published(wrap, train, model, graph, applied):
+    xt = graph.sample_transition(X0, T[:, None])
+
+    def results():
         loss_fn = published.PUBLISHED["losses"].get_loss_fn(LogLinear(), graph, train)
-        assert loss_fn(model, x0).shape == (2,)  # at times and with noise of its own
-        assert model.training == train
-        return loss_fn(model, x0, cond=None, t=t, perturbed_batch=xt)
+        whole = wrap(model)
+        assert loss_fn(whole, X0).shape == (2,)  # at times and with noise of its own
+        assert whole.training == train
+        loss = loss_fn(whole, X0, cond=None, t=T, perturbed_batch=xt)
+        yield torch.autograd.grad(loss.mean() / 4, [*model.parameters()])
+        with torch.no_grad():
+            yield loss_fn(whole, X0, t=T, perturbed_batch=xt), loss.detach()
 
-    expected = loss()
+    expected = [*results()]
     applied(published, sedd.apply_to_sedd)
-    torch.testing.assert_close(loss(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close([*results()], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_tail_is_left_out_for_the_loss_alone():
-    p, seen = problem(2, 6, 11), []
-    model = published.Network(torch.randn(2, 6, 11), scale_by_sigma=True)
-    model.register_forward_hook(lambda module, arguments, out: seen.append(out))
-    sedd.get_loss_fn(LogLinear(), published.Absorbing(10), train=True)(model, p.x0)
-    score = published.scale_by_sigma(model.answer, p.xt, p.sigma.float())
-    assert torch.equal(seen[0], model.answer)
-    assert torch.equal(model(p.xt, p.sigma.float()), score)  # though the model is still in training mode
+def test_sequences_that_weigh_differently_are_an_error(model, graph, applied):
+    applied(published, sedd.apply_to_sedd)
+    loss = published.PUBLISHED["losses"].get_loss_fn(LogLinear(), graph, True)(model, X0)
+    with pytest.raises(ValueError, match="summed"):
+        (loss * torch.tensor([1.0, 2.0])).sum().backward()
+
+
+def test_the_model_is_asked_for_scores_as_ever(model, graph, applied):
+    """Though it has computed a loss, and though it is still in training mode."""
+    xt, sigma = graph.sample_transition(X0, T[:, None]), T
+    expected = model(xt, sigma)
+    applied(published, sedd.apply_to_sedd)
+    published.PUBLISHED["losses"].get_loss_fn(LogLinear(), graph, train=True)(model, X0)
+    torch.testing.assert_close(model(xt, sigma), expected)
+
+
+def test_no_logits_are_made(model, graph, applied):
+    applied(published, sedd.apply_to_sedd)
+    seen = []
+    model.register_forward_hook(lambda module, arguments, out: seen.append(out.shape))
+    published.PUBLISHED["losses"].get_loss_fn(LogLinear(), graph, train=True)(model, X0)
+    assert seen[-1] != (*X0.shape, 7)
+
+
+def test_a_tail_that_the_loss_does_not_know_is_an_error(graph):
+    """As the model has without the seam in the place of its forward."""
+    model = published.network(Repeated(24, 7))
+    with pytest.raises(ValueError, match="logits"):
+        sedd.get_loss_fn(LogLinear(), graph, train=True)(model, X0)
+
+
+def test_a_failed_step_leaves_nothing_behind(model, graph, applied):
+    applied(published, sedd.apply_to_sedd)
+    loss_fn = published.PUBLISHED["losses"].get_loss_fn(LogLinear(), graph, True)
+    expected = loss_fn(model, X0, t=T, perturbed_batch=X0)
+    with pytest.raises(ValueError, match="x0"):
+        loss_fn(model, X0 + 100, t=T, perturbed_batch=X0)
+    torch.testing.assert_close(loss_fn(model, X0, t=T, perturbed_batch=X0), expected)
+    assert model(X0, T).shape == (2, 24, 7)
+
+
+def attention(qkv, cu_seqlens, seq_len, dropout, causal):
+    """What flash_attn has on GPUs."""
+    q, k, v = qkv.unflatten(0, (-1, seq_len)).permute(2, 0, 3, 1, 4)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+
+
+@pytest.fixture
+def transformer(graph, monkeypatch):
+    """The codebase's own, small and random, in float64 throughout."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
+    monkeypatch.setattr(published.PUBLISHED["model"].transformer, "flash_attn_varlen_qkvpacked_func", attention)
+    sizes = dict(hidden_size=32, cond_dim=16, length=24, n_blocks=2, n_heads=2, scale_by_sigma=graph.absorb, dropout=0)
+    tokens = graph.dim - 1 if graph.absorb else graph.dim
+    kind = "absorb" if graph.absorb else "uniform"
+    with published.default_dtype(torch.float64):
+        yield one_step.drawn(published.SEDD(dict(tokens=tokens, graph=dict(type=kind), model=sizes)))
+
+
+@pytest.mark.skipif(not is_real(published.PUBLISHED["model"]), reason="SEDD's transformer is in its checkout")
+@pytest.mark.parametrize("wrap", [nullcontext, one_step.in_ddp], ids=["bare", "DDP"])
+def test_a_step_of_its_transformer(wrap, transformer, graph, applied):
+    xt = graph.sample_transition(X0, T[:, None])
+    graph.sample_transition = lambda *_: xt
+    get_step_fn = published.PUBLISHED["losses"].get_step_fn
+    with wrap(transformer) as model:
+        step = partial(one_step.results, lambda *how: get_step_fn(LogLinear(), graph, *how, accum=1), model, X0)
+        expected = step()
+        applied(published, sedd.apply_to_sedd)
+        one_step.assert_same(step(), expected)

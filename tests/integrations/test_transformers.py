@@ -3,6 +3,7 @@
 import copy
 import inspect
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer, models  # noqa: E402
 from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments  # noqa: E402
 from transformers.loss.loss_utils import ForMaskedLMLoss  # noqa: E402
 
+from fastdiff.integrations import transformers as ours  # noqa: E402
 from fastdiff.integrations.transformers import (  # noqa: E402
     FastdiffConfig,
     FastdiffForMaskedLM,
@@ -43,29 +45,32 @@ def data(n, prompts=True):
     return rows
 
 
-def make(seed=0, **options):
+def make(seed=0, cls=FastdiffForMaskedLM, **options):
     torch.manual_seed(seed)
-    model = FastdiffForMaskedLM(FastdiffConfig(V, L, 16, 1, 2, **options))
+    model = cls(FastdiffConfig(V, L, 16, 1, 2, **options))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 
 class Recorder(MaskedDiffusionTrainer):
-    """Keeps what its model was shown and what its loss was given."""
+    """Keeps what its model was shown, whether it made logits, and what the loss was given: labels, mask, weight, number
+    of labels."""
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        self.shown = getattr(self, "shown", [])
-        hook = model.register_forward_pre_hook(
-            lambda module, args, kwargs: self.shown.append(kwargs["input_ids"]), with_kwargs=True
+        calls = []
+        hook = model.register_forward_hook(
+            lambda module, args, kwargs, outputs: calls.append((kwargs["input_ids"], outputs.logits.shape[:-1])),
+            with_kwargs=True,
         )
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        with mock.patch.object(ours, "_options", wraps=ours._options) as options:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
         hook.remove()
+        (xt, rows), (labels, num_items, mask, weight, *_) = calls[-1], options.call_args.args
+        self.shown = [*getattr(self, "shown", []), xt]
+        self.with_logits = [*getattr(self, "with_logits", []), rows == xt.shape]
+        self.given = [*getattr(self, "given", []), (labels, mask, weight, num_items)]
         return loss
-
-    def _loss(self, outputs, labels, num_items_in_batch=None):
-        self.given = [*getattr(self, "given", []), (*labels, num_items_in_batch)]
-        return super()._loss(outputs, labels, num_items_in_batch)
 
 
 def trainer_of(model, folder, rows, *, mixed=Recorder, options=None, **settings):
@@ -206,7 +211,17 @@ def test_a_step_of_parts_with_prompts_and_padding(tmp_path, shift):
     assert masked > 10
     loss = published(before, trainer.given, trainer.shown, shift)
     loss.backward()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-3)
+    assert not trainer._seen.any()  # counted anew from the next step on
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-3)
+    correct, entropies = [], []
+    for (labels, mask, *_), xt in zip(trainer.given, trainer.shown, strict=True):
+        masked, tokens = (mask.roll(-1, 1), labels.roll(-1, 1)) if shift else (mask, labels)
+        p = before(xt).logits[masked].softmax(-1)
+        correct.append(p.argmax(-1) == tokens[masked])
+        entropies.append(-(p * p.log()).sum(-1))
+    assert log["masked_accuracy"] == pytest.approx(torch.cat(correct).float().mean().item())
+    assert log["masked_entropy"] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-5)
     for old, new in zip(before.parameters(), model.parameters(), strict=True):
         assert_near(new.detach(), (old - old.grad).detach(), torch.float32, "parameter", slack=8)
 
@@ -263,6 +278,71 @@ def test_untrained_loss_is_that_of_not_knowing(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(torch.tensor(V - 1.0).log().item(), rel=0.03)
 
 
+def test_an_evaluation_makes_logits_where_they_are_asked_for(tmp_path):
+    seen = []
+    with_metrics = dict(compute_metrics=lambda found: seen.append(found) or {})
+    trainers = [
+        trainer_of(make(), tmp_path, data(6), options=options, per_device_eval_batch_size=3)
+        for options in ({}, with_metrics, dict(from_logits=True))
+    ]
+    losses = [trainer.evaluate()["eval_loss"] for trainer in trainers]
+    assert [trainer.with_logits for trainer in trainers] == [[False] * 2, [True] * 2, [True] * 2]
+    for loss in losses:
+        assert loss == pytest.approx(losses[1], rel=1e-6)
+    assert [found.predictions.shape for found in seen] == [(6, L, V)]
+    assert trainers[0].predict(data(6)).predictions.shape == (6, L, V)
+    batch = {name: torch.stack([row[name] for row in data(3)]) for name in data(1)[0]}
+    assert trainers[0].compute_loss(trainers[0].model, batch, return_outputs=True)[1].logits.shape == (3, L, V)
+
+
+class Unnamed(FastdiffForMaskedLM):
+    """Does not say which its last layer is."""
+
+    def get_output_embeddings(self):
+        return None
+
+
+class Normalized(FastdiffForMaskedLM):
+    """Does with its logits what a head does not know."""
+
+    def forward(self, input_ids, attention_mask=None):
+        outputs = super().forward(input_ids)
+        outputs.logits = outputs.logits.log_softmax(-1)
+        return outputs
+
+
+def test_models_whose_last_layer_cannot_compute_the_loss(tmp_path):
+    results = []
+    for model, options in ((make(), {}), (make(cls=Unnamed), {}), (make(cls=Normalized), dict(from_logits=True))):
+        trainer = trainer_of(model, tmp_path, data(6), options=options)
+        trainer.train()
+        results.append([parameter.detach() for parameter in model.parameters()])
+        assert trainer.with_logits == [type(model) is not FastdiffForMaskedLM]
+    for a, *others in zip(*results, strict=True):
+        for b in others:
+            assert_near(b, a, torch.float32, "parameter", slack=4)
+    with pytest.raises(RuntimeError, match=r"that scales, caps .* from_logits=True takes it from them"):
+        trainer_of(make(cls=Normalized), tmp_path, data(6)).train()
+
+
+class Watching(Trainer):
+    """As SFTTrainer, which computes an accuracy of the logits."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        raise AssertionError("there may be no logits to look at")
+
+
+def test_no_other_base_sees_what_is_in_the_place_of_logits(tmp_path):
+    trainer_of(make(), tmp_path, data(2), mixed=type("Mixed", (Recorder, Watching), {})).train()
+
+
+def test_a_batch_with_nothing_to_predict(tmp_path):
+    model, rows = make(), [dict(row, labels=torch.full((L,), -100)) for row in data(2)]
+    before = copy.deepcopy(model)
+    trainer_of(model, tmp_path, rows).train()
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), model.parameters(), strict=True))
+
+
 def test_wrong_calls(tmp_path):
     model = make()
     trainer = trainer_of(model, tmp_path, data(2))
@@ -271,6 +351,8 @@ def test_wrong_calls(tmp_path):
     rows = [{k: v for k, v in row.items() if k != "labels"} for row in data(2)]
     with pytest.raises(ValueError, match="inputs: expected labels"):
         trainer_of(model, tmp_path, rows, options=dict(shift=True)).train()
+    with pytest.raises(ValueError, match=r"label_smoothing_factor: expected 0, got 0\.1"):
+        trainer_of(model, tmp_path, data(2), label_smoothing_factor=0.1)
 
 
 def test_who_says_which_id_is_the_mask(tmp_path):

@@ -270,6 +270,30 @@ def test_upstream_gradients_and_backward_again():
         assert loss_of("dce", p, reduction=reduction).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("name", ["dce", "absorb_scaled", "uniform"])
+def test_losses_that_are_summed(name, dtype, chunked, monkeypatch):
+    """Losses per token whose sum's gradient the forward pass has made, and of others there is none."""
+    p, calls, row_losses_ = linear_problem((3, 5), 27, dtype), [], op.row_losses_
+    monkeypatch.setattr(op, "row_losses_", lambda *args: calls.append(args) or row_losses_(*args))
+    leaves, count = [p[leaf].requires_grad_() for leaf in LEAVES], []
+    for summed in (False, True):
+        loss = loss_of(name, p, summed=summed)
+        forward = len(calls)
+        grads = torch.autograd.grad(loss.sum(-1).mean() * 0.7, leaves, retain_graph=True)
+        count.append(len(calls) - forward)
+        if not summed:
+            expected = [loss, *grads]
+    for got, exact in zip([loss, *grads], expected, strict=True):
+        assert_near(got, exact, dtype, name, SLACK[dtype])
+    assert count[0] > 0
+    if dtype == torch.float16:  # a loss scale comes in before the gradient is rounded
+        return
+    assert count[1] == 0
+    with pytest.raises(ValueError, match="summed: expected losses that weigh alike"):
+        (loss[0].sum() + 2 * loss[1].sum()).backward()
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing(use_reentrant):
     p = linear_problem((3, 5), 27)
@@ -287,14 +311,15 @@ def test_checkpointing(use_reentrant):
 
 
 @pytest.mark.parametrize("capacity", [None, 12])
-@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("reduction", ["none", "summed", "mean"])
 def test_compiles_whole(reduction, capacity):
     p = linear_problem((3, 4), 11)
     leaves = [p[leaf].requires_grad_() for leaf in LEAVES]
 
     def step(hidden, lm_head, bias):
         q = p | dict(hidden=hidden * 2, lm_head=lm_head, bias=bias)
-        loss, stats = loss_of("dce", q, reduction=reduction, capacity=capacity, return_stats=True)
+        options = dict(summed=True) if reduction == "summed" else dict(reduction=reduction)
+        loss, stats = loss_of("dce", q, capacity=capacity, return_stats=True, **options)
         return loss.sum() * 3 + stats.nll.sum(), *stats
 
     torch._dynamo.reset()
@@ -336,9 +361,9 @@ def test_agrees_with_the_logits_multiplied_beforehand():
 
 def test_empty_batches():
     for shape, capacity in product(((0, 3), (2, 0)), (None, 0, 1, 8)):
-        for reduction in ("none", "sum", "mean"):
+        for reduction, summed in (("none", False), ("none", True), ("sum", False), ("mean", False)):
             p = linear_problem(shape, 11)
-            got = loss_and_grads("absorb", p, *LEAVES, reduction=reduction, capacity=capacity)
+            got = loss_and_grads("absorb", p, *LEAVES, reduction=reduction, summed=summed, capacity=capacity)
             assert got[0].shape == (shape if reduction == "none" else ())
             assert not any(t.any() for t in got)
 

@@ -1,0 +1,151 @@
+"""Published checkpoints of SEDD, RADD, MDLM, Duo and BD3-LM: the network, and what its outputs mean."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.checks import check_choice
+from fastdiff.dit import DiT, DiTConfig
+from fastdiff.evaluating import Model
+from fastdiff.graphs import Absorbing, Graph, Uniform
+from fastdiff.schedules import Geometric, LogLinear, Schedule
+from fastdiff.weights import read_weights
+
+KINDS = ("sedd", "radd", "mdlm", "duo", "bd3lm")
+MASKS = {50258: 50257, 30522: 103}  # of GPT-2's tokens and a mask, of BERT's
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A network and its conventions.
+
+    parametrization is of `dse_loss`, for the network as a function of (xt, sigma). A network that is not timed sees
+    noise level 0, or none, whatever the noise is.
+    """
+
+    kind: str
+    network: DiT
+    graph: Graph
+    schedule: Schedule
+    parametrization: str
+    timed: bool
+    length: int | None
+
+    def conditionals(self) -> Model:
+        """For the estimators: (body, last layer) of p(x0 | xt), of the absorbing graph.
+
+        A network that is timed is asked at the noise that m masks in L tokens suggest.
+
+        Raises:
+            ValueError: the graph is uniform.
+        """
+        mask_index = self.graph.mask_index
+        if mask_index is None:
+            raise ValueError(f"{self.kind}: expected the absorbing graph, for p(x0 | xt) of the uniform one has a time")
+
+        def body(xt: Tensor) -> Tensor:
+            share = (xt == mask_index).double().mean(1)
+            return self.network.body(xt, self._seen(self.schedule.total_noise(share).float()))
+
+        return body, self.network.output_layer.linear
+
+    def score(self, xt: Tensor, sigma: Tensor) -> Tensor:
+        """What the network gives for xt [B, L] at sigma [B], for `dse_nll` with this parametrization: [B, L, V]."""
+        return self.network(xt, self._seen(sigma))
+
+    def _seen(self, sigma: Tensor) -> Tensor | None:
+        if self.network.sigma_map is None:
+            return None
+        return sigma if self.timed else torch.zeros_like(sigma)
+
+
+def load_published(kind: str, path: str | os.PathLike, *, mask_index: int | None = None) -> Published:
+    """A checkpoint in float32 on the CPU, its averaged weights where it has them.
+
+    Args:
+        kind: "sedd", "radd", "mdlm", "duo" or "bd3lm".
+        path: a folder (of a hub, or of a training run) or a file of weights, as `read_weights` takes it.
+        mask_index: of a vocabulary that is neither GPT-2's nor BERT's.
+
+    Raises:
+        FileNotFoundError: no weights there.
+        ValueError: another architecture, a missing, surplus or misshapen tensor, a mask that is not known.
+    """
+    check_choice("kind", kind, KINDS)
+    said = _said(Path(path))
+    weights = _own(read_weights(path), path)
+    config = _config(weights, said, path)
+    if (kind == "radd") == bool(config.cond_dim):
+        seen = "sees the noise level" if config.cond_dim else "does not see the noise level"
+        raise ValueError(f"{path}: expected weights of {kind}, but this network {seen}")
+    with torch.device("cpu"):
+        network = DiT(config).float()
+    weights.setdefault("rotary_emb.inv_freq", network.rotary_emb.inv_freq)
+    _check_alike(weights, network, path)
+    network.load_state_dict(weights)
+    uniform = kind == "duo" or said.get("graph", {}).get("type") == "uniform"
+    graph: Graph = Uniform(config.num_states)
+    if not uniform:
+        mask_index = MASKS.get(config.num_states) if mask_index is None else mask_index
+        if mask_index is None and kind in ("sedd", "radd"):
+            mask_index = config.num_states - 1
+        if mask_index is None:
+            raise ValueError(f"mask_index: expected an id, for none is known of {config.num_states} ids")
+        graph = Absorbing(config.num_states, mask_index)
+    noise = said.get("noise", {})
+    schedule: Schedule = LogLinear()
+    if noise.get("type") == "geometric":
+        schedule = Geometric(noise["sigma_min"], noise["sigma_max"])
+    scaled = said.get("scale_by_sigma", not uniform)
+    parametrization = "logits" if kind != "sedd" else "scale_by_sigma" if scaled else "log_score"
+    timed = said.get("time_conditioning", kind in ("sedd", "duo"))
+    return Published(kind, network.eval(), graph, schedule, parametrization, timed, said.get("length"))
+
+
+def _said(path: Path) -> dict[str, Any]:
+    """What a config.json beside the weights says, its section on the model among the rest."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    said = json.loads(file.read_text()) if file.is_file() else {}
+    said |= said.get("model", {})
+    names = dict(model_length="length", hidden_dim="hidden_size")
+    return {names.get(name, name): value for name, value in said.items()}
+
+
+def _own(weights: dict[str, Tensor], path: str | os.PathLike) -> dict[str, Tensor]:
+    """The network's weights, without what wrappers put before their names, and without what is no network's."""
+    last = "vocab_embed.embedding"
+    prefix = next((name.removesuffix(last) for name in weights if name.endswith(last)), None)
+    if prefix is None:
+        raise ValueError(f"{path}: expected a tensor {last}, got {', '.join(list(weights)[:4])}, ...")
+    beside = ("noise.", "sampling_eps_", "block_diff_mask", "mask")
+    return {n.removeprefix(prefix): w for n, w in weights.items() if not n.removeprefix(prefix).startswith(beside)}
+
+
+def _config(weights: dict[str, Tensor], said: dict[str, Any], path: str | os.PathLike) -> DiTConfig:
+    num_states, dim = weights["vocab_embed.embedding"].shape
+    heads = said.get("n_heads")
+    if (inv_freq := weights.get("rotary_emb.inv_freq")) is not None:
+        heads = dim // (2 * len(inv_freq))
+    if not heads:
+        raise ValueError(f"{path}: expected n_heads in a config.json, or rotary_emb.inv_freq among the weights")
+    depth = 1 + max((int(name.split(".")[1]) for name in weights if name.startswith("blocks.")), default=-1)
+    sigma_map = weights.get("sigma_map.mlp.2.weight")
+    cond_dim = 0 if sigma_map is None else len(sigma_map)
+    return DiTConfig(num_states, dim, depth, heads, cond_dim, "blocks.0.norm1.bias" in weights)
+
+
+def _check_alike(weights: dict[str, Tensor], network: DiT, path: str | os.PathLike) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"{path}: {len(wrong)} tensors do not fit; {name} is {found.get(name, 'missing')}, "
+            f"expected {expected.get(name, 'none')}"
+        )
