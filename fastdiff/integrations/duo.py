@@ -78,7 +78,7 @@ class DUO_BASE:
         train_mode: bool = False,
     ) -> Any:
         """NELBO of each token, [B, L] in nats, at a time and under a noise drawn for x0 [B, L] int64; within `_loss`
-        what it makes of them.
+        their mean over tokens, marked as such.
 
         Raises:
             ValueError: discrete time (T > 0); labels though the model is not class-conditional, or none though it is.
