@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 NEEDS = {  # beside torch and, where a version matters, transformers
-    "bd3lm": "datasets einops hydra-core lightning omegaconf timm torchvision",
+    "bd3lm": "datasets einops hydra-core lightning omegaconf requests timm torchvision",
     "dllm": "transformers==4.57.0 accelerate==1.11.0 datasets==4.2.0 peft==0.17.1 lm-eval==0.4.9 trl==0.24.0 "
     "torchmetrics tyro",
-    "duo": "datasets einops hydra-core lightning omegaconf timm torchvision",
-    "mdlm": "datasets einops hydra-core lightning omegaconf timm torchvision",
+    "duo": "datasets einops hydra-core lightning omegaconf requests timm torchvision",
+    "mdlm": "datasets einops hydra-core lightning omegaconf requests timm torchvision",
     "radd": "einops omegaconf",
     "sedd": "einops omegaconf",
 }

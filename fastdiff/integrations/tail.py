@@ -49,12 +49,13 @@ class Tail:
 
 def numbers(num_states: int) -> Tensor:
     """[4, V] float64: of many sizes and either sign for each id, with so few bits that no type rounds them."""
-    g = torch.Generator().manual_seed(0)
-    exponent = torch.linspace(-20, 15, 4 * num_states)[torch.randperm(4 * num_states, generator=g)].floor()
-    mantissa = torch.randint(128, 256, exponent.shape, generator=g) / 128
-    sign = torch.tensor([1.0, -1.0])[torch.randint(0, 2, (4, num_states), generator=g)]
+    g, n = torch.Generator("cpu").manual_seed(0), 4 * num_states
+    sizes = torch.linspace(-20, 15, n, dtype=torch.float64, device="cpu")
+    exponent = sizes[torch.randperm(n, generator=g, device="cpu")].floor()
+    mantissa = torch.randint(128, 256, (n,), generator=g, device="cpu").double() / 128
+    sign = 1 - 2 * torch.randint(0, 2, (4, num_states), generator=g, device="cpu").double()
     sign[1], sign[2] = 1, -1
-    return (mantissa * 2**exponent).double().view(4, num_states) * sign
+    return (mantissa * 2**exponent).view(4, num_states) * sign
 
 
 def fitted(z: Tensor, found: Tensor) -> Tail:
