@@ -39,12 +39,6 @@ def results(step_fn, model, batch):
     return [loss, evaluated, *grads]
 
 
-def assert_same(got, expected):
-    """In float64, relative to the largest number of each."""
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-10 * b.abs().max().item())
-
-
 @contextmanager
 def in_ddp(model):
     """The model as the codebases wrap it, of one rank."""

@@ -4,14 +4,14 @@ import copy
 import dataclasses
 import os
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from packaging import version
 from standins import published as checkout
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from step import NoLogits
 
 transformers = pytest.importorskip("transformers", "4.57", reason="transformers 4.57 or newer is not installed")
 pytest.importorskip("accelerate", reason="accelerate, which Trainer needs, is not installed")
@@ -21,6 +21,7 @@ from transformers import TrainerCallback  # noqa: E402
 
 B, V, D = 6, 211, 16
 M = V - 1
+WATCHED = partial(NoLogits, B, L, V)
 SEEN = (torch.arange(L) < L - 2).long()  # the rest of each sequence is padding
 SIZES = dict(vocab_size=V, hidden_size=D, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
 SIZES |= dict(num_key_value_heads=1, head_dim=8)
@@ -92,17 +93,6 @@ def bidirectional(cls):
     return Bidirectional
 
 
-class NoLogits(TorchDispatchMode):
-    """Fails where anything makes a number for each token and id."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
-                assert tensor.untyped_storage().nbytes() < B * L * V * tensor.itemsize, f"{func} makes logits"
-        return made
-
-
 class Step(Recorder, TrainerCallback):
     """Keeps its loss and, before the optimizer's step, the gradients."""
 
@@ -114,7 +104,7 @@ class Step(Recorder, TrainerCallback):
         self.grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def step(model, folder, mode=NoLogits, options=None, **settings):
+def step(model, folder, mode=WATCHED, options=None, **settings):
     """Of the Trainer: loss, gradients, and a function that makes them of another model by the published formula."""
     rows = [dict(row, attention_mask=SEEN, labels=row["labels"].where(SEEN == 1, -100)) for row in data(B)]
     settings = dict(per_device_train_batch_size=B) | settings
