@@ -115,9 +115,7 @@ def _of_published(published: Published, path: str, device: torch.device, tokeniz
     length, graph = published.length, published.graph
     if length is None:
         raise ValueError(f"{path}: expected the model's length in a config.json beside it")
-    tokens = _tokenizer(tokenizer or path, False)
-    if len(tokens) > graph.num_states:
-        raise ValueError(f"tokenizer: expected at most the model's {graph.num_states} ids, got {len(tokens)}")
+    tokens = _tokenizer(tokenizer or path, graph.num_states, False)
     conditionals = None if graph.mask_index is None else published.conditionals()
     score, noise = published.score if published.timed else None, (published.schedule, published.parametrization)
     return Loaded(conditionals, score, graph, *noise, True, tokens, length, [], device)
@@ -135,8 +133,8 @@ def _of_transformers(
         model = AutoModelForMaskedLM.from_pretrained(path, **options)
     except ValueError:  # LLaDA's and Dream's, whose AutoModel gives logits
         model = AutoModel.from_pretrained(path, **options)
-    model = model.eval().to(device)
-    known, tokens = of_config(model.config), _tokenizer(tokenizer or path, trust_remote_code)
+    model, num_states = model.eval().to(device), model.config.vocab_size
+    known, tokens = of_config(model.config), _tokenizer(tokenizer or path, num_states, trust_remote_code)
     if mask_index is None:
         mask_index = agreed_mask_index(known["mask_index"], tokens.mask_token_id)
     if mask_index is None:
@@ -148,21 +146,24 @@ def _of_transformers(
         front = [tokens.bos_token_id]
     if known["max_length"] is None:
         raise ValueError(f"{path}: expected the longest sequence that the model takes in its config, found none")
-    conditionals, graph = shifted(model) if known["shift"] else model, Absorbing(model.config.vocab_size, mask_index)
+    conditionals, graph = shifted(model) if known["shift"] else model, Absorbing(num_states, mask_index)
     rest = (tokens, known["max_length"] - len(front), front, device)
     return Loaded(conditionals, None, graph, SCHEDULE, "logits", known["exclude_mask"], *rest)
 
 
-def _tokenizer(path: str, trust_remote_code: bool) -> Any:
+def _tokenizer(path: str, num_states: int, trust_remote_code: bool) -> Any:
     try:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except ImportError:
         raise ImportError("tokenizers need transformers: pip install transformers") from None
     except (OSError, ValueError, KeyError) as error:
         first = str(error).splitlines()[0]
         raise ValueError(f"tokenizer: found none in {path} ({first}); name a folder that has one") from None
+    if len(tokenizer) > num_states:
+        raise ValueError(f"tokenizer: expected at most the model's {num_states} ids, got {len(tokenizer)}")
+    return tokenizer
 
 
 class _Shifted(nn.Module):

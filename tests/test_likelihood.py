@@ -180,6 +180,11 @@ def test_models_of_transformers(tmp_path, monkeypatch):
     scored = load("hf:bert", CPU)
     assert (scored.length, scored.front) == (32, [])
     assert (scored.graph.mask_index, scored.exclude_mask) == (tokenizer.mask_token_id, False)
+    larger = tokenizer_folder(tmp_path / "larger", mask="<mask>")
+    larger.add_tokens(["<one more>"])
+    larger.save_pretrained(tmp_path / "larger")
+    with pytest.raises(ValueError, match="tokenizer: expected at most the model's"):
+        load("hf:bert", CPU, tokenizer="larger")
     invoke("eval hf:bert --data text.txt --length 12 --num-samples 8 --num-sequences 4 --json out.json")
     (row,) = rows().values()
     assert (row["pieces"], row["tokens"]) == (4, 48)
