@@ -1,5 +1,6 @@
 """The linear losses against the reference: values, gradients, which rows are multiplied, precision, bad input."""
 
+import inspect
 from itertools import product
 
 import pytest
@@ -9,7 +10,8 @@ from cases import LOSSES, TOLERANCE, assert_near, linear_problem, loss_and_grads
 from torch.utils.checkpoint import checkpoint
 
 import fastdiff.ops.linear_loss as op
-from fastdiff import dce_loss, linear_dce_loss, linear_dse_loss, scored_rows
+from fastdiff import dce_loss, dse_loss, linear_dce_loss, linear_dse_loss, scored_rows
+from fastdiff.losses import dce_rows, dse_rows
 
 LEAVES = ("hidden", "lm_head", "bias")
 # Logits come rounded from a product of 16-bit numbers, as from nn.Linear: so do their gradients.
@@ -394,3 +396,13 @@ def test_bad_input(case):
     if "x0" not in wrong:
         with pytest.raises(error, match=message):
             linear_dse_loss(sigma=1.0, xt=torch.full((2, 3), 8), **given)
+
+
+@pytest.mark.parametrize(
+    ("rows", "losses"), [(dce_rows, (dce_loss, linear_dce_loss)), (dse_rows, (dse_loss, linear_dse_loss))]
+)
+def test_defaults_are_the_same_wherever_they_stand(rows, losses):
+    for loss in losses:
+        given = inspect.signature(loss).parameters
+        for name, parameter in inspect.signature(rows).parameters.items():
+            assert name == "z" or given[name].default == parameter.default, f"{loss.__name__}: {name}"
