@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastdiff import cli, data
+from fastdiff import backends, cli, data
 
 SMALL = "--length 16 --dim 16 --depth 1 --heads 2 --batch-size 4 --steps 4 --warmup 2"
 EVALUATION = "--eval-every 2 --eval-sequences 4 --eval-samples 15"
@@ -227,7 +227,7 @@ def test_data_of_a_run_is_found_from_elsewhere(folder, monkeypatch):
 
 
 def test_doctor(monkeypatch):
-    monkeypatch.setattr(cli.backends, "report", lambda: [("cpu", True, "fine"), ("cuda", False, "no GPU")])
+    monkeypatch.setattr(backends, "report", lambda: [("cpu", True, "fine"), ("cuda", False, "no GPU")])
     shown = invoke("doctor")
     for text in ("python", importlib.metadata.version("torch"), "numpy", "triton", "fine", "no GPU"):
         assert text in shown

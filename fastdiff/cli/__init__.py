@@ -1,0 +1,39 @@
+"""The `fastdiff` command: train, eval, sample, doctor."""
+
+import sys
+import warnings
+
+from fastdiff.backends import BackendUnavailable
+
+try:
+    import rich  # noqa: F401
+    import typer
+except ImportError as error:
+    print(f"fastdiff: {error}; install what the command needs: pip install rich safetensors typer", file=sys.stderr)
+    raise SystemExit(2) from None
+
+from fastdiff.cli.doctor import doctor
+from fastdiff.cli.evaluate import evaluate
+from fastdiff.cli.sample import sample
+from fastdiff.cli.train import train
+
+app = typer.Typer(
+    help="Train, score and sample discrete-diffusion language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for name, command in (("train", train), ("eval", evaluate), ("sample", sample), ("doctor", doctor)):
+    app.command(name)(command)
+
+_USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, BackendUnavailable)
+
+
+def main() -> None:
+    """Run the command line; what a user can put right ends as one line on stderr and exit code 2."""
+    warnings.showwarning = lambda message, *_: print("fastdiff:", message, file=sys.stderr)
+    try:
+        app()
+    except _USER_ERRORS as error:
+        print("fastdiff:", " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None

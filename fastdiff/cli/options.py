@@ -1,0 +1,58 @@
+"""Options that commands share, and what is done with them."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fastdiff.estimators.estimate import student_t
+from fastdiff.model import ModelConfig, read_config
+from fastdiff.published import KINDS
+from fastdiff.training import TrainConfig
+
+Named = Annotated[str, typer.Argument(help=f"run folder, or KIND:PATH of a published model: {', '.join(KINDS)}, hf")]
+TokenizerOf = Annotated[
+    str | None, typer.Option(help="its folder or name, as transformers takes it", show_default="the model's folder")
+]
+MaskIndex = Annotated[int | None, typer.Option(help="the mask's id", show_default="what the model says")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")]
+Device = Annotated[str | None, typer.Option(help="torch device", show_default="cuda if there is one, else cpu")]
+
+
+def device_of(name: str | None) -> torch.device:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.ones(1, device=name).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+def check_seed(seed: int) -> None:
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected a number of 64 bits, got {seed}")
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    config = read_config(run)
+    try:
+        ModelConfig(**config["model"]), TrainConfig(**config["training"])
+        config["data"]["path"], config["source"]["fingerprint"]
+    except (KeyError, TypeError):
+        raise ValueError(f"{run / 'config.json'}: expected the training and data of a `fastdiff train` run") from None
+    return config
+
+
+def half_of(stderr: float, n: int) -> float:
+    """Half of the 95% interval of a mean over n values."""
+    return student_t(0.95, torch.tensor(n - 1.0)).item() * stderr
+
+
+def show(title: str, rows: dict[str, str]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)

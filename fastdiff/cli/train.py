@@ -1,0 +1,90 @@
+"""`fastdiff train`."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from fastdiff.cli.options import Device, device_of, half_of, read_run, show
+from fastdiff.data import NUM_BYTES, Text, load_documents
+from fastdiff.model import DiffusionTransformer, ModelConfig
+from fastdiff.training import LOSSES, Record, Stopped, TrainConfig
+from fastdiff.training import train as run_training
+
+_RESULTS = {
+    "loss": "training loss, nats per byte",
+    "bits_per_token": "held-out bits per byte, ± 95%",
+    "validation_loss": "held-out loss, nats per byte, ± 95%",
+}
+_LENGTH = 128
+_DEFAULTS = {f.name: f.default for c in (ModelConfig, TrainConfig) for f in dataclasses.fields(c)}
+
+
+def _setting(name: str, text: str) -> Any:
+    """An option that is None unless given, so that a resumed run can keep its own settings."""
+    return typer.Option(help=text, show_default=str(_DEFAULTS[name]))
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="run folder to write")],
+    data: Annotated[str | None, typer.Option(help="'stdlib', a text file or a folder", show_default="stdlib")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
+    length: Annotated[int | None, typer.Option(help="bytes in a sequence", show_default=str(_LENGTH))] = None,
+    dim: Annotated[int | None, _setting("dim", "width of the model")] = None,
+    depth: Annotated[int | None, _setting("depth", "blocks of the model")] = None,
+    heads: Annotated[int | None, _setting("heads", "attention heads")] = None,
+    loss: Annotated[str | None, _setting("loss", ", ".join(LOSSES))] = None,
+    steps: Annotated[int | None, _setting("steps", "optimiser steps")] = None,
+    batch_size: Annotated[int | None, _setting("batch_size", "sequences in a step")] = None,
+    accumulation: Annotated[int | None, _setting("accumulation", "parts a batch is cut into")] = None,
+    lr: Annotated[float | None, _setting("lr", "learning rate")] = None,
+    warmup: Annotated[int | None, _setting("warmup", "steps over which it rises")] = None,
+    weight_decay: Annotated[float | None, _setting("weight_decay", "of AdamW")] = None,
+    grad_clip: Annotated[float | None, _setting("grad_clip", "largest norm of the gradient")] = None,
+    ema: Annotated[float | None, _setting("ema", "decay of the averaged weights")] = None,
+    dtype: Annotated[str | None, _setting("dtype", "float32 or bfloat16")] = None,
+    eval_every: Annotated[int | None, _setting("eval_every", "steps between evaluations, 0 for none")] = None,
+    eval_sequences: Annotated[int | None, _setting("eval_sequences", "held-out sequences in one")] = None,
+    eval_samples: Annotated[int | None, _setting("eval_samples", "network passes for each of them")] = None,
+    save_every: Annotated[int | None, _setting("save_every", "steps between checkpoints")] = None,
+    seed: Annotated[int | None, _setting("seed", "of weights, batches and noise")] = None,
+    device: Device = None,
+) -> None:
+    """Train a model on bytes. Ctrl-C and SIGTERM save; --resume goes on to the numbers of an unbroken run."""
+    given = {name: value for name, value in locals().items() if value is not None}
+    place = device_of(device)
+    saved = read_run(out) if resume else {"model": {}, "training": {}, "data": {"path": "stdlib"}}
+    config = TrainConfig(**{**saved["training"], **_pick(given, TrainConfig)})
+    data = given.get("data", saved["data"]["path"])
+    length = saved["model"].get("max_length", given.get("length", _LENGTH))
+    if given.get("length", length) != length:
+        raise ValueError(f"length: the run in {out} has {length}, got {given['length']}")
+
+    source = Text(load_documents(data, out), length, seed=config.seed)
+    absorbing, conditioned = config.loss != "dse-uniform", config.loss.startswith("dse")
+    shape = {"num_states": NUM_BYTES + absorbing, "max_length": length, "sigma_conditioned": conditioned}
+    torch.manual_seed(config.seed)
+    model = DiffusionTransformer(ModelConfig(**{**saved["model"], **shape, **_pick(given, ModelConfig)}))
+    sections = {"data": {"path": data if data == "stdlib" else str(Path(data).resolve())}}
+    last: Record = {}
+    model.to(place)
+    try:
+        run_training(config, model, source, out=out, resume=resume, callback=last.update, sections=sections)
+    except Stopped as stopped:
+        command = shlex.join(["fastdiff", "train", "--out", str(out), "--resume"])
+        typer.echo(f"stopped and saved; go on with: {command}", err=True)
+        raise typer.Exit(128 + stopped.args[0]) from None
+    rows = {"steps": f"{config.steps}", "parameters": f"{sum(p.numel() for p in model.parameters()):,}"}
+    for name, title in _RESULTS.items():
+        if name in last:
+            rows[title] = f"{last[name]:.3f}"
+        if name + "_stderr" in last:
+            rows[title] += f" ± {half_of(last[name + '_stderr'], len(source.validation(config.eval_sequences))):.3f}"
+    show(f"run in {out}", rows)
+
+
+def _pick(given: dict[str, Any], config: type) -> dict[str, Any]:
+    return {f.name: given[f.name] for f in dataclasses.fields(config) if f.name in given}
