@@ -16,20 +16,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from fastdiff.checks import check_integer
-from fastdiff.model import import_safetensors, write_atomically
+from fastdiff.model import import_safetensors, naming, write_atomically
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # one process is meant
 
@@ -39,8 +39,8 @@ Result = TypeVar("Result")
 class Checkpoints:
     """The checkpoints in a folder, which all ranks share.
 
-    Every method is called on every rank; without a process group, by the one process. An error of one rank is raised on
-    all. A checkpoint holds pickles: load none that you do not trust.
+    Every method is called on every rank; without a process group, by the one process. An error of one rank is raised
+    on all. A checkpoint holds pickles: load none that you do not trust.
 
     Args:
         folder: made by the first save.
@@ -53,10 +53,10 @@ class Checkpoints:
         self._keep = check_integer("keep", keep, 1)
         self._keep_every = check_integer("keep_every", keep_every, 0)
         ranks = dist.is_available() and dist.is_initialized()
-        self._group = dist.new_group(backend="gloo") if ranks else None  # not training's: they run at the same time
+        self._group = dist.new_group(backend="gloo") if ranks else None  # not training's: both are used at a time
         self._rank = dist.get_rank() if ranks else 0
         cuda = torch.cuda.is_available()
-        self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
+        self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))  # the copy is done when it returns
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._saving: Future[None] | None = None
 
@@ -66,8 +66,8 @@ class Checkpoints:
         Args:
             step: later than any that is there.
             state: state_dicts by name, of tensors, DTensors and what pickles. A plain tensor or an object is taken to
-                be the same on every rank. Names that are the same on any number of ranks come from `get_state_dict` of
-                `torch.distributed.checkpoint.state_dict`.
+                be the same on every rank. Names that are the same on any number of ranks come from `get_state_dict`
+                of `torch.distributed.checkpoint.state_dict`.
             extra: what JSON holds.
 
         Raises:
@@ -76,9 +76,9 @@ class Checkpoints:
             OSError: of the save before, with the file's name; what it wrote is gone, and checkpoints before it stay.
         """
         self.wait()
-        staged: list[Any] = []
-        self._agree(lambda: staged.extend(self._stage(step, state, extra)))
-        self._saving = self._thread.submit(self._write, self._path(step), *staged)
+        path, content, staged = self._path(step), json.dumps(extra).encode(), {}
+        _agree(self._group, lambda: staged.update(self._stage(step, state)))
+        self._saving = self._thread.submit(self._write, path, staged, content)
 
     def wait(self) -> None:
         """Wait for the save in progress, and raise its error."""
@@ -89,7 +89,7 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest step, once the save in progress has ended; None if there is none."""
         self.wait()
-        return self._agree(lambda: max(self._steps(), default=None))[0]
+        return _agree(self._group, lambda: max(self._steps(), default=None))[0]
 
     def load(self, step: int, state: dict[str, dict]) -> dict[str, Any]:
         """Read a checkpoint into the tensors of `state`, on any number of ranks, and replace its other values.
@@ -107,13 +107,10 @@ class Checkpoints:
         """
         self.wait()
         path = self._path(step)
-        self._agree(lambda: self._check(path))
+        _agree(self._group, lambda: self._check(path))
         with _as_itself():
             dcp.load(state, storage_reader=dcp.FileSystemReader(path), planner=_Exact(path), process_group=self._group)
         return json.loads((path / "extra.json").read_bytes())
-
-    def _agree(self, work: Callable[[], Result]) -> list[Result]:
-        return _agree(self._group, work)
 
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{check_integer('step', step, 0):08}"
@@ -122,20 +119,22 @@ class Checkpoints:
         names = [path.name.removeprefix("step-") for path in self._folder.glob("step-*")]
         return sorted(int(name) for name in names if name.isdecimal())
 
-    def _stage(self, step: int, state: Mapping[str, dict], extra: Mapping[str, Any]) -> tuple[Any, bytes]:
+    def _stage(self, step: int, state: Mapping[str, dict]) -> dict[str, dict]:
         newest = max(self._steps(), default=-1)
         if step <= newest:
             raise ValueError(f"step: expected one after {newest}, the newest in {self._folder}, got {step}")
-        return self._stager.stage(dict(state)), json.dumps(extra).encode()
+        return self._stager.stage(dict(state))  # type: ignore[return-value]
 
     def _write(self, path: Path, state: dict[str, dict], extra: bytes) -> None:
         part = path.with_suffix(".part")
         try:
-            self._agree(lambda: self._begin(part))
-            with _as_itself(part):
-                dcp.save(state, storage_writer=dcp.FileSystemWriter(part), process_group=self._group)
-            checksums = self._agree(lambda: {file.name: _checksum(file) for file in part.glob(f"__{self._rank}_*")})
-            self._agree(lambda: self._finish(path, part, checksums, extra))
+            _agree(self._group, lambda: self._begin(part))
+            writer = dcp.FileSystemWriter(part)
+            writer.fs = _NamingFileSystem()
+            with _as_itself():
+                dcp.save(state, storage_writer=writer, process_group=self._group)
+            checksums = _agree(self._group, lambda: _checksums(part.glob(f"__{self._rank}_*")))
+            _agree(self._group, lambda: self._finish(path, part, checksums, extra))
         except Exception:
             if self._rank == 0:
                 shutil.rmtree(part, ignore_errors=True)
@@ -151,16 +150,16 @@ class Checkpoints:
         if self._rank != 0:
             return
         write_atomically(part / "extra.json", extra)
-        own = {name: _checksum(part / name) for name in (".metadata", "extra.json")}
-        merged = {name: value for some in (own, *checksums) for name, value in some.items()}
+        checksums.append(_checksums([part / ".metadata", part / "extra.json"]))
+        merged = {name: value for some in checksums for name, value in some.items()}
         write_atomically(part / "checksums.json", json.dumps(merged).encode())
         _sync(part)
         part.rename(path)
         _sync(self._folder)
         for step in self._steps()[: -self._keep]:
             if not self._keep_every or step % self._keep_every:
-                old = self._path(step).rename(self._path(step).with_suffix(".old"))
-                shutil.rmtree(old)
+                old = self._path(step)
+                shutil.rmtree(old.rename(old.with_suffix(".old")))
 
     def _check(self, path: Path) -> None:
         """Each rank reads its share of the files."""
@@ -172,8 +171,8 @@ class Checkpoints:
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{file}: damaged or cut short") from error
         ranks = 1 if self._group is None else self._group.size()
-        for name, checksum in checksums[self._rank :: ranks]:
-            if _checksum(path / name) != checksum:
+        for name, value in checksums[self._rank :: ranks]:
+            if _checksums([path / name]) != {name: value}:
                 raise ValueError(f"{path / name}: damaged or cut short")
 
 
@@ -184,29 +183,43 @@ class _Exact(dcp.DefaultLoadPlanner):
         super().__init__()
         self._path = path
 
-    def create_local_plan(self) -> LoadPlan:
-        assert self.metadata is not None
-        places = self.metadata.planner_data  # the keys that lead to each value
-        found = {name: _kind(value) for name, value in self.metadata.state_dict_metadata.items()}
+    def create_local_plan(self) -> dcp.LoadPlan:
+        saved = self.metadata
+        assert saved is not None
+        places = saved.planner_data  # the keys that lead to each value
+        parts = self.original_state_dict
+        found = {name: _kind(value) for name, value in saved.state_dict_metadata.items() if places[name][0] in parts}
         expected = {name: _kind(value) for name, value in self.state_dict.items()}
         for name in sorted(found.keys() | expected.keys()):
-            of_a_part_left_out = name in places and places[name][0] not in self.original_state_dict
-            if found.get(name) != expected.get(name) and not of_a_part_left_out:
-                expected_, found_ = expected.get(name, "none"), found.get(name, "none")
-                raise ValueError(f"{name}: expected {expected_}, but {self._path} has {found_}")
+            there, wanted = found.get(name, "none"), expected.get(name, "none")
+            if there != wanted:
+                raise ValueError(f"{name}: expected {wanted}, but {self._path} has {there}")
         return super().create_local_plan()
+
+
+class _NamingFileSystem(FileSystem):
+    """Errors of the system name the file."""
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[IO[bytes]]:  # type: ignore[override]
+        with naming(Path(path)):
+            try:
+                with super().create_stream(path, mode) as stream:
+                    yield stream  # type: ignore[misc]
+            except RuntimeError as error:  # torch.save's, which ends its archive after an error of the system
+                raise error.__context__ or error from None
 
 
 def export(
     model: nn.Module, folder: str | os.PathLike, *, file_size: int = 2_000_000_000, **sections: Mapping[str, Any]
 ) -> None:
-    """Write a model as config.json and model.safetensors, on every rank of a sharded one: the first one writes.
+    """Write a model as config.json and model.safetensors. Every rank calls it, and the first one writes.
 
     A model above `file_size` bytes gets several files and model.safetensors.index.json, as in transformers. A reader
-    finds the old weights or the new ones. Rank 0 needs memory for two files, and every rank for a whole tensor.
+    finds the old weights or the new ones. Rank 0 needs memory for two files, the others for a whole tensor.
 
     Args:
-        model: one with a `config`, a dataclass; plain or sharded, the module inside of a wrapper.
+        model: plain or sharded, the module inside of a wrapper; its `config` is a dataclass.
         folder: made if missing.
         file_size: the most bytes of tensors in a file that holds more than one.
         sections: further named parts of config.json, beside "model".
@@ -216,39 +229,56 @@ def export(
     """
     safetensors, folder = import_safetensors(), Path(folder)
     group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-    first = group is None or dist.get_rank() == 0
+    writes = group is None or dist.get_rank() == 0
     state: dict[str, Any] = get_model_state_dict(model)
     parts = _split({name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}, file_size)
-    files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    files, index = ["model.safetensors"], "model.safetensors.index.json"
     if len(parts) > 1:  # names of no export before, whose files stay until the index is there
         tag = os.urandom(4).hex()
         files = [f"model-{tag}-{number:05}-of-{len(parts):05}.safetensors" for number in range(1, len(parts) + 1)]
 
-    def begin() -> None:
-        if first:
+    def put(file: str, content: bytes) -> None:
+        if writes:
             folder.mkdir(parents=True, exist_ok=True)
-            config = {"model": dataclasses.asdict(model.config), **sections}  # type: ignore[call-overload]
-            write_atomically(folder / "config.json", json.dumps(config, indent=2).encode() + b"\n")
+            write_atomically(folder / file, content)
 
-    def write(file: str, names: list[str]) -> None:
-        wholes = {name: whole for name in names if (whole := _whole(state[name], first)) is not None}
-        if first:
-            write_atomically(folder / file, safetensors.save(wholes, {"format": "pt"}))
+    def put_weights(file: str, names: list[str]) -> None:
+        wholes = {name: whole for name in names if (whole := _whole(state[name], writes)) is not None}
+        put(file, safetensors.save(wholes, {"format": "pt"}))
 
     def finish() -> None:
-        if first and len(parts) > 1:
+        if len(parts) > 1:
             places = {name: file for file, names in zip(files, parts, strict=True) for name in names}
-            write_atomically(index, json.dumps({"metadata": {}, "weight_map": places}, indent=2).encode() + b"\n")
-        if first:
-            kept = {*files, index.name} if len(parts) > 1 else {*files}
-            for file in folder.glob("model*.safetensors*"):
-                if file.name not in kept:
-                    file.unlink()
+            put(index, json.dumps({"metadata": {}, "weight_map": places}, indent=2).encode() + b"\n")
+            files.append(index)
+        for file in folder.glob("model*.safetensors*") if writes else ():
+            if file.name not in files:
+                file.unlink()
 
-    _agree(group, begin)
+    config = {"model": dataclasses.asdict(model.config), **sections}  # type: ignore[call-overload]
+    _agree(group, lambda: put("config.json", json.dumps(config, indent=2).encode() + b"\n"))
     for file, names in zip(files, parts, strict=True):
-        _agree(group, partial(write, file, names))
+        _agree(group, partial(put_weights, file, names))
     _agree(group, finish)
+
+
+def _split(sizes: dict[str, int], most: int) -> list[list[str]]:
+    """Names in their order, cut where the sizes would add up to more than `most`."""
+    parts: list[list[str]] = [[]]
+    room = most
+    for name, size in sizes.items():
+        if size > room and parts[-1]:
+            parts.append([])
+            room = most
+        parts[-1].append(name)
+        room -= size
+    return parts
+
+
+def _whole(tensor: Tensor, wanted: bool) -> Tensor | None:
+    """A tensor that ranks have in parts, in memory of its own on the CPU; all ranks must call it together."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().to("cpu", copy=True).contiguous() if wanted else None
 
 
 def _agree(group: dist.ProcessGroup | None, work: Callable[[], Result]) -> list[Result]:
@@ -270,23 +300,23 @@ def _agree(group: dist.ProcessGroup | None, work: Callable[[], Result]) -> list[
 
 
 @contextmanager
-def _as_itself(folder: Path | None = None) -> Iterator[None]:
-    """The error of a rank, which `torch.distributed.checkpoint` wraps; one of the system names the rank's file."""
+def _as_itself() -> Iterator[None]:
+    """The first error of a rank, out of the one that `torch.distributed.checkpoint` makes of all."""
     try:
         yield
-    except dcp.api.CheckpointException as wrapped:
-        rank, (error, _) = next(iter(wrapped.failures.items()))
-        if folder is not None and isinstance(error, OSError):
-            error = OSError(error.errno, error.strerror, str(folder / f"__{rank}_0.distcp"))
+    except dcp.CheckpointException as wrapped:
+        error, _ = next(iter(wrapped.failures.values()))
         raise error from None
 
 
-def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            value = zlib.crc32(block, value)
-    return value
+def _checksums(files: Iterator[Path] | list[Path]) -> dict[str, int]:
+    found = {}
+    for path in files:
+        found[path.name] = 0
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                found[path.name] = zlib.crc32(block, found[path.name])
+    return found
 
 
 def _sync(folder: Path) -> None:
@@ -304,22 +334,3 @@ def _kind(value: Any) -> str:
     if isinstance(value, TensorStorageMetadata):
         return f"{value.properties.dtype} {tuple(value.size)}"
     return "an object"
-
-
-def _split(sizes: dict[str, int], most: int) -> list[list[str]]:
-    """Names in their order, cut where the sizes would add up to more than `most`."""
-    parts: list[list[str]] = [[]]
-    room = most
-    for name, size in sizes.items():
-        if size > room and parts[-1]:
-            parts.append([])
-            room = most
-        parts[-1].append(name)
-        room -= size
-    return parts
-
-
-def _whole(tensor: Tensor, wanted: bool) -> Tensor | None:
-    """A tensor that ranks have in parts, in memory of its own on the CPU; all ranks must call it together."""
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().to("cpu", copy=True).contiguous() if wanted else None
