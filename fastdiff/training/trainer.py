@@ -146,7 +146,7 @@ class Trainer:
 
     def load(self, checkpoints: Checkpoints, step: int, folder: Path) -> None:
         """Take up a checkpoint, if it was made under the same settings and is not beyond the last step."""
-        extra = checkpoints.load(step, {})
+        extra = checkpoints.extra(step)
         then, now = extra["settings"], self._settings
         for name in sorted(now.keys() - MAY_CHANGE):
             if then.get(name) != now[name]:
