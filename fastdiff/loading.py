@@ -45,6 +45,10 @@ class Loaded:
     front: list[int]
     device: torch.device
 
+    def in_chats(self) -> "Loaded":
+        """The same without a front, for texts of a chat template, which has all that stands there."""
+        return dataclasses.replace(self, front=[], length=self.length + len(self.front))
+
     def estimate(self, context: Tensor, target: Tensor, sample_ids: Tensor, **options: Any) -> NLLEstimate:
         """-log p(target [B, T] | context [B, C]) in nats; of the uniform graph the bound that its integral gives.
 

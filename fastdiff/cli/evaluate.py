@@ -12,7 +12,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastdiff.cli.options import Device, MaskIndex, Named, TokenizerOf, Trust, check_seed, device_of, half_of, read_run
+from fastdiff.cli.options import (
+    Device,
+    MaskIndex,
+    Named,
+    TokenizerOf,
+    Trust,
+    check_json,
+    check_seed,
+    device_of,
+    half_of,
+    read_run,
+    versions,
+)
 from fastdiff.data import Text, load_documents, load_named_documents
 from fastdiff.likelihood import forget, likelihoods, ranks, row
 from fastdiff.loading import load
@@ -60,10 +72,7 @@ def evaluate(
     check_seed(seed)
     if num_sequences < 0:
         raise ValueError(f"num_sequences: expected at least 1, or 0 for all, got {num_sequences}")
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        if json_file.is_dir():
-            raise ValueError(f"json: expected a file, but {json_file} is a folder")
+    check_json(json_file)
     with ranks() as (rank, local):
         place = device_of(device or (f"cuda:{local}" if torch.cuda.is_available() else None))
         scored = load(
@@ -82,7 +91,7 @@ def evaluate(
             if rank == 0:
                 typer.echo(f"shorter than a window of {scored.length} tokens, left out: {', '.join(short)}", err=True)
         rows, options = {}, dict[str, Any](num_samples=num_samples, seed=seed)
-        settings = dict(model=model, files=_versions(model), mask_index=scored.graph.mask_index)
+        settings = dict(model=model, files=versions(model), mask_index=scored.graph.mask_index)
         for name, documents in texts.items():
             found = list(pieces(name, documents, scored.length, cut=cut, context=context, most=num_sequences or None))
             if not uniform:
@@ -127,13 +136,6 @@ def _nats(tolerance: float | None, found: list[Piece]) -> float | None:
     if tolerance is None:
         return None
     return tolerance * math.log(2) * sum(piece.bytes for piece in found) / math.sqrt(len(found))
-
-
-def _versions(model: str) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of a model's files."""
-    path = Path(model.partition(":")[2] or model)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
 
 def _show_rows(rows: dict[str, dict[str, Any]], title: str) -> None:
