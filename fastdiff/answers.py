@@ -3,8 +3,10 @@
 Every answer has masks of its own, so that their errors are independent.
 """
 
+import dataclasses
 import json
 import math
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 
 from fastdiff.estimators import NLLEstimate
+from fastdiff.likelihood import row
 from fastdiff.loading import Loaded
 from fastdiff.texts import Piece, chat_text, split_pair
 
@@ -79,6 +82,29 @@ def records(questions: list[Question], estimate: NLLEstimate) -> list[dict[str, 
                 name: ranking(nll / by, stderr / by, freedom) for name, by in zip(RANKINGS, (1, sizes), strict=True)
             }
         found.append(record)
+    return found
+
+
+def summary(questions: list[Question], estimate: NLLEstimate, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Numbers of all questions for JSON.
+
+    Returns:
+        references: of answers that are right, or alone on their line, as one text (`likelihood.row`); if there are any.
+        accuracy: by each of `RANKINGS`; if questions of several answers say which is right.
+    """
+    starts = accumulate((len(question.pieces) for question in questions), initial=0)
+    known = [
+        (q, start) for q, start in zip(questions, starts, strict=False) if q.right is not None or len(q.pieces) == 1
+    ]
+    found: dict[str, Any] = {}
+    if known:
+        which = torch.tensor([start + (question.right or 0) for question, start in known])
+        columns = (getattr(estimate, column.name)[which] for column in dataclasses.fields(estimate))
+        found["references"] = row(
+            NLLEstimate(*columns), [question.pieces[question.right or 0] for question, _ in known]
+        )
+    if any("right" in record and RANKINGS[0] in record for record in records):
+        found["accuracy"] = {by: accuracy(records, by) for by in RANKINGS}
     return found
 
 
@@ -163,7 +189,9 @@ def _piece(number: int, prompt: str, answer: str, model: Loaded, chat: bool) -> 
     if model.graph.mask_index in context + target:
         raise ValueError("expected no mask among the tokens of prompt and answers")
     size = len((answer.lstrip() or answer).encode())
-    return Piece(f"line {number}", torch.tensor(context, dtype=torch.int64), torch.tensor(target), size, words=0)
+    return Piece(
+        f"line {number}", torch.tensor(context, dtype=torch.int64), torch.tensor(target), size, len(answer.split())
+    )
 
 
 def _numbers(answer: str, piece: Piece, row: list[float], network_passes: int) -> dict[str, Any]:

@@ -121,7 +121,13 @@ def test_likelihoods_are_the_mean_over_all_orders(run):
             assert (by in record) == (len(nll) > 1)
             if by in record:
                 assert record[by]["order"] == sorted(range(len(nll)), key=nll.__getitem__)
-    assert "accuracy" in shown
+    assert all(text in shown for text in ("accuracy", "wrongly first, expected", "3 right or only answers"))
+    whole, references = numbers(), [found[0]["answers"][1], found[1]["answers"][2], found[2]["answers"][0]]
+    for name in ("nll", "bytes", "tokens"):
+        assert whole["references"][name] == pytest.approx(sum(answer[name] for answer in references))
+    assert whole["references"]["words"] == 3
+    assert [whole["accuracy"][by]["questions"] for by in RANKINGS] == [2, 2]
+    assert whole["accuracy"]["by_nll"]["accuracy"] == sum(r["by_nll"]["order"][0] == r["right"] for r in found[:2]) / 2
 
 
 def chain(model, context, target, order):
@@ -268,7 +274,7 @@ def evaluated():
 def test_tolerance_and_a_short_table(run, tmp_path):
     write(tmp_path / "pairs.jsonl", *QUESTIONS * 4)
     shown = invoke(f"{run} --tolerance 0.05 --seed 3")
-    assert "the first 10 above" in shown
+    assert "and 6 more prompts" in shown
     found = numbers()["records"]
     assert len(found) == 16
     assert max(answer["network_passes"] for record in found for answer in record["answers"]) > 31

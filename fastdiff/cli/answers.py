@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastdiff.answers import RANKINGS, accuracy, read_questions, records
+from fastdiff.answers import RANKINGS, read_questions, records, summary
 from fastdiff.cli.options import (
     Device,
     MaskIndex,
@@ -21,7 +21,6 @@ from fastdiff.cli.options import (
     check_json,
     check_seed,
     device_of,
-    show,
     versions,
 )
 from fastdiff.likelihood import forget, likelihoods, ranks
@@ -73,32 +72,31 @@ def answers(
         estimate = likelihoods(loaded, pieces, settings, json_file, **options)
         if rank == 0:
             found = records(questions, estimate)
-            summary = {by: accuracy(found, by) for by in RANKINGS if any("right" in r and by in r for r in found)}
-            _show(found, summary, f"{model}, {data}")
+            numbers = summary(questions, estimate, found)
+            console = Console(width=None if sys.stdout.isatty() else 160)
+            _show_answers(found, f"{model}, {data}", console)
+            _show_summary(found, numbers, console)
             low, high = estimate.interval()
             wide = 0 if tolerance is None else int((high - low > 2 * tolerance).sum())
             if wide:
                 typer.echo(f"wider than ± {tolerance} nats: {wide} answers; try more --num-samples", err=True)
             if json_file is not None:
-                whole = json.dumps(dict(accuracy=summary, records=found), indent=1)
+                whole = json.dumps(numbers | dict(records=found), indent=1)
                 write_atomically(json_file, whole.encode() + b"\n")
                 forget(json_file)
 
 
-def _show(found: list[dict[str, Any]], summary: dict[str, Any], title: str) -> None:
-    columns = ("line", "answer", "nats", "± 95%", "per token", "per byte", "passes", "likeliest", "likeliest per byte")
+def _show_answers(found: list[dict[str, Any]], title: str, console: Console) -> None:
     table = Table(title=title, title_justify="left")
+    columns = ("line", "answer", "nats", "± 95%", "per token", "per byte", "passes", "likeliest", "likeliest per byte")
     for column in columns:
         table.add_column(column, justify="left" if column == "answer" else "right")
     for record in found[:_SHOWN]:
         for k, answer in enumerate(record["answers"]):
-            low, high = answer["nll_interval"]
-            text = Text(
-                repr(answer["answer"]) + " (right)" * (record.get("right") == k), overflow="ellipsis", no_wrap=True
-            )
+            (low, high), right = answer["nll_interval"], " (right)" if record.get("right") == k else ""
             table.add_row(
                 f"{record['line']}" if k == 0 else "",
-                text,
+                Text(repr(answer["answer"]) + right, overflow="ellipsis", no_wrap=True),
                 f"{answer['nll']:.2f}",
                 f"{(high - low) / 2:.2f}",
                 *(f"{answer[f'nll_per_{unit}']:.3f}" for unit in ("token", "byte")),
@@ -106,14 +104,26 @@ def _show(found: list[dict[str, Any]], summary: dict[str, Any], title: str) -> N
                 *(f"{record[by]['probabilities'][k]:.1%}" if by in record else "" for by in RANKINGS),
             )
         table.add_section()
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-    rows = {"prompts": f"{len(found)}" + f", the first {_SHOWN} above" * (len(found) > _SHOWN)}
-    for by, title in zip(RANKINGS, ("", ", per byte"), strict=True):
+    console.print(table)
+    if len(found) > _SHOWN:
+        console.print(f"and {len(found) - _SHOWN} more prompts")
+
+
+def _show_summary(found: list[dict[str, Any]], numbers: dict[str, Any], console: Console) -> None:
+    if "references" in numbers:
+        of, (low, high) = numbers["references"], numbers["references"]["nll_interval"]
+        console.print(
+            f"{of['pieces']} right or only answers: {of['nll']:.1f} ± {(high - low) / 2:.1f} nats, "
+            f"{of['bits_per_byte']:.4f} bits per byte, perplexity {of['perplexity_per_token']:.3f} per token"
+        )
+    table = Table("ranked by", "wrongly first, expected", "accuracy", "95%, questions", "95%, masking")
+    for by, title in zip(RANKINGS, ("nats", "nats per byte"), strict=True):
         if errors := [record[by]["error"] for record in found if by in record]:
-            rows[f"expected to rank another first{title}"] = f"{sum(errors):.1f} of {len(errors)}"
-        if by in summary:
-            of = summary[by]
-            rows[f"accuracy{title}"] = f"{of['accuracy']:.1%} of {of['questions']}"
-            for what in ("questions", "masking"):
-                rows[f"{what}, 95%{title}"] = "{:.1%} to {:.1%}".format(*of[f"{what}_interval"])
-    show("all", rows)
+            cells = [title, f"{sum(errors):.1f} of {len(errors)}"]
+            if "accuracy" in numbers:
+                of = numbers["accuracy"][by]
+                cells.append(f"{of['accuracy']:.1%} of {of['questions']}")
+                cells += ["{:.1%} to {:.1%}".format(*of[f"{what}_interval"]) for what in ("questions", "masking")]
+            table.add_row(*cells)
+    if table.rows:
+        console.print(table)
