@@ -24,7 +24,8 @@ _Z = 1.96  # a normal's 95%
 
 
 class Question(NamedTuple):
-    """A line of a file: its number, its answers, their tokens given the prompt's, and which is right, if it says."""
+    """A line of a file: its number, answers, their tokens given the prompt's, and which is right: a single one, or None
+    where it does not say."""
 
     line: int
     answers: list[str]
@@ -71,16 +72,12 @@ def records(questions: list[Question], estimate: NLLEstimate) -> list[dict[str, 
     for question in questions:
         start, end = end, end + len(question.pieces)
         rows, sizes = columns[start:end], np.array([piece.bytes for piece in question.pieces])
-        record: dict[str, Any] = dict(line=question.line) | (
-            {} if question.right is None else dict(right=question.right)
-        )
         answers = zip(question.answers, question.pieces, rows.tolist(), passes[start:end], strict=True)
-        record["answers"] = [_numbers(*answer) for answer in answers]
+        record: dict[str, Any] = dict(line=question.line, right=question.right, answers=[_numbers(*a) for a in answers])
         if len(rows) > 1:
             nll, _, _, stderr, freedom = rows.T
-            record |= {
-                name: ranking(nll / by, stderr / by, freedom) for name, by in zip(RANKINGS, (1, sizes), strict=True)
-            }
+            for name, by in zip(RANKINGS, (1, sizes), strict=True):
+                record[name] = ranking(nll / by, stderr / by, freedom)
         found.append(record)
     return found
 
@@ -89,21 +86,18 @@ def summary(questions: list[Question], estimate: NLLEstimate, records: list[dict
     """Numbers of all questions for JSON.
 
     Returns:
-        references: of answers that are right, or alone on their line, as one text (`likelihood.row`); if there are any.
-        accuracy: by each of `RANKINGS`; if questions of several answers say which is right.
+        right: of the right answers, as one text (`likelihood.row`); if any are known.
+        accuracy: by each of `RANKINGS`; if they are known among several.
     """
     starts = accumulate((len(question.pieces) for question in questions), initial=0)
-    known = [
-        (q, start) for q, start in zip(questions, starts, strict=False) if q.right is not None or len(q.pieces) == 1
-    ]
+    right = {
+        start + q.right: q.pieces[q.right] for q, start in zip(questions, starts, strict=False) if q.right is not None
+    }
     found: dict[str, Any] = {}
-    if known:
-        which = torch.tensor([start + (question.right or 0) for question, start in known])
-        columns = (getattr(estimate, column.name)[which] for column in dataclasses.fields(estimate))
-        found["references"] = row(
-            NLLEstimate(*columns), [question.pieces[question.right or 0] for question, _ in known]
-        )
-    if any("right" in record and RANKINGS[0] in record for record in records):
+    if right:
+        columns = (getattr(estimate, column.name)[[*right]] for column in dataclasses.fields(estimate))
+        found["right"] = row(NLLEstimate(*columns), [*right.values()])
+    if any(record["right"] is not None and RANKINGS[0] in record for record in records):
         found["accuracy"] = {by: accuracy(records, by) for by in RANKINGS}
     return found
 
@@ -132,7 +126,7 @@ def accuracy(records: list[dict[str, Any]], by: str) -> dict[str, Any]:
         questions_interval: 95%, of what these stand for (Wilson's).
         masking_interval: 95%, of the accuracy of these with likelihoods that have no error.
     """
-    asked = [record for record in records if "right" in record and by in record]
+    asked = [record for record in records if record["right"] is not None and by in record]
     n = len(asked)
     share = sum(record[by]["order"][0] == record["right"] for record in asked) / n
     centre, half = share + _Z**2 / (2 * n), _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n * n))
@@ -153,11 +147,12 @@ def _question(number: int, line: bytes, model: Loaded, chat: bool) -> Question:
         raise ValueError(f"expected JSON, got {line[:40]!r}") from None
     if not isinstance(said, dict) or "prompt" not in said or ("answers" in said) == ("answer" in said):
         raise ValueError(f'expected {{"prompt": ..., "answers": [...]}} or one "answer", got {line[:40]!r}')
-    answers, right = said.get("answers", [said.get("answer")]), said.get("right")
+    answers = said.get("answers", [said.get("answer")])
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
         raise ValueError(f"answers: expected texts, at least one, got {answers!r}")
     if twice := [answer for k, answer in enumerate(answers) if answer in answers[:k]]:
         raise ValueError(f"answers: expected different ones, got {twice[0]!r} twice")
+    right = said.get("right", 0 if len(answers) == 1 else None)
     if right is not None and (type(right) is not int or not 0 <= right < len(answers)):
         raise ValueError(f"right: expected an index, 0 to {len(answers) - 1}, got {right!r}")
     prompt = _prompt(said["prompt"], model, chat)
@@ -166,7 +161,7 @@ def _question(number: int, line: bytes, model: Loaded, chat: bool) -> Question:
 
 def _prompt(prompt: Any, model: Loaded, chat: bool) -> str:
     messages = isinstance(prompt, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
+        isinstance(message, dict) and all(isinstance(message.get(part), str) for part in ("role", "content"))
         for message in prompt
     )
     if not isinstance(prompt, str) and not (messages and prompt):
@@ -194,8 +189,8 @@ def _piece(number: int, prompt: str, answer: str, model: Loaded, chat: bool) -> 
     )
 
 
-def _numbers(answer: str, piece: Piece, row: list[float], network_passes: int) -> dict[str, Any]:
-    nll, low, high, stderr, _ = row
+def _numbers(answer: str, piece: Piece, numbers: list[float], network_passes: int) -> dict[str, Any]:
+    nll, low, high, stderr, _ = numbers
     found = dict(answer=answer, nll=nll, nll_interval=[low, high], stderr=stderr, network_passes=network_passes)
     for unit, size in (("token", len(piece.target)), ("byte", piece.bytes)):
         found |= {

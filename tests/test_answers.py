@@ -97,7 +97,7 @@ def test_likelihoods_are_the_mean_over_all_orders(run):
     model.mask_index = NUM_BYTES
     assert [record["line"] for record in found] == [1, 2, 3, 4]
     for record, question in zip(found, QUESTIONS, strict=True):
-        assert record.get("right") == question.get("right")
+        assert record["right"] == question.get("right", 0 if "answer" in question else None)
         texts = question.get("answers") or [question["answer"]]
         assert [answer["answer"] for answer in record["answers"]] == texts
         for text, answer in zip(texts, record["answers"], strict=True):
@@ -121,11 +121,11 @@ def test_likelihoods_are_the_mean_over_all_orders(run):
             assert (by in record) == (len(nll) > 1)
             if by in record:
                 assert record[by]["order"] == sorted(range(len(nll)), key=nll.__getitem__)
-    assert all(text in shown for text in ("accuracy", "wrongly first, expected", "3 right or only answers"))
-    whole, references = numbers(), [found[0]["answers"][1], found[1]["answers"][2], found[2]["answers"][0]]
+    assert all(text in shown for text in ("accuracy", "wrongly first, expected", "3 right answers"))
+    whole, right = numbers(), [found[0]["answers"][1], found[1]["answers"][2], found[2]["answers"][0]]
     for name in ("nll", "bytes", "tokens"):
-        assert whole["references"][name] == pytest.approx(sum(answer[name] for answer in references))
-    assert whole["references"]["words"] == 3
+        assert whole["right"][name] == pytest.approx(sum(answer[name] for answer in right))
+    assert whole["right"]["words"] == 3
     assert [whole["accuracy"][by]["questions"] for by in RANKINGS] == [2, 2]
     assert whole["accuracy"]["by_nll"]["accuracy"] == sum(r["by_nll"]["order"][0] == r["right"] for r in found[:2]) / 2
 
@@ -217,7 +217,7 @@ def test_accuracy_and_its_intervals():
         return dict(by_nll=dict(order=order, probabilities=[probability, 1 - probability]), right=right)
 
     sure = [record([0, 1], 0, 1.0)] * 8 + [record([1, 0], 0, 0.0)] * 2
-    found = accuracy([*sure, dict(answers=[]), dict(right=0)], "by_nll")
+    found = accuracy([*sure, dict(right=0), record([0, 1], None, 0.5)], "by_nll")
     assert (found["accuracy"], found["questions"], found["masking_interval"]) == (0.8, 10, [0.8, 0.8])
     for bound in found["questions_interval"]:  # Wilson's: where the share lies 1.96 standard errors of the bound away
         assert abs(0.8 - bound) == pytest.approx(1.96 * math.sqrt(bound * (1 - bound) / 10))
@@ -399,6 +399,7 @@ def test_what_is_refused(run, tmp_path):
     assert "num_samples: expected at least 3" in error(f"{run} --num-samples 2")
     assert "seed: expected a number of 64 bits" in error(f"{run} --seed {2**64}")
     assert "json: expected a file, but run is a folder" in error(run.replace("out.json", "run"))
+    assert "json: expected another file than the data's" in error(run.replace("out.json", "pairs.jsonl"))
     assert "No such file or directory: 'none'" in error(run.replace("pairs.jsonl", "none"))
     assert "chat: expected a tokenizer with a chat template" in error(f"{run} --chat")
     assert "chat: expected a tokenizer with a chat template" in error("sample run --chat --prompt a")

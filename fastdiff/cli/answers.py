@@ -57,6 +57,8 @@ def answers(
     """
     check_seed(seed)
     check_json(json_file)
+    if json_file is not None and json_file.resolve() == data.resolve():
+        raise ValueError(f"json: expected another file than the data's, got {json_file}")
     with ranks() as (rank, local):
         place = device_of(device or (f"cuda:{local}" if torch.cuda.is_available() else None))
         loaded = load(model, place, tokenizer=tokenizer, mask_index=mask_index, trust_remote_code=trust_remote_code)
@@ -93,7 +95,7 @@ def _show_answers(found: list[dict[str, Any]], title: str, console: Console) -> 
         table.add_column(column, justify="left" if column == "answer" else "right")
     for record in found[:_SHOWN]:
         for k, answer in enumerate(record["answers"]):
-            (low, high), right = answer["nll_interval"], " (right)" if record.get("right") == k else ""
+            (low, high), right = answer["nll_interval"], " (right)" if record["right"] == k else ""
             table.add_row(
                 f"{record['line']}" if k == 0 else "",
                 Text(repr(answer["answer"]) + right, overflow="ellipsis", no_wrap=True),
@@ -110,10 +112,10 @@ def _show_answers(found: list[dict[str, Any]], title: str, console: Console) -> 
 
 
 def _show_summary(found: list[dict[str, Any]], numbers: dict[str, Any], console: Console) -> None:
-    if "references" in numbers:
-        of, (low, high) = numbers["references"], numbers["references"]["nll_interval"]
+    if "right" in numbers:
+        of, (low, high) = numbers["right"], numbers["right"]["nll_interval"]
         console.print(
-            f"{of['pieces']} right or only answers: {of['nll']:.1f} ± {(high - low) / 2:.1f} nats, "
+            f"{of['pieces']} right answers: {of['nll']:.1f} ± {(high - low) / 2:.1f} nats, "
             f"{of['bits_per_byte']:.4f} bits per byte, perplexity {of['perplexity_per_token']:.3f} per token"
         )
     table = Table("ranked by", "wrongly first, expected", "accuracy", "95%, questions", "95%, masking")
