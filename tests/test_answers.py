@@ -391,6 +391,10 @@ def test_lines_that_are_refused(run, tmp_path, line, message):
     assert not (tmp_path / "out.json").exists()
 
 
+def test_help_shows_the_form_of_a_line():
+    assert '"answers": [text, ...]}' in invoke("answers --help")
+
+
 def test_what_is_refused(run, tmp_path):
     def error(command):
         return str(CliRunner().invoke(cli.app, command.split()).exception)

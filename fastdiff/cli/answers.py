@@ -32,7 +32,7 @@ _SHOWN = 10  # lines of the file in the table
 
 def answers(
     model: Named,
-    data: Annotated[Path, typer.Option(help='a line of JSON each: {"prompt": text, "answers": [text, ...]}')],
+    data: Annotated[Path, typer.Option(help=r'a line of JSON each: {"prompt": text, "answers": \[text, ...]}')],
     chat: Annotated[
         bool, typer.Option("--chat", help="prompts by the chat template; answers are what the assistant says")
     ] = False,
