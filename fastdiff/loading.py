@@ -14,7 +14,7 @@ from fastdiff.evaluating import Model
 from fastdiff.graphs import Absorbing, Graph, Uniform
 from fastdiff.model import DiffusionTransformer, ModelConfig
 from fastdiff.published import KINDS, Published, load_published
-from fastdiff.schedules import Schedule
+from fastdiff.schedules import LogLinear, Schedule
 from fastdiff.texts import Bytes
 from fastdiff.training import SCHEDULE, time_free
 
@@ -144,8 +144,10 @@ def _of_published(published: Published, path: str, device: torch.device, tokeniz
         raise ValueError(f"{path}: expected the model's length in a config.json beside it")
     tokens = _tokenizer(tokenizer or path, graph.num_states, False)
     conditionals = None if graph.mask_index is None else published.conditionals()
-    score, noise = published.score if published.timed else None, (published.schedule, published.parametrization)
+    score = published.score if published.timed else None
+    schedule = LogLinear(0) if published.kind == "bd3lm" else published.schedule
     eps = None if published.kind == "radd" else 1e-3
+    noise = schedule, published.parametrization
     return Loaded(conditionals, score, graph, *noise, True, tokens, length, [], device, eps)
 
 

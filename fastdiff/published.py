@@ -98,7 +98,7 @@ def load_published(kind: str, path: str | os.PathLike, *, mask_index: int | None
             raise ValueError(f"mask_index: expected an id, for none is known of {config.num_states} ids")
         graph = Absorbing(config.num_states, mask_index)
     noise = said.get("noise", {})
-    schedule: Schedule = LogLinear(0 if kind == "bd3lm" else 1e-3)
+    schedule: Schedule = LogLinear()
     if noise.get("type") == "geometric":
         schedule = Geometric(noise["sigma_min"], noise["sigma_max"])
     scaled = said.get("scale_by_sigma", not uniform)
