@@ -140,6 +140,15 @@ def test_an_evaluation_that_is_killed_goes_on_to_the_same_numbers(published, mon
         assert not kept.exists()
 
 
+def test_likelihoods_are_named_and_kept_apart(published):
+    found = {}
+    for kind in ("time-free", "integral"):
+        assert ("over time, as published" in invoke(f"{published} --likelihood {kind}")) == (kind == "integral")
+        (found[kind],) = rows().values()
+        assert found[kind]["likelihood"] == kind
+    assert found["time-free"]["nll"] != found["integral"]["nll"]
+
+
 def test_what_was_kept_of_other_settings_is_not_used(published, tmp_path):
     (tmp_path / "out.json.0").write_text(json.dumps(["another", {"0": [1.0] * 6}]))
     invoke(published)

@@ -19,6 +19,12 @@ from fastdiff.loading import load
 from fastdiff.model import write_atomically
 from fastdiff.texts import CUTS, Piece, pieces, tokens_of
 
+_TITLES = {
+    "time-free": "time-free likelihood",
+    "bound": "the bound of the uniform graph",
+    "integral": "the integral over time, as published",
+}
+
 
 def evaluate(
     model: Named,
@@ -39,7 +45,12 @@ def evaluate(
         float | None,
         typer.Option(help="bits per byte: as many passes as each text's interval should take to be within +- this"),
     ] = None,
-    proposal: Annotated[str, typer.Option(help="stratified, systematic, uniform or harmonic")] = "stratified",
+    likelihood: Annotated[
+        str, typer.Option(help="time-free, or integral, as the model's own codebase prints it")
+    ] = "time-free",
+    proposal: Annotated[
+        str | None, typer.Option(help="stratified, systematic, uniform or harmonic", show_default="stratified")
+    ] = None,
     seed: Annotated[int, typer.Option(help="of the masks")] = 0,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="file for the numbers; a killed evaluation goes on where it was")
@@ -52,8 +63,8 @@ def evaluate(
 ) -> None:
     """Likelihood of texts: nats, bits and perplexity, with 95% intervals of what masking leaves open.
 
-    For a model of the uniform graph it is the bound that the integral over its noise gives. Under torchrun the ranks
-    share the pieces.
+    A model of the uniform graph, which has no time-free likelihood, gives the bound of its whole integral over noise.
+    Under torchrun the ranks share the pieces.
     """
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance: expected a positive number of bits per byte, got {tolerance}")
@@ -69,9 +80,9 @@ def evaluate(
         scored = load(
             model, place, tokenizer=tokenizer, mask_index=mask_index, length=length, trust_remote_code=trust_remote_code
         )
-        uniform = scored.graph.mask_index is None
-        if uniform and (tolerance is not None or proposal != "stratified"):
-            raise ValueError("tolerance, proposal: not for a model of the uniform graph, integrated over its noise")
+        kind = scored.name_of(likelihood)
+        if kind != "time-free" and (tolerance is not None or proposal is not None):
+            raise ValueError(f"tolerance, proposal: for the time-free likelihood alone, not for {_TITLES[kind]}")
         texts = {
             name: [tokens_of(scored.tokenizer, document) for document in documents]
             for name, documents in _texts(model, data, whole)
@@ -81,16 +92,17 @@ def evaluate(
             texts = {name: documents for name, documents in texts.items() if name not in short}
             if rank == 0:
                 typer.echo(f"shorter than a window of {scored.length} tokens, left out: {', '.join(short)}", err=True)
-        rows, options = {}, dict[str, Any](num_samples=num_samples, seed=seed)
+        rows, options = {}, dict[str, Any](likelihood=likelihood, num_samples=num_samples, seed=seed)
         settings = dict(model=model, files=_versions(model), mask_index=scored.graph.mask_index)
         for name, documents in texts.items():
             found = list(pieces(name, documents, scored.length, cut=cut, context=context, most=num_sequences or None))
-            if not uniform:
-                options |= dict(proposal=proposal, tolerance=_nats(tolerance, found))
+            if kind == "time-free":
+                options |= dict(proposal=proposal or "stratified", tolerance=_nats(tolerance, found))
             estimate = likelihoods(scored, found, settings, json_file, **options)
-            rows[name] = row(estimate, found)
+            rows[name] = dict(likelihood=kind) | row(estimate, found)
         if rank == 0:
-            _show_rows(rows, f"{model}, {cut} of {scored.length} tokens, {proposal}")
+            how = _TITLES[kind] + (f", {proposal or 'stratified'}" if kind == "time-free" else "")
+            _show_rows(rows, f"{model}, {cut} of {scored.length} tokens, {how}")
             missed = [name for name, found in rows.items() if tolerance is not None and _masking(found) > tolerance]
             if missed:
                 names = ", ".join(missed)
