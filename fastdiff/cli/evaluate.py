@@ -82,8 +82,7 @@ def evaluate(
     """Likelihood of texts: nats, bits and perplexity, with 95% intervals of what masking leaves open.
 
     Along one order nothing is left open, and there is no interval. A model of the uniform graph, which has no
-    time-free likelihood, gives the bound of its whole integral over noise.
-    Under torchrun the ranks share the pieces.
+    time-free likelihood, gives the bound of its whole integral over noise. Under torchrun the ranks share the pieces.
     """
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance: expected a positive number of bits per byte, got {tolerance}")
