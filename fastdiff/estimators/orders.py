@@ -56,11 +56,12 @@ def ordered_nll(
     batch_size: int | None = None,
     backend: str | None = None,
 ) -> OrderedNLL:
-    """-log p(x0) in nats, the tokens revealed in one order; `time_free_nll` is the mean over all orders.
+    """-log p(x0) in nats, the tokens revealed in one order; the mean over all orders is that of `time_free_nll`.
 
     Each step is one pass: the order picks masked positions, their tokens are scored independently given what is
     revealed so far, and then revealed. It sees what the network says of the masks, not what they hide, so for each
-    order, tokens_per_step and block_length p is one distribution: over all sequences of a length it sums to 1.
+    order, tokens_per_step and block_length p is one distribution: over all sequences of a length it sums to 1 (with
+    exclude_mask=False to less, where the network expects masks).
 
     - ``"left-to-right"``: the first masks.
     - ``"confidence"``, ``"margin"``, ``"entropy"``: where the largest probability, its gap to the second, or the
