@@ -96,7 +96,7 @@ def summary(questions: list[Question], estimate: NLLEstimate, records: list[dict
     found: dict[str, Any] = {}
     if right:
         columns = (getattr(estimate, column.name)[[*right]] for column in dataclasses.fields(estimate))
-        found["right"] = row(NLLEstimate(*columns), [*right.values()])
+        found["right"] = row(NLLEstimate(*columns), [*right.values()], drawn=True)
     if any(record["right"] is not None and RANKINGS[0] in record for record in records):
         found["accuracy"] = {by: accuracy(records, by) for by in RANKINGS}
     return found
