@@ -83,11 +83,14 @@ def load_published(kind: str, path: str | os.PathLike, *, mask_index: int | None
     if (kind == "radd") == bool(config.cond_dim):
         seen = "sees the noise level" if config.cond_dim else "does not see the noise level"
         raise ValueError(f"{path}: expected weights of {kind}, but this network {seen}")
+    with torch.device("meta"):
+        network = DiT(config)
     with torch.device("cpu"):
-        network = DiT(config).float()
+        network.rotary_emb = type(network.rotary_emb)(config.dim // config.heads)
+    weights = {name: tensor.float() for name, tensor in weights.items()}
     weights.setdefault("rotary_emb.inv_freq", network.rotary_emb.inv_freq)
     _check_alike(weights, network, path)
-    network.load_state_dict(weights)
+    network.load_state_dict(weights, assign=True)
     uniform = kind == "duo" or said.get("graph", {}).get("type") == "uniform"
     graph: Graph = Uniform(config.num_states)
     if not uniform:

@@ -26,7 +26,7 @@ app = typer.Typer(
 for name, command in (("train", train), ("eval", evaluate), ("sample", sample), ("doctor", doctor)):
     app.command(name)(command)
 
-_USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, BackendUnavailable)
+_USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, MemoryError, BackendUnavailable)
 
 
 def main() -> None:

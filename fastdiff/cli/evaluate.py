@@ -12,10 +12,22 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastdiff.cli.options import Device, MaskIndex, Named, TokenizerOf, Trust, check_seed, device_of, half_of, read_run
+from fastdiff.cli.models import files_of, load_named, no_room
+from fastdiff.cli.options import (
+    Dtype,
+    ExcludeMask,
+    MaskIndex,
+    Named,
+    Place,
+    Shift,
+    TokenizerOf,
+    Trust,
+    check_seed,
+    half_of,
+    read_run,
+)
 from fastdiff.data import Text, load_documents, load_named_documents
 from fastdiff.likelihood import forget, likelihoods, ranks, row
-from fastdiff.loading import load
 from fastdiff.model import write_atomically
 from fastdiff.texts import CUTS, Piece, pieces, tokens_of
 
@@ -47,8 +59,14 @@ def evaluate(
     tokenizer: TokenizerOf = None,
     mask_index: MaskIndex = None,
     length: Annotated[int | None, typer.Option(help="tokens in a piece", show_default="all the model takes")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="sequences in a network pass", show_default="what 256 MB of logits hold")
+    ] = None,
+    dtype: Dtype = None,
+    shift: Shift = None,
+    exclude_mask: ExcludeMask = None,
     trust_remote_code: Trust = False,
-    device: Device = None,
+    device: Place = None,
 ) -> None:
     """Likelihood of texts: nats, bits and perplexity, with 95% intervals of what masking leaves open.
 
@@ -65,10 +83,9 @@ def evaluate(
         if json_file.is_dir():
             raise ValueError(f"json: expected a file, but {json_file} is a folder")
     with ranks() as (rank, local):
-        place = device_of(device or (f"cuda:{local}" if torch.cuda.is_available() else None))
-        scored = load(
-            model, place, tokenizer=tokenizer, mask_index=mask_index, length=length, trust_remote_code=trust_remote_code
-        )
+        place = device or (f"cuda:{local}" if torch.cuda.is_available() else None)
+        asked = dict(tokenizer=tokenizer, mask_index=mask_index, length=length, shift=shift, exclude_mask=exclude_mask)
+        scored = load_named(model, place, dtype, trust_remote_code=trust_remote_code, **asked)
         uniform = scored.graph.mask_index is None
         if uniform and (tolerance is not None or proposal != "stratified"):
             raise ValueError("tolerance, proposal: not for a model of the uniform graph, integrated over its noise")
@@ -81,13 +98,15 @@ def evaluate(
             texts = {name: documents for name, documents in texts.items() if name not in short}
             if rank == 0:
                 typer.echo(f"shorter than a window of {scored.length} tokens, left out: {', '.join(short)}", err=True)
-        rows, options = {}, dict[str, Any](num_samples=num_samples, seed=seed)
-        settings = dict(model=model, files=_versions(model), mask_index=scored.graph.mask_index)
+        rows, options = {}, dict[str, Any](num_samples=num_samples, batch_size=batch_size, seed=seed)
+        settings = asked | dict(model=model, files=files_of(model), mask_index=scored.graph.mask_index)
+        settings |= dict(dtype=str(scored.dtype), device=scored.device.type)
         for name, documents in texts.items():
             found = list(pieces(name, documents, scored.length, cut=cut, context=context, most=num_sequences or None))
             if not uniform:
                 options |= dict(proposal=proposal, tolerance=_nats(tolerance, found))
-            estimate = likelihoods(scored, found, settings, json_file, **options)
+            with no_room(scored.device, scored.num_bytes, "a smaller --batch-size"):
+                estimate = likelihoods(scored, found, settings, json_file, **options)
             rows[name] = row(estimate, found)
         if rank == 0:
             _show_rows(rows, f"{model}, {cut} of {scored.length} tokens, {proposal}")
@@ -127,13 +146,6 @@ def _nats(tolerance: float | None, found: list[Piece]) -> float | None:
     if tolerance is None:
         return None
     return tolerance * math.log(2) * sum(piece.bytes for piece in found) / math.sqrt(len(found))
-
-
-def _versions(model: str) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of a model's files."""
-    path = Path(model.partition(":")[2] or model)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
 
 def _show_rows(rows: dict[str, dict[str, Any]], title: str) -> None:
