@@ -125,10 +125,10 @@ def load(
 
 def _of_run(folder: str, device: torch.device | None, dtype: torch.dtype | None, length: int | None) -> Loaded:
     model = DiffusionTransformer.from_pretrained(folder).eval()
-    n, timed = model.config.num_states, model.config.sigma_conditioned
-    if n not in (NUM_BYTES, NUM_BYTES + 1):
-        raise ValueError(f"{folder}: expected a model of bytes, got {n} states")
-    length, device = _window(folder, length, model.config.max_length, False), placed(model, device, dtype)
+    n, timed, longest = model.config.num_states, model.config.cond_dim > 0, model.config.max_length
+    if n not in (NUM_BYTES, NUM_BYTES + 1) or longest is None:
+        raise ValueError(f"{folder}: expected a model of bytes with a longest sequence, got {n} states, {longest}")
+    length, device = _window(folder, length, longest, False), placed(model, device, dtype)
     graph: Graph = Uniform(n) if n == NUM_BYTES else Absorbing(n)
     conditionals = None if graph.mask_index is None else time_free(model, graph.mask_index)
     score = model if timed else None
@@ -143,7 +143,7 @@ def _of_published(
     tokenizer: str | None,
     length: int | None,
 ) -> Loaded:
-    length, graph = _window(path, length, published.length, True), published.graph
+    length, graph = _window(path, length, published.length, False), published.graph
     tokens = _tokenizer(tokenizer or path, graph.num_states, False)
     device = placed(published.network, device, dtype)
     conditionals = None if graph.mask_index is None else published.conditionals()
