@@ -3,13 +3,12 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastdiff.checks import check_choice
-from fastdiff.cli.options import DTYPES, device_of
+from fastdiff.cli.options import DTYPES, device_of, versions
 from fastdiff.loading import Loaded, load
 from fastdiff.placing import own_gpus
 
@@ -19,15 +18,8 @@ def load_named(name: str, device: str | None, dtype: str | None, **options: Any)
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
     place = None if device == "auto" else device_of(device)
-    with no_room(place, sum(size for _, size, _ in files_of(name)), "a smaller model"):
+    with no_room(place, sum(size for _, size, _ in versions(name)), "a smaller model"):
         return load(name, place, dtype=None if dtype is None else getattr(torch, dtype), **options)
-
-
-def files_of(name: str) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of a model's files; none of a model that is named as the hub does."""
-    path = Path(name.partition(":")[2] or name)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
 
 @contextmanager

@@ -26,6 +26,9 @@ Shift = Annotated[
 ExcludeMask = Annotated[
     bool | None, typer.Option(help="leave the mask out of the softmax", show_default="no for hf, else yes")
 ]
+BatchSize = Annotated[
+    int | None, typer.Option(help="sequences in a network pass", show_default="what 256 MB of logits hold")
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")]
 Device = Annotated[str | None, typer.Option(help="torch device", show_default="cuda if there is one, else cpu")]
 Place = Annotated[
@@ -52,6 +55,21 @@ def device_of(name: str | None) -> torch.device:
 def check_seed(seed: int) -> None:
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed: expected a number of 64 bits, got {seed}")
+
+
+def check_json(file: Path | None) -> None:
+    """Makes the folder of a file to write, if there is one."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_dir():
+            raise ValueError(f"json: expected a file, but {file} is a folder")
+
+
+def versions(model: str) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a model's files."""
+    path = Path(model.partition(":")[2] or model)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
 
 def read_run(run: Path) -> dict[str, Any]:
