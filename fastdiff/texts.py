@@ -138,7 +138,10 @@ def pieces(
         return
     whole = _joined(documents)
     if len(whole.ids) < length:
-        raise ValueError(f"data: expected at least the {length} tokens of a window, got {len(whole.ids)} of {name}")
+        raise ValueError(
+            f"data: expected at least the {length} tokens of a window, got {len(whole.ids)} of {name}; take a smaller "
+            "length, or cut documents"
+        )
     if cut == "sliding":
         yield from _spread(list(_one_by_one(name, whole, length, context)), most)
         return

@@ -30,7 +30,7 @@ app.command("answers")(answers)
 app.command("sample")(sample)
 app.command("doctor")(doctor)
 
-_USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, BackendUnavailable)
+_USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, MemoryError, BackendUnavailable)
 
 
 def main() -> None:

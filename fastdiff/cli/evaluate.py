@@ -12,15 +12,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fastdiff.cli.models import load_named, no_room
 from fastdiff.cli.options import (
-    Device,
+    BatchSize,
+    Dtype,
+    ExcludeMask,
     MaskIndex,
     Named,
+    Place,
+    Shift,
     TokenizerOf,
     Trust,
     check_json,
     check_seed,
-    device_of,
     half_of,
     read_run,
     versions,
@@ -28,7 +32,6 @@ from fastdiff.cli.options import (
 from fastdiff.data import Text, load_documents, load_named_documents
 from fastdiff.estimators.orders import ORDERS
 from fastdiff.likelihood import forget, likelihoods, ranks, row
-from fastdiff.loading import load
 from fastdiff.model import write_atomically
 from fastdiff.texts import CUTS, Piece, pieces, tokens_of
 
@@ -88,8 +91,12 @@ def evaluate(
     tokenizer: TokenizerOf = None,
     mask_index: MaskIndex = None,
     length: Annotated[int | None, typer.Option(help="tokens in a piece", show_default="all the model takes")] = None,
+    batch_size: BatchSize = None,
+    dtype: Dtype = None,
+    shift: Shift = None,
+    exclude_mask: ExcludeMask = None,
     trust_remote_code: Trust = False,
-    device: Device = None,
+    device: Place = None,
 ) -> None:
     """Likelihood of texts: nats, bits and perplexity, with 95% intervals of what masking leaves open.
 
@@ -103,10 +110,9 @@ def evaluate(
         raise ValueError(f"num_sequences: expected at least 1, or 0 for all, got {num_sequences}")
     check_json(json_file)
     with ranks() as (rank, local):
-        place = device_of(device or (f"cuda:{local}" if torch.cuda.is_available() else None))
-        scored = load(
-            model, place, tokenizer=tokenizer, mask_index=mask_index, length=length, trust_remote_code=trust_remote_code
-        )
+        place = device or (f"cuda:{local}" if torch.cuda.is_available() else None)
+        named = dict(tokenizer=tokenizer, mask_index=mask_index, length=length, shift=shift, exclude_mask=exclude_mask)
+        scored = load_named(model, place, dtype, trust_remote_code=trust_remote_code, **named)
         kind = scored.name_of(likelihood)
         asked = dict(num_samples=num_samples, proposal=proposal, tolerance=tolerance)
         own = _options(kind, asked | dict(tokens_per_step=tokens_per_step, block_length=block_length))
@@ -121,12 +127,15 @@ def evaluate(
                 typer.echo(f"shorter than a window of {scored.length} tokens, left out: {', '.join(short)}", err=True)
         rows, drawn = {}, kind not in ORDERS
         options = own | dict(likelihood=likelihood, **(dict(seed=seed) if drawn else {}))
-        settings = dict(model=model, files=versions(model), mask_index=scored.graph.mask_index)
+        options["batch_size"] = batch_size
+        settings = named | dict(model=model, files=versions(model), mask_index=scored.graph.mask_index)
+        settings |= dict(dtype=str(scored.dtype), device=scored.device.type)
         for name, documents in texts.items():
             found = list(pieces(name, documents, scored.length, cut=cut, context=context, most=num_sequences or None))
             if kind == "time-free":
                 options["tolerance"] = _nats(tolerance, found)
-            estimate = likelihoods(scored, found, settings, json_file, **options)
+            with no_room(scored.device, scored.num_bytes, "a smaller --batch-size"):
+                estimate = likelihoods(scored, found, settings, json_file, **options)
             rows[name] = dict(likelihood=kind) | ({} if drawn else own) | row(estimate, found, drawn=drawn)
         if rank == 0:
             _show_rows(rows, f"{model}, {cut} of {scored.length} tokens, {_TITLES[kind]}{_how(own)}")
