@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fastdiff.checks import check_choice, check_tensor
 from fastdiff.data import NUM_BYTES
-from fastdiff.estimators import NLLEstimate, conditional_nll, dse_nll, time_integral_nll
+from fastdiff.estimators import NLLEstimate, conditional_nll, dse_nll, ordered_nll, time_integral_nll
+from fastdiff.estimators.orders import ORDERS
 from fastdiff.evaluating import Model
 from fastdiff.graphs import Absorbing, Graph, Uniform
 from fastdiff.model import DiffusionTransformer, ModelConfig
@@ -18,7 +19,8 @@ from fastdiff.schedules import LogLinear, Schedule
 from fastdiff.texts import Bytes
 from fastdiff.training import SCHEDULE, time_free
 
-LIKELIHOODS = ("time-free", "integral")
+_OF_ANY_GRAPH = ("time-free", "integral")
+LIKELIHOODS = (*_OF_ANY_GRAPH, *ORDERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,10 @@ class Loaded:
     device: torch.device
     eps: float | None = None
 
+    def in_chats(self) -> "Loaded":
+        """The same without a front, for texts of a chat template, which has all that stands there."""
+        return dataclasses.replace(self, front=[], length=self.length + len(self.front))
+
     def estimate(
         self, context: Tensor, target: Tensor, sample_ids: Tensor, *, likelihood: str = "time-free", **options: Any
     ) -> NLLEstimate:
@@ -57,13 +63,13 @@ class Loaded:
         Args:
             likelihood: "time-free", of `conditional_nll`; the uniform graph, which has none, gives its "bound", the
                 whole integral of `dse_nll`. "integral", what the model's own codebase prints: a mean over times, of
-                `dse_nll` for scores and of `time_integral_nll` for conditionals.
+                `dse_nll` for scores and of `time_integral_nll` for conditionals. Or an order of `ordered_nll`.
             options: of that estimator.
 
         Raises:
-            ValueError: an unknown likelihood; a context, for an integral over scores.
+            ValueError: an unknown likelihood, or an order of the uniform graph; a context, for an integral over scores.
         """
-        check_choice("likelihood", likelihood, LIKELIHOODS)
+        self.name_of(likelihood)
         context, target, sample_ids = (tokens.to(self.device) for tokens in (context, target, sample_ids))
         published = likelihood == "integral"
         if self.score is not None and (published or self.conditionals is None):
@@ -74,11 +80,15 @@ class Loaded:
             return dse_nll(self.score, target, graph=self.graph, **names, **options)
         front = torch.tensor(self.front, dtype=torch.int64, device=self.device).expand(len(target), -1)
         context, mask_index = torch.cat([front, context], 1), self.graph.mask_index
-        names = dict(mask_index=mask_index, exclude_mask=self.exclude_mask, sample_ids=sample_ids)
-        if not published:
+        names = dict(mask_index=mask_index, exclude_mask=self.exclude_mask)
+        if likelihood == "time-free":
+            names |= dict(sample_ids=sample_ids)
             return conditional_nll(self.conditionals, context, target, **names, **options)  # type: ignore[arg-type]
         x0 = torch.cat([context, target], 1)
         names |= dict(target=torch.cat([context < 0, target >= 0], 1))
+        if likelihood in ORDERS:
+            return ordered_nll(self.conditionals, x0, order=likelihood, **names, **options)  # type: ignore[arg-type]
+        names |= dict(sample_ids=sample_ids)
         names |= dict(eps=0.0) if self.eps is None else dict(eps=self.eps, schedule=self.schedule)
         return time_integral_nll(self.conditionals, x0, **names, **options)  # type: ignore[arg-type]
 
@@ -86,9 +96,9 @@ class Loaded:
         """What `estimate` gives for a likelihood: "bound" where a time-free one is asked of the uniform graph.
 
         Raises:
-            ValueError: an unknown likelihood.
+            ValueError: an unknown likelihood, or one that the uniform graph does not have.
         """
-        check_choice("likelihood", likelihood, LIKELIHOODS)
+        check_choice("likelihood", likelihood, LIKELIHOODS if self.conditionals is not None else _OF_ANY_GRAPH)
         return "bound" if likelihood == "time-free" and self.conditionals is None else likelihood
 
 
@@ -128,9 +138,9 @@ def load(
 
 def _of_run(folder: str, device: torch.device) -> Loaded:
     model = DiffusionTransformer.from_pretrained(folder).eval().to(device)
-    n, timed, length = model.config.num_states, model.config.sigma_conditioned, model.config.max_length
-    if n not in (NUM_BYTES, NUM_BYTES + 1):
-        raise ValueError(f"{folder}: expected a model of bytes, got {n} states")
+    n, timed, length = model.config.num_states, model.config.cond_dim > 0, model.config.max_length
+    if n not in (NUM_BYTES, NUM_BYTES + 1) or length is None:
+        raise ValueError(f"{folder}: expected a model of bytes with a longest sequence, got {n} states, {length}")
     graph: Graph = Uniform(n) if n == NUM_BYTES else Absorbing(n)
     conditionals = None if graph.mask_index is None else time_free(model, graph.mask_index)
     score = model if timed else None

@@ -57,7 +57,7 @@ class LogProbs(nn.Module):
 
 
 def as_published(name, network, monkeypatch):
-    """What a codebase calls its model, of a `DiT`: its own if it is there."""
+    """What a codebase calls its model, of a network of ours: its own if it is there."""
     kind, uniform = name.split()[0], name == "sedd uniform"
     if (CHECKOUTS / kind).is_dir():
         theirs = network_of(kind, network, monkeypatch, "uniform" if uniform else "absorb")
