@@ -10,16 +10,17 @@ import torch
 from standins import bd3lm, duo, mdlm, radd, sedd
 from test_likelihood import tokenizer_folder
 from test_published import hub_folder, made, sedd_folder
+from test_published_code import CHECKOUTS, network_of
 from torch import nn
 
 from fastdiff.loading import load
 
 CPU = torch.device("cpu")
-L, BATCH, REPEATS = 6, 25, 400  # of published evaluations, in batches over which their times are spread
+L, BATCH, REPEATS = 6, 25, 200  # of published evaluations, in batches over which their times are spread
 
 
 class Backbone(nn.Module):
-    """A network as the codebases call theirs."""
+    """A network as MDLM, Duo and BD3-LM call theirs."""
 
     def __init__(self, network):
         super().__init__()
@@ -55,32 +56,41 @@ class LogProbs(nn.Module):
         return torch.cat([output[..., :-1].log_softmax(-1), output[..., -1:]], -1)
 
 
-def sedd_nll(network, x0, eps, uniform=False):
-    states = network.config.num_states
+def as_published(name, network, monkeypatch):
+    """What a codebase calls its model, of a network of ours: its own if it is there."""
+    kind, uniform = name.split()[0], name == "sedd uniform"
+    if (CHECKOUTS / kind).is_dir():
+        theirs = network_of(kind, network, monkeypatch, "uniform" if uniform else "absorb")
+        theirs.scale_by_sigma = not uniform
+        return theirs
+    return (
+        Scores(network, not uniform) if kind == "sedd" else LogProbs(network) if kind == "radd" else Backbone(network)
+    )
+
+
+def sedd_nll(model, states, x0, eps, uniform=False):
     graph = sedd.Uniform(states) if uniform else sedd.Absorbing(states - 1)
     noise = sedd.GeometricNoise(*GEOMETRIC) if uniform else sedd.LogLinearNoise()
-    return sedd.get_loss_fn(noise, graph, False, sampling_eps=eps)(Scores(network, not uniform), x0)
+    return sedd.get_loss_fn(noise, graph, False, sampling_eps=eps)(model, x0)
 
 
-def radd_nll(network, x0, eps):
-    loss_fn = radd.PUBLISHED["losses"].get_loss_fn(None, network.config.num_states, False, loss_type="lambda_DCE")
-    # its sampler of times asks for a GPU unless it is told otherwise, and it is told the batch's
-    return loss_fn(LogProbs(network), x0)
+def radd_nll(model, states, x0, eps):
+    return radd.PUBLISHED["losses"].get_loss_fn(None, states, False, loss_type="lambda_DCE")(model, x0)
 
 
-def mdlm_nll(network, x0, eps):
+def mdlm_nll(model, states, x0, eps):
     options = dict(noise=mdlm.LogLinearNoise(), antithetic_sampling=True, sampling_eps=eps, time_conditioning=False)
-    evaluation = mdlm.given(mdlm.Diffusion, network.config.num_states, backbone=Backbone(network), **options)
+    evaluation = mdlm.given(mdlm.Diffusion, states, backbone=model, **options)
     return evaluation._loss(x0, torch.ones_like(x0)).nlls.sum(1)
 
 
-def duo_nll(network, x0, eps):
+def duo_nll(model, states, x0, eps):
     options = dict(noise=duo.LogLinear(1e-3), antithetic_sampling=True, sampling_eps=eps)
-    evaluation = duo.given(duo.DUO_BASE, network.config.num_states, backbone=Backbone(network), **options)
+    evaluation = duo.given(duo.DUO_BASE, states, backbone=model, **options)
     return evaluation.nll(x0, None, None).sum(1)
 
 
-def bd3lm_nll(network, x0, eps, ignore_bos=False):
+def bd3lm_nll(model, states, x0, eps, ignore_bos=False):
     """In one block of all tokens."""
     config = SimpleNamespace(
         algo=SimpleNamespace(name="mdlm"),
@@ -90,7 +100,7 @@ def bd3lm_nll(network, x0, eps, ignore_bos=False):
     options = dict(noise=bd3lm.PUBLISHED["noise_schedule"].LogLinearNoise(), antithetic_sampling=True, config=config)
     options |= dict(cross_attn=False, ignore_bos=ignore_bos, block_size=L, training=False, time_conditioning=False)
     options |= dict(sampling_eps_min=eps, sampling_eps_max=1.0)
-    evaluation = bd3lm.given(bd3lm.Diffusion, network.config.num_states, backbone=Backbone(network), **options)
+    evaluation = bd3lm.given(bd3lm.Diffusion, states, backbone=model, **options)
     return evaluation._loss(x0, torch.ones_like(x0)).nlls.sum(1)
 
 
@@ -126,20 +136,22 @@ def mean_and_stderr(values):
 
 
 @torch.no_grad()
-def published(evaluation, network, x0, *options):
-    return mean_and_stderr(torch.stack([evaluation(network, x0, *options).double().mean() for _ in range(REPEATS)]))
+def printed(evaluation, *arguments):
+    return mean_and_stderr(torch.stack([evaluation(*arguments).double().mean() for _ in range(REPEATS)]))
 
 
 @pytest.mark.parametrize("eps", [1e-3, 0.2])
 @pytest.mark.parametrize("name", EVALUATIONS)
-def test_the_integral_is_what_published_code_prints(name, eps, tmp_path):
+def test_the_integral_is_what_published_code_prints(name, eps, monkeypatch, tmp_path):
     torch.manual_seed(0)
     network, called = saved(tmp_path, name)
     scored = load(called, CPU, mask_index=network.config.num_states - 1)
     assert scored.eps == (None if name == "radd" else 1e-3)
     scored = dataclasses.replace(scored, eps=scored.eps and eps)
-    x0 = torch.randint(network.config.num_states - 1, (L,))
-    expected, error = published(EVALUATIONS[name], network, x0.expand(BATCH, -1), eps)
+    states = network.config.num_states
+    x0 = torch.randint(states - 1, (L,))
+    model = as_published(name, network, monkeypatch)
+    expected, error = printed(EVALUATIONS[name], model, states, x0.expand(BATCH, -1), eps)
     n = BATCH * REPEATS // 8
     found = scored.estimate(
         torch.zeros(n, 0, dtype=torch.int64),
@@ -150,4 +162,5 @@ def test_the_integral_is_what_published_code_prints(name, eps, tmp_path):
     )
     ours, our_error = mean_and_stderr(found.nll)
     assert abs(ours - expected) < 4 * math.hypot(error, our_error)
-    assert math.hypot(error, our_error) < 0.03 * expected
+    if eps > 0.1:  # where the published mean has no long tail, which would hide a wrong end
+        assert math.hypot(error, our_error) < 0.03 * expected
