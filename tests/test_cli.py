@@ -295,7 +295,7 @@ def test_user_errors_are_one_line(folder, capsys, monkeypatch):
     expect("train --out run --resume", "trainer.pt: damaged or cut short")
     whole = (folder / "run" / "model.safetensors").read_bytes()
     (folder / "run" / "model.safetensors").write_bytes(b"half")
-    expect("sample run", "model.safetensors: damaged or cut short")
+    expect("sample run", "model.safetensors: not weights, damaged or cut short")
     (folder / "run" / "model.safetensors").write_bytes(whole)
     config = json.loads((folder / "run" / "config.json").read_text())
     (folder / "run" / "config.json").write_text(json.dumps({"model": config["model"]}))
