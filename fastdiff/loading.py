@@ -15,7 +15,7 @@ from fastdiff.graphs import Absorbing, Graph, Uniform
 from fastdiff.model import DiffusionTransformer, ModelConfig
 from fastdiff.published import KINDS, Published, load_published
 from fastdiff.schedules import Schedule
-from fastdiff.texts import Bytes
+from fastdiff.texts import Bytes, load_tokenizer
 from fastdiff.training import SCHEDULE, time_free
 
 
@@ -152,15 +152,7 @@ def _of_transformers(
 
 
 def _tokenizer(path: str, num_states: int, trust_remote_code: bool) -> Any:
-    try:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except ImportError:
-        raise ImportError("tokenizers need transformers: pip install transformers") from None
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(f"tokenizer: found none in {path} ({first}); name a folder that has one") from None
+    tokenizer = load_tokenizer(path, trust_remote_code)
     if len(tokenizer) > num_states:
         raise ValueError(f"tokenizer: expected at most the model's {num_states} ids, got {len(tokenizer)}")
     return tokenizer
