@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from fastdiff.data import NUM_BYTES
 from fastdiff.estimators import NLLEstimate, conditional_nll, dse_nll
 from fastdiff.evaluating import Model
 from fastdiff.graphs import Absorbing, Graph, Uniform
-from fastdiff.model import DiffusionTransformer, ModelConfig
+from fastdiff.model import DiffusionTransformer, ModelConfig, read_config
 from fastdiff.published import KINDS, Published, load_published
 from fastdiff.schedules import Schedule
-from fastdiff.texts import Bytes, load_tokenizer
+from fastdiff.texts import Bytes, load_tokenizer, saved_hash
 from fastdiff.training import SCHEDULE, time_free
 
 
@@ -93,21 +94,35 @@ def load(
     elif kind in KINDS and path:
         found = _of_published(load_published(kind, path, mask_index=mask_index), path, device, tokenizer)
     else:
-        found = _of_run(name, device)
+        found = _of_run(name, device, trust_remote_code)
     if length is not None and not 1 <= length <= found.length:
         raise ValueError(f"length: expected 1 to {found.length} tokens, got {length}")
     return found if length is None else dataclasses.replace(found, length=length)
 
 
-def _of_run(folder: str, device: torch.device) -> Loaded:
+def _of_run(folder: str, device: torch.device, trust_remote_code: bool) -> Loaded:
     model = DiffusionTransformer.from_pretrained(folder).eval().to(device)
     n, timed, length = model.config.num_states, model.config.cond_dim > 0, model.config.max_length
-    if n not in (NUM_BYTES, NUM_BYTES + 1) or length is None:
-        raise ValueError(f"{folder}: expected a model of bytes with a longest sequence, got {n} states, {length}")
-    graph: Graph = Uniform(n) if n == NUM_BYTES else Absorbing(n)
+    tokens, num_tokens = _tokenizer_of_run(Path(folder), trust_remote_code)
+    if n not in (num_tokens, num_tokens + 1) or length is None:
+        raise ValueError(
+            f"{folder}: expected a model of {num_tokens} tokens with a longest sequence, got {n} states, {length}"
+        )
+    graph: Graph = Uniform(n) if n == num_tokens else Absorbing(n)
     conditionals = None if graph.mask_index is None else time_free(model, graph.mask_index)
     score = model if timed else None
-    return Loaded(conditionals, score, graph, SCHEDULE, "scale_by_sigma", True, Bytes(), length, [], device)
+    return Loaded(conditionals, score, graph, SCHEDULE, "scale_by_sigma", True, tokens, length, [], device)
+
+
+def _tokenizer_of_run(folder: Path, trust_remote_code: bool) -> tuple[Any, int]:
+    """The tokenizer of what a run was trained on, and how many tokens that has."""
+    told = read_config(folder).get("tokenizer")
+    if told is None or told["name"] == "bytes":
+        return Bytes(), NUM_BYTES
+    own = folder / "tokenizer"
+    if saved_hash(own) != told["fingerprint"]:
+        raise ValueError(f"{own}: not the tokenizer that this run was trained with")
+    return load_tokenizer(str(own), trust_remote_code), told["num_tokens"]
 
 
 def _of_published(published: Published, path: str, device: torch.device, tokenizer: str | None) -> Loaded:

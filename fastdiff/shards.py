@@ -32,7 +32,7 @@ from fastdiff.model import naming, write_atomically
 from fastdiff.permutation import permute
 
 STREAMS = ("train", "held_out", "text")
-_FORMAT = "fastdiff tokens, version 1"
+FORMAT = "fastdiff tokens, version 1"
 _SIDES = 2**64  # of a document's hash
 
 
@@ -173,7 +173,7 @@ def write_manifest(folder: Path, settings: dict[str, Any], sources: list[Any], s
         sources: what the tokens were made of.
         shards: what `read_shard` gives, of each.
     """
-    manifest = {"format": _FORMAT, "fingerprint": _fingerprint(settings, shards), "settings": settings}
+    manifest = {"format": FORMAT, "fingerprint": _fingerprint(settings, shards), "settings": settings}
     totals = {name: sum(shard["sizes"][f"{name}.npy"] for shard in shards.values()) for name in STREAMS}
     documents = {name: sum(shard["sizes"][f"{name}_ends.npy"] for shard in shards.values()) for name in STREAMS}
     manifest |= {"sizes": totals, "documents": documents, "sources": sources, "shards": shards}
@@ -189,7 +189,12 @@ def _fingerprint(settings: dict[str, Any], shards: dict[str, Any]) -> str:
 
 def is_tokens(folder: str | os.PathLike) -> bool:
     """Whether a folder is one of tokens, complete or not yet."""
-    return any((Path(folder) / name).is_file() for name in ("manifest.json", "plan.json"))
+    for path in (Path(folder) / "manifest.json", Path(folder) / "plan.json"):
+        if path.is_file():
+            with path.open("rb") as file:
+                if FORMAT.encode() in file.read(100):
+                    return True
+    return False
 
 
 class TokenFolder:
@@ -209,7 +214,7 @@ class TokenFolder:
         try:
             told = json.loads(path.read_text())
             self.settings, self.shards, self.fingerprint = told["settings"], told["shards"], told["fingerprint"]
-            if told["format"] != _FORMAT or self.fingerprint != _fingerprint(self.settings, self.shards):
+            if told["format"] != FORMAT or self.fingerprint != _fingerprint(self.settings, self.shards):
                 raise ValueError("changed, or of another version")
             self.num_tokens = self.settings["num_tokens"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -234,6 +239,11 @@ class TokenFolder:
     @cached_property
     def text(self) -> "Stream":
         return Stream(self, "text")
+
+    def held_out_documents(self, most: int) -> Iterator[bytes]:
+        """The held-out documents as text, evenly spread if there are more than `most` bytes of them."""
+        step = max(1, -(-self.text.size // most))
+        return (self.text.document(k).tobytes() for k in range(0, self.text.num_documents, step))
 
     def check(self) -> None:
         """Reads all, and raises a ValueError that names the first file that is not what was written."""
@@ -337,12 +347,6 @@ class Shards:
         available = self._available("held_out")
         n = min(check_integer("n", n, 1), available)
         return self.tokens.held_out.windows(torch.arange(n, device="cpu") * available // n, self.length)
-
-    def held_out_documents(self, most: int) -> Iterator[bytes]:
-        """The held-out documents as text, evenly spread if there are more than `most` bytes of them."""
-        text = self.tokens.text
-        step = max(1, -(-text.size // most))
-        return (text.document(k).tobytes() for k in range(0, text.num_documents, step))
 
     def _available(self, stream: str) -> int:
         size = getattr(self.tokens, stream).size

@@ -27,6 +27,7 @@ from fastdiff.documents import Span, documents, parts
 from fastdiff.evaluating import progress
 from fastdiff.model import write_atomically
 from fastdiff.shards import (
+    FORMAT,
     TokenFolder,
     alone,
     is_held_out,
@@ -85,7 +86,8 @@ def tokenize(
     with alone(folder):
         remove_parts(folder)
         settings = _settings(folder, tokenizer, eos, trust_remote_code) | {"held_out": held_out}
-        plan = {"settings": settings, "format": format, "field": field, "shard_bytes": shard_bytes, "files": files}
+        plan = {"written": FORMAT, "settings": settings, "format": format, "field": field}
+        plan |= {"shard_bytes": shard_bytes, "files": files}
         digest = _agreed(folder, plan)
         spans = parts([(Path(path), size) for path, size, _ in files], format, shard_bytes)
         names = [f"{k:05}" for k in range(len(spans))]
@@ -210,7 +212,8 @@ def _done(job: _Job, todo: list[tuple[str, list[Span]]], workers: int) -> Iterat
     if workers <= 1:
         maker = _Maker(job)
         for one in todo:
-            yield maker.make(*one)
+            maker.make(*one)
+            yield
         return
     context = multiprocessing.get_context("spawn")
     alive, keeps = context.Pipe(duplex=False)

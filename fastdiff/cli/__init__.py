@@ -1,4 +1,4 @@
-"""The `fastdiff` command: train, eval, sample, doctor."""
+"""The `fastdiff` command: tokenize, train, eval, sample, doctor."""
 
 import sys
 import warnings
@@ -15,6 +15,7 @@ except ImportError as error:
 from fastdiff.cli.doctor import doctor
 from fastdiff.cli.evaluate import evaluate
 from fastdiff.cli.sample import sample
+from fastdiff.cli.tokenize import tokenize
 from fastdiff.cli.train import train
 
 app = typer.Typer(
@@ -23,7 +24,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for name, command in (("train", train), ("eval", evaluate), ("sample", sample), ("doctor", doctor)):
+for name, command in (
+    ("tokenize", tokenize),
+    ("train", train),
+    ("eval", evaluate),
+    ("sample", sample),
+    ("doctor", doctor),
+):
     app.command(name)(command)
 
 _USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, BackendUnavailable)
