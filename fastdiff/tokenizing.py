@@ -86,7 +86,7 @@ def tokenize(
     with alone(folder):
         remove_parts(folder)
         settings = _settings(folder, tokenizer, eos, trust_remote_code) | {"held_out": held_out}
-        plan = {"written": FORMAT, "settings": settings, "format": format, "field": field}
+        plan: dict[str, Any] = {"written": FORMAT, "settings": settings, "format": format, "field": field}
         plan |= {"shard_bytes": shard_bytes, "files": files}
         digest = _agreed(folder, plan)
         spans = parts([(Path(path), size) for path, size, _ in files], format, shard_bytes)
@@ -107,7 +107,10 @@ def _files(data: Iterable[str | os.PathLike], out: Path) -> list[list[Any]]:
     """Paths, sizes and times of what is not empty, each file once."""
     found = dict.fromkeys(file.resolve() for one in data for file in data_files(one, out))
     told = [(file, file.stat()) for file in found if file.is_file()]
-    return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in told if stat.st_size]
+    files = [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in told if stat.st_size]
+    if not files:
+        raise ValueError(f"data: expected text, found none in {', '.join(map(str, data))}")
+    return files
 
 
 def _settings(folder: Path, name: str, eos: str | None, trust_remote_code: bool) -> dict[str, Any]:
