@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastdiff.model import DiffusionTransformer, ModelConfig
 from fastdiff.shards import Shards, TokenFolder, dtype_for, is_held_out, is_tokens, read_shard, write_manifest, writing
 from fastdiff.training import TrainConfig, train
 
@@ -242,8 +243,6 @@ def test_ids_past_the_vocabulary_are_not_written(tmp_path, tokens):
 
 
 def test_train_reads_it(folder):
-    from fastdiff.model import DiffusionTransformer, ModelConfig
-
     model = DiffusionTransformer(ModelConfig(num_states=257, max_length=8, dim=16, depth=1, heads=2))
     config = TrainConfig(steps=3, batch_size=4, eval_every=3, eval_sequences=4, eval_samples=3)
     records = []
@@ -251,3 +250,21 @@ def test_train_reads_it(folder):
     assert "bits_per_token" in records[-1]
     told = json.loads((folder / "run" / "config.json").read_text())
     assert told["source"]["fingerprint"] == Shards(folder, 8).fingerprint
+
+
+def test_the_source_of_the_docs():
+    """Of rows, as a dataset of Hugging Face gives them."""
+
+    class Dataset(list):
+        _fingerprint = "a hash"
+
+    page = (Path(__file__).parents[1] / "docs" / "training_data.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class Rows" in block]
+    names = {}
+    exec(code, names)
+    rows = Dataset({"input_ids": [k, k]} for k in range(20))
+    source = names["Rows"](rows, Dataset(rows[:5]), 20)
+    assert sorted(source.sequences(20, 40)[:, 0].tolist()) == list(range(20))
+    assert torch.equal(source.sequences(20, 40)[3:5], source.sequences(23, 25))
+    model = DiffusionTransformer(ModelConfig(num_states=21, max_length=2, dim=16, depth=1, heads=2))
+    train(TrainConfig(steps=2, batch_size=4, eval_every=2, eval_sequences=4, eval_samples=3), model, source)
