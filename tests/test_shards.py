@@ -114,6 +114,27 @@ def test_opening_reads_no_tokens(folder, monkeypatch):
     assert source.fingerprint != Shards(folder, 17).fingerprint != Shards(folder, 16, seed=1).fingerprint
 
 
+def test_a_shard_of_more_than_32_bits(tmp_path):
+    """A sparse file of 2^34 tokens behind an ordinary shard, with a mark at its end."""
+    vast, length = 2**34, 1000
+    write(tmp_path, [DOCUMENTS, DOCUMENTS], 2**16)
+    with (tmp_path / "00001" / "train.npy").open("r+b") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": (vast,)})
+        file.truncate(128 + 2 * vast)
+        file.seek(128 + 2 * (vast - 3))
+        file.write(np.array([7, 8, 9], "<u2").tobytes())
+    told = {name: read_shard(tmp_path / name, "a plan") for name in NAMES}
+    told["00001"]["sizes"]["train.npy"] = vast
+    write_manifest(tmp_path, SETTINGS | {"num_tokens": 2**16}, [], told)
+    source = Shards(tmp_path, length)
+    stream = source.tokens.train
+    assert stream.read(stream.size - 4, stream.size).tolist() == [0, 7, 8, 9]
+    last = source.tokens.train.windows(torch.tensor([source.num_windows - 1]), length)
+    assert last[0].tolist() == stream.read((source.num_windows - 1) * length, source.num_windows * length).tolist()
+    assert source.num_windows == stream.size // length > 2**24
+    assert source.sequences(2**40, 2**40 + 4).shape == (4, length)
+
+
 # -- what is held out ------------------------------------------------------------------------------------
 
 
