@@ -122,12 +122,6 @@ def writing(folder: Path, name: str, num_tokens: int, plan: str) -> Iterator[Sha
         shutil.rmtree(part, ignore_errors=True)
 
 
-def remove_parts(folder: Path) -> None:
-    """Removes what a killed writer left."""
-    for part in folder.glob("*.part"):
-        shutil.rmtree(part) if part.is_dir() else part.unlink()
-
-
 def file_hash(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -138,7 +132,12 @@ def file_hash(path: Path) -> str:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Locks the folder, for one writer at a time; a crash leaves no lock."""
+    """Locks a folder of tokens, or a new one, for one writer at a time; parts are removed before and after.
+
+    Raises:
+        BlockingIOError: it is locked.
+        ValueError: a folder of something else.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     place = os.open(folder, os.O_RDONLY)
     try:
@@ -148,9 +147,22 @@ def alone(folder: Path) -> Iterator[None]:
             raise BlockingIOError(f"out: another process is writing to {folder}") from None
         except OSError:
             pass  # a file system without locks
-        yield
+        others = [path.name for path in folder.iterdir() if path.name not in ("plan.json.part", "tokenizer.part")]
+        if others and not is_tokens(folder):
+            raise ValueError(f"out: expected a new folder or one of tokens, but {folder} holds {min(others)}")
+        _remove_parts(folder)
+        try:
+            yield
+        finally:
+            _remove_parts(folder)
     finally:
         os.close(place)
+
+
+def _remove_parts(folder: Path) -> None:
+    """Removes what writers have left."""
+    for part in folder.glob("*.part"):
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 def read_shard(folder: Path, plan: str) -> dict[str, Any]:

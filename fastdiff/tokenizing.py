@@ -8,13 +8,13 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,6 @@ from fastdiff.shards import (
     alone,
     is_held_out,
     read_shard,
-    remove_parts,
     write_manifest,
     writing,
 )
@@ -74,7 +73,8 @@ def tokenize(
         FileNotFoundError: no such data.
         ImportError: what reads a file, or the tokenizer, is not installed.
         OSError: a full disk; what is done is kept.
-        ValueError: nothing to train on; a damaged file; a folder begun from other files or with other settings.
+        ValueError: nothing to train on; a damaged file; a folder begun from other files or with other settings, or of
+            something else.
     """
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out: expected a share in [0, 1), got {held_out}")
@@ -84,18 +84,20 @@ def tokenize(
     data = list(data)
     files = _files(data, folder)
     with alone(folder):
-        remove_parts(folder)
         settings = _settings(folder, tokenizer, eos, trust_remote_code) | {"held_out": held_out}
         plan: dict[str, Any] = {"written": FORMAT, "settings": settings, "format": format, "field": field}
         plan |= {"shard_bytes": shard_bytes, "files": files}
         digest = _agreed(folder, plan)
+        if tokenizer != "bytes" and not (folder / "tokenizer").exists():
+            (folder / "tokenizer.part").rename(folder / "tokenizer")
         spans = parts([(Path(path), size) for path, size, _ in files], format, shard_bytes)
         names = [f"{k:05}" for k in range(len(spans))]
         missing = [k for k, name in enumerate(names) if not (folder / name).exists()]
         job = _Job(folder, settings, digest, field, trust_remote_code)
-        with progress(len(names), "shards") as advance:
+        making = _done(job, [(names[k], spans[k]) for k in missing], min(workers, len(missing)))
+        with progress(len(names), "shards") as advance, closing(making):
             advance(len(names) - len(missing))
-            for _ in _done(job, [(names[k], spans[k]) for k in missing], min(workers, len(missing))):
+            for _ in making:
                 advance(1)
         shards = {name: read_shard(folder / name, digest) for name in names}
         _check_amount(shards, data)
@@ -114,7 +116,7 @@ def _files(data: Iterable[str | os.PathLike], out: Path) -> list[list[Any]]:
 
 
 def _settings(folder: Path, name: str, eos: str | None, trust_remote_code: bool) -> dict[str, Any]:
-    """What tokens depend on; the tokenizer's files are in the folder then, and all else uses these."""
+    """What tokens depend on. The tokenizer's files are in tokenizer.part then: what they say is what counts."""
     if name == "bytes":
         if eos is not None:
             raise ValueError(f"eos: expected none, for bytes have none, got {eos!r}")
@@ -124,16 +126,11 @@ def _settings(folder: Path, name: str, eos: str | None, trust_remote_code: bool)
         if eos not in loaded.get_vocab():
             raise ValueError(f"eos: expected a token of {name}, got {eos!r}")
         loaded.eos_token = eos
-    own, part = folder / "tokenizer", folder / "tokenizer.part"
+    part = folder / "tokenizer.part"
     loaded.save_pretrained(part)
-    fingerprint = saved_hash(part)
-    if not (folder / _PLAN).exists():
-        shutil.rmtree(own, ignore_errors=True)
-        part.rename(own)
-    remove_parts(folder)
-    saved = load_tokenizer(str(own), trust_remote_code)
+    saved = load_tokenizer(str(part), trust_remote_code)
     num_tokens = max(len(saved), *(id + 1 for id in saved.get_vocab().values()))
-    told = {"name": name, "fingerprint": fingerprint}
+    told = {"name": name, "fingerprint": saved_hash(part)}
     return {"tokenizer": told, "num_tokens": num_tokens, "eos": saved.eos_token_id}
 
 
@@ -210,7 +207,7 @@ def _batches(spans: list[Span], field: str) -> Iterator[list[bytes]]:
     yield together
 
 
-def _done(job: _Job, todo: list[tuple[str, list[Span]]], workers: int) -> Iterator[None]:
+def _done(job: _Job, todo: list[tuple[str, list[Span]]], workers: int) -> Generator[None, None, None]:
     """Makes shards, in this process or in others, and yields after each."""
     if workers <= 1:
         maker = _Maker(job)

@@ -327,6 +327,32 @@ def test_one_writer_at_a_time(folder):
     tokenize(["texts.jsonl"], "out")
 
 
+def test_a_folder_of_something_else_is_left_alone(folder, bpe):
+    for name in ("out/tokenizer/mine.json", "out/00000.1.part/mine"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("mine")
+    before = contents(folder / "out")
+    with pytest.raises(ValueError, match=r"out: expected a new folder or one of tokens, but out holds 00000\.1\.part"):
+        tokenize(["texts.jsonl"], "out", bpe)
+    assert contents(folder / "out") == before
+
+
+def test_a_kill_before_the_first_shard(folder, bpe, monkeypatch):
+    """Between any two of its first writes."""
+    tokenize(["texts.jsonl"], "whole", bpe)
+    monkeypatch.setattr("fastdiff.shards._remove_parts", lambda folder: None)  # a kill removes nothing
+    for function in ("saved_hash", "write_atomically", "parts"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"fastdiff.tokenizing.{function}", lambda *args: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                tokenize(["texts.jsonl"], function, bpe)
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    for function in ("saved_hash", "write_atomically", "parts"):
+        tokenize(["texts.jsonl"], function, bpe)
+        assert contents(folder / function) == contents(folder / "whole")
+
+
 @pytest.mark.parametrize("change", ["data", "held_out", "tokenizer", "shard_bytes", "eos"])
 def test_a_folder_is_of_one_plan(folder, bpe, change):
     tokenize(["texts.jsonl"], "out", bpe)

@@ -49,7 +49,7 @@ def tokenize(
             eos=eos,
             held_out=held_out,
             shard_bytes=shard_bytes,
-            workers=len(os.sched_getaffinity(0)) if workers is None else workers,
+            workers=_cpus() if workers is None else workers,
             trust_remote_code=trust_remote_code,
         )
     rows = {"vocabulary": f"{found.num_tokens:,} ({found.settings['tokenizer']['name']})"}
@@ -57,3 +57,8 @@ def tokenize(
         rows[part] = f"{stream.size:,} tokens of {stream.num_documents:,} documents"
     rows["shards"] = f"{len(found.shards):,}" + ", as they were written" * check
     show(f"tokens in {out}", rows)
+
+
+def _cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
