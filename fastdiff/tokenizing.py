@@ -8,6 +8,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import warnings
@@ -37,7 +38,6 @@ from fastdiff.shards import (
 )
 from fastdiff.texts import Bytes, load_tokenizer, saved_hash
 
-_PLAN = "plan.json"
 _TOGETHER = 2**20  # bytes of documents that a tokenizer is given at once
 
 
@@ -88,8 +88,6 @@ def tokenize(
         plan: dict[str, Any] = {"written": FORMAT, "settings": settings, "format": format, "field": field}
         plan |= {"shard_bytes": shard_bytes, "files": files}
         digest = _agreed(folder, plan)
-        if tokenizer != "bytes" and not (folder / "tokenizer").exists():
-            (folder / "tokenizer.part").rename(folder / "tokenizer")
         spans = parts([(Path(path), size) for path, size, _ in files], format, shard_bytes)
         names = [f"{k:05}" for k in range(len(spans))]
         missing = [k for k, name in enumerate(names) if not (folder / name).exists()]
@@ -135,17 +133,21 @@ def _settings(folder: Path, name: str, eos: str | None, trust_remote_code: bool)
 
 
 def _agreed(folder: Path, plan: dict[str, Any]) -> str:
-    """Writes the plan, or finds that it is the one the folder was begun with; its hash."""
-    path = folder / _PLAN
-    if not path.exists():
+    """The plan's hash. Where there are shards, they are of this plan; else it is written, and the tokenizer kept."""
+    path, own, part = folder / "plan.json", folder / "tokenizer", folder / "tokenizer.part"
+    if any(folder.glob("*/shard.json")):
+        try:
+            begun = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path}: damaged: {error}") from None
+        for name in plan:
+            if begun.get(name) != plan[name]:
+                raise ValueError(f"out: {folder} was begun with other {name}; choose another folder")
+    else:
         write_atomically(path, json.dumps(plan, indent=1).encode() + b"\n")
-    try:
-        begun = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged: {error}") from None
-    for name in plan:
-        if begun.get(name) != plan[name]:
-            raise ValueError(f"out: {folder} was begun with other {name}; choose another folder")
+        shutil.rmtree(own, ignore_errors=True)
+        if part.exists():
+            part.rename(own)
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 

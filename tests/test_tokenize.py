@@ -367,6 +367,14 @@ def test_a_folder_is_of_one_plan(folder, bpe, change):
     assert contents(folder / "out") == before
 
 
+def test_a_folder_without_a_shard_may_be_begun_again(folder, bpe):
+    with pytest.raises(ValueError, match="expected a JSON object with 'body'"):
+        tokenize(["texts.jsonl"], "out", bpe, field="body")
+    tokenize(["texts.jsonl"], "out", bpe, eos=EOS)
+    tokenize(["texts.jsonl"], "other", bpe, eos=EOS)
+    assert contents(folder / "out") == contents(folder / "other")
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
