@@ -114,7 +114,7 @@ def test_zstandard(tmp_path):
     records = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(zstd.compress(records[:999]) + zstd.compress(records[999:]))  # two frames
-    (((span,),),) = (parts([(path, 9)], "by name", 10**6),)
+    ((span,),) = parts([(path, 9)], "by name", 10**6)
     assert list(documents(span, "text")) == [text.encode() for text in TEXTS]
     path.write_bytes(zstd.compress(records)[:-9])
     with pytest.raises(ValueError, match=r"a\.jsonl\.zst: Compressed file ended before"):
