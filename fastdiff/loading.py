@@ -3,6 +3,7 @@
 import dataclasses
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +15,11 @@ from fastdiff.estimators import NLLEstimate, conditional_nll, dse_nll, ordered_n
 from fastdiff.estimators.orders import ORDERS
 from fastdiff.evaluating import Model
 from fastdiff.graphs import Absorbing, Graph, Uniform
-from fastdiff.model import DiffusionTransformer, ModelConfig
+from fastdiff.model import DiffusionTransformer, ModelConfig, read_config
 from fastdiff.placing import placed, spread
 from fastdiff.published import KINDS, Published, load_published
 from fastdiff.schedules import LogLinear, Schedule
-from fastdiff.texts import Bytes
+from fastdiff.texts import Bytes, load_tokenizer, saved_hash
 from fastdiff.training import SCHEDULE, time_free
 
 _OF_ANY_GRAPH = ("time-free", "integral")
@@ -156,20 +157,36 @@ def load(
     elif kind in KINDS and path:
         found = _of_published(load_published(kind, path, mask_index=mask_index), path, device, dtype, tokenizer, length)
     else:
-        found = _of_run(name, device, dtype, length)
+        found = _of_run(name, device, dtype, length, trust_remote_code)
     return found if exclude_mask is None else dataclasses.replace(found, exclude_mask=exclude_mask)
 
 
-def _of_run(folder: str, device: torch.device | None, dtype: torch.dtype | None, length: int | None) -> Loaded:
+def _of_run(
+    folder: str, device: torch.device | None, dtype: torch.dtype | None, length: int | None, trust_remote_code: bool
+) -> Loaded:
     model = DiffusionTransformer.from_pretrained(folder).eval()
     n, timed, longest = model.config.num_states, model.config.cond_dim > 0, model.config.max_length
-    if n not in (NUM_BYTES, NUM_BYTES + 1) or longest is None:
-        raise ValueError(f"{folder}: expected a model of bytes with a longest sequence, got {n} states, {longest}")
+    tokens, num_tokens = _tokenizer_of_run(Path(folder), trust_remote_code)
+    if n not in (num_tokens, num_tokens + 1) or longest is None:
+        raise ValueError(
+            f"{folder}: expected a model of {num_tokens} tokens with a longest sequence, got {n} states, {longest}"
+        )
     length, device = _window(folder, length, longest, False), placed(model, device, dtype)
-    graph: Graph = Uniform(n) if n == NUM_BYTES else Absorbing(n)
+    graph: Graph = Uniform(n) if n == num_tokens else Absorbing(n)
     conditionals = None if graph.mask_index is None else time_free(model, graph.mask_index)
     score = model if timed else None
-    return Loaded(model, conditionals, score, graph, SCHEDULE, "scale_by_sigma", True, Bytes(), length, [], device)
+    return Loaded(model, conditionals, score, graph, SCHEDULE, "scale_by_sigma", True, tokens, length, [], device)
+
+
+def _tokenizer_of_run(folder: Path, trust_remote_code: bool) -> tuple[Any, int]:
+    """The tokenizer of what a run was trained on, and how many tokens that has."""
+    told = read_config(folder).get("tokenizer")
+    if told is None or told["name"] == "bytes":
+        return Bytes(), NUM_BYTES
+    own = folder / "tokenizer"
+    if saved_hash(own) != told["fingerprint"]:
+        raise ValueError(f"{own}: not the tokenizer that this run was trained with")
+    return load_tokenizer(str(own), trust_remote_code), told["num_tokens"]
 
 
 def _of_published(
@@ -258,15 +275,7 @@ def _window(path: str, asked: int | None, said: int | None, endless: bool) -> in
 
 
 def _tokenizer(path: str, num_states: int, trust_remote_code: bool) -> Any:
-    try:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except ImportError:
-        raise ImportError("tokenizers need transformers: pip install transformers") from None
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(f"tokenizer: found none in {path} ({first}); name a folder that has one") from None
+    tokenizer = load_tokenizer(path, trust_remote_code)
     if len(tokenizer) > num_states:
         raise ValueError(f"tokenizer: expected at most the model's {num_states} ids, got {len(tokenizer)}")
     return tokenizer

@@ -1,4 +1,4 @@
-"""The `fastdiff` command: train, eval, answers, sample, doctor."""
+"""The `fastdiff` command: tokenize, train, eval, answers, sample, doctor."""
 
 import sys
 import warnings
@@ -16,6 +16,7 @@ from fastdiff.cli.answers import answers
 from fastdiff.cli.doctor import doctor
 from fastdiff.cli.evaluate import evaluate
 from fastdiff.cli.sample import sample
+from fastdiff.cli.tokenize import tokenize
 from fastdiff.cli.train import train
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("tokenize")(tokenize)
 app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("answers")(answers)

@@ -29,12 +29,14 @@ from fastdiff.cli.options import (
     read_run,
     versions,
 )
-from fastdiff.data import Text, load_documents, load_named_documents
+from fastdiff.data import Text, TokenSource, load_documents, load_named_documents
 from fastdiff.estimators.orders import ORDERS
 from fastdiff.likelihood import forget, likelihoods, ranks, row
 from fastdiff.model import write_atomically
+from fastdiff.shards import Shards, TokenFolder, is_tokens
 from fastdiff.texts import CUTS, Piece, pieces, tokens_of
 
+_MOST_TEXT = 2**26  # bytes of the held-out documents of a folder of tokens, evenly spread
 _TITLES = {
     "time-free": "time-free likelihood",
     "bound": "the bound of the uniform graph",
@@ -54,7 +56,8 @@ def evaluate(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="'stdlib', a text file or a folder; may be given several times", show_default="the run's own"
+            help="'stdlib', a text file or a folder, of tokens too (their held-out texts); may be given several times",
+            show_default="the run's own",
         ),
     ] = None,
     whole: Annotated[
@@ -169,19 +172,27 @@ def _texts(model: str, data: list[str] | None, whole: bool) -> Iterator[tuple[st
     if config is None and not data:
         raise ValueError(f"data: expected texts, for {model} has none of its own")
     for name in data or [config["data"]["path"]]:  # type: ignore[index]
-        if config is not None and not whole:
+        own = config is not None and config["data"]["path"] in (name, str(Path(name).resolve()))
+        if is_tokens(name):
+            if config is not None and own:
+                source = Shards(name, config["model"]["max_length"], seed=config["training"]["seed"])
+                _check_same(name, source, run, config)
+            yield f"held-out part of {name}", list(TokenFolder(name).held_out_documents(_MOST_TEXT))
+        elif config is not None and not whole:
             text = Text(load_documents(name, run), config["model"]["max_length"], seed=config["training"]["seed"])
-            own = config["data"]["path"] in (name, str(Path(name).resolve()))
-            if own and text.fingerprint != config["source"]["fingerprint"]:
-                raise ValueError(
-                    f"data: {name} has changed since {run} was trained on it, and so has its held-out part"
-                )
+            if own:
+                _check_same(name, text, run, config)
             yield f"held-out part of {name}", [bytes(text.validation_bytes.tolist())]
         else:
             parts: dict[str, list[bytes]] = {}
             for part, document in load_named_documents(name, run):
                 parts.setdefault(part, []).append(document)
             yield from parts.items()
+
+
+def _check_same(name: str, source: TokenSource, run: Path | None, config: dict[str, Any]) -> None:
+    if source.fingerprint != config["source"]["fingerprint"]:
+        raise ValueError(f"data: {name} has changed since {run} was trained on it, and so has its held-out part")
 
 
 def _nats(tolerance: float | None, found: list[Piece]) -> float | None:
