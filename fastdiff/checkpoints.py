@@ -40,7 +40,7 @@ class Checkpoints:
     """The checkpoints in a folder, which all ranks share.
 
     Every method is called on every rank; without a process group, by the one process. An error of one rank is raised
-    on all. A checkpoint holds pickles: load none that you do not trust.
+    on all. The host's memory keeps a copy of what is saved. A checkpoint holds pickles: load none that you do not trust.
 
     Args:
         folder: made by the first save.
@@ -52,9 +52,9 @@ class Checkpoints:
         self._folder = Path(folder)
         self._keep = check_integer("keep", keep, 1)
         self._keep_every = check_integer("keep_every", keep_every, 0)
-        ranks = dist.is_available() and dist.is_initialized()
-        self._group = dist.new_group(backend="gloo") if ranks else None  # not training's: both are used at a time
-        self._rank = dist.get_rank() if ranks else 0
+        # Not training's group, for both are used at the same time.
+        self._group = dist.new_group(backend="gloo") if _is_distributed() else None
+        self._rank, self._ranks = (0, 1) if self._group is None else (self._group.rank(), self._group.size())
         cuda = torch.cuda.is_available()
         self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))  # the copy is done when it returns
         self._thread = ThreadPoolExecutor(1, "checkpoints")
@@ -170,8 +170,7 @@ class Checkpoints:
             checksums = sorted(json.loads(file.read_bytes()).items())
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{file}: damaged or cut short") from error
-        ranks = 1 if self._group is None else self._group.size()
-        for name, value in checksums[self._rank :: ranks]:
+        for name, value in checksums[self._rank :: self._ranks]:
             if _checksums([path / name]) != {name: value}:
                 raise ValueError(f"{path / name}: damaged or cut short")
 
@@ -228,7 +227,7 @@ def export(
         OSError: names the file; raised on every rank.
     """
     safetensors, folder = import_safetensors(), Path(folder)
-    group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    group = dist.group.WORLD if _is_distributed() else None
     writes = group is None or dist.get_rank() == 0
     state: dict[str, Any] = get_model_state_dict(model)
     parts = _split({name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}, file_size)
@@ -279,6 +278,10 @@ def _whole(tensor: Tensor, wanted: bool) -> Tensor | None:
     """A tensor that ranks have in parts, in memory of its own on the CPU; all ranks must call it together."""
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole.detach().to("cpu", copy=True).contiguous() if wanted else None
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _agree(group: dist.ProcessGroup | None, work: Callable[[], Result]) -> list[Result]:

@@ -30,6 +30,9 @@ from fastdiff.loading import load
 from fastdiff.model import DiffusionTransformer, ModelConfig
 from fastdiff.weights import read_weights
 
+# pytest puts its own filters in the place of those that the module sets
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 SETTINGS = {"lr": 0.01, "name": "a run"}
 
 
@@ -56,11 +59,11 @@ class Run:
         if how == "DDP":
             self.network = nn.parallel.DistributedDataParallel(self.network)
         elif how != "plain":
-            shape = (dist.get_world_size(),) if how == "FSDP" else (2, dist.get_world_size() // 2)
-            mesh = init_device_mesh("cpu", shape)
+            shape, names = ((dist.get_world_size(),), ("shard",)) if how == "FSDP" else ((2, 2), ("replicate", "shard"))
+            mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
             for network in (self.network, self.averaged):
-                fully_shard(network.inner, mesh=mesh)
-                fully_shard(network, mesh=mesh)
+                for part in (network.inner, network.outer, network):
+                    fully_shard(part, mesh=mesh)
         matrices = [p for p in self.network.parameters() if p.dim() == 2]
         vectors = [p for p in self.network.parameters() if p.dim() < 2]
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -202,7 +205,7 @@ def a_rank_that_hangs_ends_the_others():
     checkpoints = Checkpoints(shared() / "hangs")
     dist.new_group = new_group
     if dist.get_rank() == 0:
-        with pytest.raises(RuntimeError, match="[Tt]imed out|[Tt]imeout|Connection closed"):
+        with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
             checkpoints.save(1, {"model": {}}, {})
     else:
         time.sleep(4)
@@ -221,7 +224,7 @@ def exports_what_is_in_parts():
         assert_equal(dict(DiffusionTransformer.from_pretrained(shared() / "one").state_dict()), plain.state_dict())
         assert_equal(read_weights(shared() / "many"), dict(plain.state_dict()))
         assert json.loads((shared() / "one/config.json").read_text())["data"] == {"path": "x"}
-    with limit(1000) if dist.get_rank() == 0 else limit(None), pytest.raises(OSError, match="one/model.safetensors"):
+    with limit(1000) if dist.get_rank() == 0 else limit(None), pytest.raises(OSError, match=r"one/model\.safetensors"):
         export(sharded, shared() / "one")
     assert_equal(read_weights(shared() / "one"), dict(plain.state_dict()))
 
@@ -309,7 +312,6 @@ def kill_saves(folder):
 
 def kill_exports(folder):
     model = DiffusionTransformer(ModelConfig(5, 4, 8, 1, 2)).requires_grad_(False)
-    size = [1000, 10**9]  # many files and one, in turn
 
     def fill(value):
         for parameter in model.parameters():
@@ -321,13 +323,13 @@ def kill_exports(folder):
     def check():
         assert len(values()) == 1
 
-    for value in range(4):
+    fill(0)
+    export(model, folder)
+    for value, file_size in enumerate((2000, 2000, 10**9), 1):  # several files after one, after several, and one again
         fill(value)
-        export(model, folder, file_size=size[0])
-        size.reverse()
-        fill(value + 1)
-        assert kill_at_each_call(folder, partial(export, model, folder, file_size=size[0]), check) > 3
-        assert values() == {value + 1}
+        assert kill_at_each_call(folder, partial(export, model, folder, file_size=file_size), check) > 5
+        assert values() == {value}
+        assert len(list(folder.glob("model*"))) == (1 if value == 3 else 4)
 
 
 @contextmanager
@@ -358,9 +360,10 @@ def launch(monkeypatch, folder, ranks, *functions):
 
 def test_ranks_read_what_others_wrote(tmp_path, monkeypatch):
     save(Run(steps=3), tmp_path / "plain-1", 3)
-    errors = ("an_error_of_one_rank_ends_all", "exports_what_is_in_parts")
-    launch(monkeypatch, tmp_path, 2, "two_ranks_load_and_save", *errors, "a_rank_that_hangs_ends_the_others")
+    launch(monkeypatch, tmp_path, 2, "two_ranks_load_and_save", "exports_what_is_in_parts")
     launch(monkeypatch, tmp_path, 4, "four_ranks_load_and_save")
+    errors = ("an_error_of_one_rank_ends_all", "a_rank_that_hangs_ends_the_others")
+    launch(monkeypatch, tmp_path, 2, "two_ranks_load_what_four_saved", *errors)
     for folder in ("plain-1", "DDP-2", "FSDP-2", "HSDP-4"):
         assert_loads("plain", tmp_path / folder)
 
