@@ -427,6 +427,11 @@ def test_damaged(tmp_path, name, how):
     error = FileNotFoundError if how == "missing" else ValueError
     with pytest.raises((error, FileNotFoundError), match=str(path.parent)) as caught:
         checkpoints.load(2, state)
+    if name in ("extra.json", "checksums.json"):
+        with pytest.raises(error, match=name):
+            checkpoints.extra(2)
+    else:
+        assert checkpoints.extra(2) == {"step": 2}
     assert "\n" not in str(caught.value)
     assert_equal(state, filled(-1))
     if name != "checksums.json":
