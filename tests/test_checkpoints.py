@@ -193,9 +193,9 @@ def an_error_of_one_rank_ends_all():
     checkpoints.save(4, run.state(), {})
     checkpoints.wait()
     if last:
-        damage(folder / "step-00000004/__0_0.distcp", "flip")
+        damage(folder / "step-00000004/__1_0.distcp", "flip")
     dist.barrier()
-    with pytest.raises(ValueError, match=r"step-00000004/__0_0.distcp: damaged or cut short"):
+    with pytest.raises(ValueError, match=r"step-00000004/__1_0.distcp: damaged or cut short"):
         checkpoints.load(4, run.state())
     assert run.load(checkpoints, 3) == {}
 
