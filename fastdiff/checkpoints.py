@@ -251,7 +251,11 @@ def export(
             write_atomically(folder / file, content)
 
     def put_weights(file: str, names: list[str]) -> None:
-        wholes = {name: whole for name in names if (whole := _whole(state[name], writes)) is not None}
+        wholes = {}
+        for name in names:
+            whole = state[name].full_tensor() if isinstance(state[name], DTensor) else state[name]  # by all ranks
+            if writes:
+                wholes[name] = whole.detach().to("cpu", copy=True).contiguous()
         put(file, safetensors.save(wholes, {"format": "pt"}))
 
     def finish() -> None:
@@ -281,12 +285,6 @@ def _split(sizes: dict[str, int], most: int) -> list[list[str]]:
         parts[-1].append(name)
         room -= size
     return parts
-
-
-def _whole(tensor: Tensor, wanted: bool) -> Tensor | None:
-    """A tensor that ranks have in parts, in memory of its own on the CPU; all ranks must call it together."""
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().to("cpu", copy=True).contiguous() if wanted else None
 
 
 def _is_distributed() -> bool:
