@@ -101,9 +101,9 @@ def load(
 
 def _of_run(folder: str, device: torch.device) -> Loaded:
     model = DiffusionTransformer.from_pretrained(folder).eval().to(device)
-    n, timed, length = model.config.num_states, model.config.sigma_conditioned, model.config.max_length
-    if n not in (NUM_BYTES, NUM_BYTES + 1):
-        raise ValueError(f"{folder}: expected a model of bytes, got {n} states")
+    n, timed, length = model.config.num_states, model.config.cond_dim > 0, model.config.max_length
+    if n not in (NUM_BYTES, NUM_BYTES + 1) or length is None:
+        raise ValueError(f"{folder}: expected a model of bytes with a longest sequence, got {n} states, {length}")
     graph: Graph = Uniform(n) if n == NUM_BYTES else Absorbing(n)
     conditionals = None if graph.mask_index is None else time_free(model, graph.mask_index)
     score = model if timed else None

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -237,7 +237,8 @@ def _rows_and_losses(model: DiffusionTransformer, *inputs: Tensor) -> tuple[Any,
     """What the losses take in front of the tokens, and the two losses."""
     if model.config.num_states < LARGE_VOCABULARY:
         return (model(*inputs),), dce_loss, dse_loss
-    return (model.body(*inputs), model.lm_head.weight), linear_dce_loss, linear_dse_loss
+    dce, dse = (partial(loss, bias=model.lm_head.bias) for loss in (linear_dce_loss, linear_dse_loss))
+    return (model.body(*inputs), model.lm_head.weight), dce, dse
 
 
 def time_free(model: DiffusionTransformer, mask_index: int) -> Model:
@@ -245,7 +246,7 @@ def time_free(model: DiffusionTransformer, mask_index: int) -> Model:
 
     A model conditioned on sigma is asked at the noise that m masks in L tokens suggest: that of time m / L.
     """
-    if not model.config.sigma_conditioned:
+    if not model.config.cond_dim:
         return model.body, model.lm_head
     return lambda xt: model.body(xt, SCHEDULE.total_noise((xt == mask_index).float().mean(1))), model.lm_head
 
@@ -260,8 +261,9 @@ class _Trainer:
         if model.config.num_states != num_states:
             raise ValueError(f"model: expected num_states = {num_states}, got {model.config.num_states}")
         conditioned = config.loss.startswith("dse")
-        if model.config.sigma_conditioned != conditioned:
-            raise ValueError(f"model: expected sigma_conditioned = {conditioned} for loss {config.loss!r}")
+        if bool(model.config.cond_dim) != conditioned:
+            what = "> 0" if conditioned else "= 0"
+            raise ValueError(f"model: expected cond_dim {what} for loss {config.loss!r}, got {model.config.cond_dim}")
         self.config, self.model, self.source, self.sections = config, model.train(), source, sections
         self.step = 0
         self.device = model.lm_head.weight.device

@@ -20,6 +20,7 @@ _RESULTS = {
     "validation_loss": "held-out loss, nats per byte, ± 95%",
 }
 _LENGTH = 128
+_COND_DIM = 128  # as SEDD's
 _DEFAULTS = {f.name: f.default for c in (ModelConfig, TrainConfig) for f in dataclasses.fields(c)}
 
 
@@ -65,7 +66,7 @@ def train(
 
     source = Text(load_documents(data, out), length, seed=config.seed)
     absorbing, conditioned = config.loss != "dse-uniform", config.loss.startswith("dse")
-    shape = {"num_states": NUM_BYTES + absorbing, "max_length": length, "sigma_conditioned": conditioned}
+    shape = {"num_states": NUM_BYTES + absorbing, "max_length": length, "cond_dim": _COND_DIM * conditioned}
     torch.manual_seed(config.seed)
     model = DiffusionTransformer(ModelConfig(**{**saved["model"], **shape, **_pick(given, ModelConfig)}))
     sections = {"data": {"path": data if data == "stdlib" else str(Path(data).resolve())}}

@@ -27,7 +27,7 @@ M, L = 256, 24
 
 def thin(num_states=M + 1, sigma_conditioned=False):
     torch.manual_seed(0)
-    model = DiffusionTransformer(ModelConfig(num_states, L, 16, 1, 2, sigma_conditioned))
+    model = DiffusionTransformer(ModelConfig(num_states, L, 16, 1, 2, 8 * sigma_conditioned))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
