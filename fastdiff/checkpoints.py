@@ -40,7 +40,7 @@ class Checkpoints:
     """The checkpoints in a folder, which all ranks share.
 
     Every method is called on every rank; without a process group, by the one process. An error of one rank is raised
-    on all. A checkpoint holds pickles: load none that you do not trust.
+    on all. A copy of what is saved stays in memory. A checkpoint holds pickles: load none that you do not trust.
 
     Args:
         folder: made by the first save.
@@ -52,9 +52,10 @@ class Checkpoints:
         self._folder = Path(folder)
         self._keep = check_integer("keep", keep, 1)
         self._keep_every = check_integer("keep_every", keep_every, 0)
-        ranks = dist.is_available() and dist.is_initialized()
-        self._group = dist.new_group(backend="gloo") if ranks else None  # not training's: both are used at a time
-        self._rank = dist.get_rank() if ranks else 0
+        # Not training's group, for both are used at the same time.
+        self._group = dist.new_group(backend="gloo") if _is_distributed() else None
+        self._rank = 0 if self._group is None else self._group.rank()
+        self._ranks = 1 if self._group is None else self._group.size()
         cuda = torch.cuda.is_available()
         self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))  # the copy is done when it returns
         self._thread = ThreadPoolExecutor(1, "checkpoints")
@@ -77,7 +78,7 @@ class Checkpoints:
         """
         self.wait()
         path, content, staged = self._path(step), json.dumps(extra).encode(), {}
-        _agree(self._group, lambda: staged.update(self._stage(step, state)))
+        agree(self._group, lambda: staged.update(self._stage(step, state)))
         self._saving = self._thread.submit(self._write, path, staged, content)
 
     def wait(self) -> None:
@@ -89,7 +90,7 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest step, once the save in progress has ended; None if there is none."""
         self.wait()
-        return _agree(self._group, lambda: max(self._steps(), default=None))[0]
+        return agree(self._group, lambda: max(self._steps(), default=None))[0]
 
     def load(self, step: int, state: dict[str, dict]) -> dict[str, Any]:
         """Read a checkpoint into the tensors of `state`, on any number of ranks, and replace its other values.
@@ -107,9 +108,16 @@ class Checkpoints:
         """
         self.wait()
         path = self._path(step)
-        _agree(self._group, lambda: self._check(path))
+        agree(self._group, lambda: self._check(path))
         with _as_itself():
             dcp.load(state, storage_reader=dcp.FileSystemReader(path), planner=_Exact(path), process_group=self._group)
+        return json.loads((path / "extra.json").read_bytes())
+
+    def extra(self, step: int) -> dict[str, Any]:
+        """What was saved as `extra`; of the rest nothing is read. Errors are those of `load`."""
+        self.wait()
+        path = self._path(step)
+        agree(self._group, lambda: self._check(path, ["extra.json"]))
         return json.loads((path / "extra.json").read_bytes())
 
     def _path(self, step: int) -> Path:
@@ -128,13 +136,13 @@ class Checkpoints:
     def _write(self, path: Path, state: dict[str, dict], extra: bytes) -> None:
         part = path.with_suffix(".part")
         try:
-            _agree(self._group, lambda: self._begin(part))
+            agree(self._group, lambda: self._begin(part))
             writer = dcp.FileSystemWriter(part)
             writer.fs = _NamingFileSystem()
             with _as_itself():
                 dcp.save(state, storage_writer=writer, process_group=self._group)
-            checksums = _agree(self._group, lambda: _checksums(part.glob(f"__{self._rank}_*")))
-            _agree(self._group, lambda: self._finish(path, part, checksums, extra))
+            checksums = agree(self._group, lambda: _checksums(part.glob(f"__{self._rank}_*")))
+            agree(self._group, lambda: self._finish(path, part, checksums, extra))
         except Exception:
             if self._rank == 0:
                 shutil.rmtree(part, ignore_errors=True)
@@ -161,17 +169,17 @@ class Checkpoints:
                 old = self._path(step)
                 shutil.rmtree(old.rename(old.with_suffix(".old")))
 
-    def _check(self, path: Path) -> None:
-        """Each rank reads its share of the files."""
+    def _check(self, path: Path, names: list[str] | None = None) -> None:
+        """Reads some files, or this rank's share of all."""
         if not path.is_dir():
             raise FileNotFoundError(f"no such checkpoint: {path}")
         file = path / "checksums.json"
         try:
-            checksums = sorted(json.loads(file.read_bytes()).items())
-        except (ValueError, AttributeError) as error:
+            checksums = json.loads(file.read_bytes())
+            wanted = {name: checksums[name] for name in names or sorted(checksums)[self._rank :: self._ranks]}
+        except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{file}: damaged or cut short") from error
-        ranks = 1 if self._group is None else self._group.size()
-        for name, value in checksums[self._rank :: ranks]:
+        for name, value in wanted.items():
             if _checksums([path / name]) != {name: value}:
                 raise ValueError(f"{path / name}: damaged or cut short")
 
@@ -228,7 +236,7 @@ def export(
         OSError: names the file; raised on every rank.
     """
     safetensors, folder = import_safetensors(), Path(folder)
-    group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    group = dist.group.WORLD if _is_distributed() else None
     writes = group is None or dist.get_rank() == 0
     state: dict[str, Any] = get_model_state_dict(model)
     parts = _split({name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}, file_size)
@@ -243,7 +251,11 @@ def export(
             write_atomically(folder / file, content)
 
     def put_weights(file: str, names: list[str]) -> None:
-        wholes = {name: whole for name in names if (whole := _whole(state[name], writes)) is not None}
+        wholes = {}
+        for name in names:
+            whole = state[name].full_tensor() if isinstance(state[name], DTensor) else state[name]  # by all ranks
+            if writes:
+                wholes[name] = whole.detach().to("cpu", copy=True).contiguous()
         put(file, safetensors.save(wholes, {"format": "pt"}))
 
     def finish() -> None:
@@ -256,10 +268,10 @@ def export(
                 file.unlink()
 
     config = {"model": dataclasses.asdict(model.config), **sections}  # type: ignore[call-overload]
-    _agree(group, lambda: put("config.json", json.dumps(config, indent=2).encode() + b"\n"))
+    agree(group, lambda: put("config.json", json.dumps(config, indent=2).encode() + b"\n"))
     for file, names in zip(files, parts, strict=True):
-        _agree(group, partial(put_weights, file, names))
-    _agree(group, finish)
+        agree(group, partial(put_weights, file, names))
+    agree(group, finish)
 
 
 def _split(sizes: dict[str, int], most: int) -> list[list[str]]:
@@ -275,13 +287,11 @@ def _split(sizes: dict[str, int], most: int) -> list[list[str]]:
     return parts
 
 
-def _whole(tensor: Tensor, wanted: bool) -> Tensor | None:
-    """A tensor that ranks have in parts, in memory of its own on the CPU; all ranks must call it together."""
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().to("cpu", copy=True).contiguous() if wanted else None
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
-def _agree(group: dist.ProcessGroup | None, work: Callable[[], Result]) -> list[Result]:
+def agree(group: dist.ProcessGroup | None, work: Callable[[], Result]) -> list[Result]:
     """What the work of each rank gives, or on every rank the error of the first that failed."""
     result, error = None, None
     try:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastdiff.checks import check_choice
-from fastdiff.dit import DiT, DiTConfig
 from fastdiff.evaluating import Model
 from fastdiff.graphs import Absorbing, Graph, Uniform
+from fastdiff.model import DiffusionTransformer, ModelConfig, check_alike, inverse_frequencies
 from fastdiff.schedules import Geometric, LogLinear, Schedule
 from fastdiff.weights import read_weights
 
@@ -29,7 +29,7 @@ class Published:
     """
 
     kind: str
-    network: DiT
+    network: DiffusionTransformer
     graph: Graph
     schedule: Schedule
     parametrization: str
@@ -52,7 +52,7 @@ class Published:
             share = (xt == mask_index).double().mean(1)
             return self.network.body(xt, self._seen(self.schedule.total_noise(share).float()))
 
-        return body, self.network.output_layer.linear
+        return body, self.network.lm_head
 
     def score(self, xt: Tensor, sigma: Tensor) -> Tensor:
         """What the network gives for xt [B, L] at sigma [B], for `dse_nll` with this parametrization: [B, L, V]."""
@@ -83,11 +83,10 @@ def load_published(kind: str, path: str | os.PathLike, *, mask_index: int | None
     if (kind == "radd") == bool(config.cond_dim):
         seen = "sees the noise level" if config.cond_dim else "does not see the noise level"
         raise ValueError(f"{path}: expected weights of {kind}, but this network {seen}")
-    with torch.device("cpu"):
-        network = DiT(config).float()
-    weights.setdefault("rotary_emb.inv_freq", network.rotary_emb.inv_freq)
-    _check_alike(weights, network, path)
-    network.load_state_dict(weights)
+    with torch.device("meta"):
+        network = DiffusionTransformer(config)
+    check_alike(network, weights, path)
+    network.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     uniform = kind == "duo" or said.get("graph", {}).get("type") == "uniform"
     graph: Graph = Uniform(config.num_states)
     if not uniform:
@@ -123,29 +122,23 @@ def _own(weights: dict[str, Tensor], path: str | os.PathLike) -> dict[str, Tenso
     if prefix is None:
         raise ValueError(f"{path}: expected a tensor {last}, got {', '.join(list(weights)[:4])}, ...")
     beside = ("noise.", "sampling_eps_", "block_diff_mask", "mask")
-    return {n.removeprefix(prefix): w for n, w in weights.items() if not n.removeprefix(prefix).startswith(beside)}
+    own = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    own["vocab_embed.weight"] = own.pop(last)
+    return {name: tensor for name, tensor in own.items() if not name.startswith(beside)}
 
 
-def _config(weights: dict[str, Tensor], said: dict[str, Any], path: str | os.PathLike) -> DiTConfig:
-    num_states, dim = weights["vocab_embed.embedding"].shape
-    heads = said.get("n_heads")
-    if (inv_freq := weights.get("rotary_emb.inv_freq")) is not None:
+def _config(weights: dict[str, Tensor], said: dict[str, Any], path: str | os.PathLike) -> ModelConfig:
+    """The shape that weights have; takes the frequencies of their rotary positions, which must be ours, from them."""
+    num_states, dim = weights["vocab_embed.weight"].shape
+    heads, inv_freq = said.get("n_heads"), weights.pop("rotary_emb.inv_freq", None)
+    if inv_freq is not None:
         heads = dim // (2 * len(inv_freq))
+        if not torch.allclose(inv_freq.float(), inverse_frequencies(dim // heads), rtol=1e-5):
+            raise ValueError(f"{path}: expected rotary positions of base 10000, got other ones in rotary_emb.inv_freq")
     if not heads:
         raise ValueError(f"{path}: expected n_heads in a config.json, or rotary_emb.inv_freq among the weights")
     depth = 1 + max((int(name.split(".")[1]) for name in weights if name.startswith("blocks.")), default=-1)
     sigma_map = weights.get("sigma_map.mlp.2.weight")
     cond_dim = 0 if sigma_map is None else len(sigma_map)
-    return DiTConfig(num_states, dim, depth, heads, cond_dim, "blocks.0.norm1.bias" in weights)
-
-
-def _check_alike(weights: dict[str, Tensor], network: DiT, path: str | os.PathLike) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
-    if wrong:
-        name = wrong[0]
-        raise ValueError(
-            f"{path}: {len(wrong)} tensors do not fit; {name} is {found.get(name, 'missing')}, "
-            f"expected {expected.get(name, 'none')}"
-        )
+    norm_bias = "blocks.0.norm1.bias" in weights
+    return ModelConfig(num_states, said.get("length"), dim, depth, heads, cond_dim, norm_bias, learned_positions=False)

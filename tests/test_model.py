@@ -6,10 +6,10 @@ import torch
 from fastdiff.model import DiffusionTransformer, ModelConfig, write_atomically
 
 
-def make(sigma_conditioned: bool = False, **changes) -> DiffusionTransformer:
+def make(conditioned: bool = False, **changes) -> DiffusionTransformer:
     torch.manual_seed(0)
     shape = {"num_states": 11, "max_length": 8, "dim": 16, "depth": 2, "heads": 2} | changes
-    model = DiffusionTransformer(ModelConfig(**shape, sigma_conditioned=sigma_conditioned))
+    model = DiffusionTransformer(ModelConfig(**shape, cond_dim=8 * conditioned))
     for parameter in model.parameters():  # outputs are 0 before training, which would hide everything
         torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -29,7 +29,7 @@ def test_shapes_and_head():
 
 @pytest.mark.parametrize("conditioned", [False, True])
 def test_untrained_model_says_nothing(conditioned):
-    model = DiffusionTransformer(ModelConfig(11, 8, 16, 2, 2, conditioned))
+    model = DiffusionTransformer(ModelConfig(11, 8, 16, 2, 2, 8 * conditioned))
     out = model(XT, SIGMA) if conditioned else model(XT)
     assert (out == 0).all()
 
@@ -50,12 +50,13 @@ def test_all_masked_places_can_be_told_apart():
 
 
 def test_scale_at_the_start_does_not_depend_on_the_shape():
+    stds = []
     for dim, depth in ((32, 1), (32, 8), (256, 2)):
         model = DiffusionTransformer(ModelConfig(11, 8, dim, depth, 2))
-        h = model.embed(XT)
-        for block in model.blocks:
-            h = block(h, model.rotary, None)
-        assert 0.5 < h.std() < 2.5
+        model.output_layer.register_forward_pre_hook(lambda _, given: stds.append(given[0].std()))
+        model(XT)
+    assert len(stds) == 3
+    assert all(0.5 < std < 2.5 for std in stds)
 
 
 def test_sigma_matters_and_rows_are_independent():
@@ -98,8 +99,8 @@ def test_bad_tokens(xt, error, text):
         (None, ValueError, "sigma: this model is conditioned on sigma"),
         (0.5, TypeError, "sigma: expected a torch.Tensor, got float"),
         (torch.ones(3, dtype=torch.int64), TypeError, "sigma: expected floating-point"),
-        (SIGMA.unsqueeze(1), ValueError, r"sigma: expected shape \[B\] = \(3,\), got \(3, 1\)"),
-        (SIGMA - 0.01, ValueError, "sigma: expected > 0, got 0.0"),
+        (SIGMA.unsqueeze(1), ValueError, r"sigma: expected shape \[B\] = \(3,\) or \[B, L\], got \(3, 1\)"),
+        (SIGMA - 0.51, ValueError, "sigma: expected >= 0, got -0.5"),
     ],
 )
 def test_bad_sigma(sigma, error, text):
@@ -155,7 +156,7 @@ def test_missing_files(tmp_path):
         DiffusionTransformer.from_pretrained(tmp_path / "nowhere")
     make().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"expected weights, \*\.safetensors"):
         DiffusionTransformer.from_pretrained(tmp_path)
 
 
@@ -164,7 +165,7 @@ def test_cut_weights(tmp_path, kept):
     make().save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"model\.safetensors: damaged or cut short"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: not weights, damaged or cut short"):
         DiffusionTransformer.from_pretrained(tmp_path)
 
 
@@ -194,5 +195,5 @@ def test_files_that_do_not_belong_together(tmp_path):
         DiffusionTransformer.from_pretrained(tmp_path)
     make(num_states=12).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_bytes(config)
-    with pytest.raises(ValueError, match=r"embed\.weight is \(12, 16\), expected \(11, 16\)"):
+    with pytest.raises(ValueError, match=r"3 tensors do not fit; output_layer.\S+ is \(12,\), expected \(11,\)"):
         DiffusionTransformer.from_pretrained(tmp_path)

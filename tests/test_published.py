@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from fastdiff import dse_nll, exact_nll, time_free_nll
-from fastdiff.dit import DiT, DiTConfig
+from fastdiff.model import DiffusionTransformer, ModelConfig, inverse_frequencies
 from fastdiff.published import KINDS, load_published
 from fastdiff.weights import read_weights
 
@@ -20,11 +20,19 @@ V, D, DEPTH, HEADS, C, L = 19, 24, 2, 3, 8, 6
 
 def made(kind, num_states=V):
     """A network with random weights, of which none is 0 or 1."""
-    config = DiTConfig(num_states, D, DEPTH, HEADS, 0 if kind == "radd" else C, kind == "radd")
-    network, g = DiT(config), torch.Generator().manual_seed(0)
+    radd = kind == "radd"
+    config = ModelConfig(num_states, None, D, DEPTH, HEADS, 0 if radd else C, radd, learned_positions=False)
+    network, g = DiffusionTransformer(config), torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         parameter.data = torch.randn(parameter.shape, generator=g) / 3
     return network
+
+
+def weights_of(network):
+    """Under their published names."""
+    state = network.state_dict()
+    embedding = state.pop("vocab_embed.weight")
+    return {"vocab_embed.embedding": embedding, "rotary_emb.inv_freq": inverse_frequencies(D // HEADS), **state}
 
 
 def outputs(weights, xt, sigma, sees=None, positions=None):
@@ -76,9 +84,10 @@ def outputs(weights, xt, sigma, sees=None, positions=None):
 def test_outputs_are_the_published_formulas(kind):
     network = made(kind).double()
     xt, sigma = torch.randint(V, (3, L)), torch.rand(3, dtype=torch.float64) * 3
-    expected = outputs(network.state_dict(), xt, sigma)
-    torch.testing.assert_close(network(xt, sigma), expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(network.float()(xt, sigma).double(), expected, rtol=1e-4, atol=1e-5)
+    noise = () if kind == "radd" else (sigma,)
+    expected = outputs(weights_of(network), xt, sigma)
+    torch.testing.assert_close(network(xt, *noise), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(network.float()(xt, *noise).double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_two_halves_and_a_noise_level_for_each_token():
@@ -87,7 +96,7 @@ def test_two_halves_and_a_noise_level_for_each_token():
     both, sigma, at = torch.randint(V, (2, 2 * L)), torch.rand(2, dtype=torch.float64), torch.arange(2 * L)
     block, clean = at % L // 2, at >= L
     sees = (block[:, None] == block) & (clean[:, None] == clean) | (clean & (block < block[:, None]))
-    expected = outputs(network.state_dict(), both, sigma, sees, at % L)
+    expected = outputs(weights_of(network), both, sigma, sees, at % L)
     torch.testing.assert_close(network(both, sigma, sees, at % L), expected, rtol=1e-12, atol=1e-12)
     each = sigma[:, None].expand(2, 2 * L)
     torch.testing.assert_close(network(both, each, sees, at % L), expected, rtol=1e-12, atol=1e-12)
@@ -102,14 +111,14 @@ def sedd_folder(folder, kind, network):
     model = dict(hidden_size=D, n_heads=HEADS, n_blocks=DEPTH, cond_dim=C, length=L, scale_by_sigma=True)
     said = dict(tokens=V - 1, graph=dict(type="absorb"), noise=dict(type="loglinear"), model=model)
     (folder / "config.json").write_text(json.dumps(said))
-    save_file(network.state_dict(), folder / "model.safetensors")
+    save_file(weights_of(network), folder / "model.safetensors")
 
 
 def hub_folder(folder, kind, network):
     """As MDLM's, Duo's and BD3-LM's hub: wrapped, in two files, without the buffer."""
     said = dict(vocab_size=V, model_length=L, hidden_dim=D, n_heads=HEADS, cond_dim=C, time_conditioning=kind == "duo")
     (folder / "config.json").write_text(json.dumps(said))
-    weights = {f"backbone.{n}": w for n, w in network.state_dict().items() if "inv_freq" not in n}
+    weights = {f"backbone.{n}": w for n, w in weights_of(network).items() if "inv_freq" not in n}
     if kind == "bd3lm":
         weights |= {"sampling_eps_min": torch.tensor(0.0), "sampling_eps_max": torch.tensor(1.0)}
     parts = {name: f"model-{i % 2 + 1}-of-2.safetensors" for i, name in enumerate(weights)}
@@ -121,7 +130,7 @@ def hub_folder(folder, kind, network):
 def run_folder(folder, kind, network):
     """As SEDD's and RADD's training leaves it: weights of the last step, and their averages without names."""
     (folder / "checkpoints-meta").mkdir()
-    last = OrderedDict((name, tensor + ("inv_freq" not in name)) for name, tensor in network.state_dict().items())
+    last = OrderedDict((name, tensor + ("inv_freq" not in name)) for name, tensor in weights_of(network).items())
     ema = dict(decay=0.9999, num_updates=7, shadow_params=list(network.parameters()))
     torch.save(dict(optimizer={}, model=last, ema=ema, step=9), folder / "checkpoints-meta" / "checkpoint.pth")
 
@@ -135,7 +144,7 @@ class Hyper:
 
 def lightning_file(folder, kind, network):
     """As Lightning writes it, of MDLM, BD3-LM and Duo."""
-    state = {f"backbone.{name}": tensor + ("inv_freq" not in name) for name, tensor in network.state_dict().items()}
+    state = {f"backbone.{name}": tensor + ("inv_freq" not in name) for name, tensor in weights_of(network).items()}
     ema = dict(decay=0.9999, num_updates=7, shadow_params=list(network.parameters()))
     saved = dict(state_dict=state, ema=ema, hyper_parameters=dict(config=Hyper()), epoch=1, callbacks={})
     torch.save(saved, folder / "last.ckpt")
@@ -151,8 +160,8 @@ def test_every_form_of_a_checkpoint(kind, form, tmp_path):
     form(tmp_path, kind, network)
     published = load_published(kind, tmp_path, mask_index=V - 1)
     xt, sigma = torch.randint(V, (2, L)), torch.tensor([0.3, 1.7])
-    seen = sigma if kind in ("sedd", "duo") else torch.zeros(2)
-    torch.testing.assert_close(published.score(xt, sigma), network(xt, seen), rtol=0, atol=0)
+    noise = () if kind == "radd" else (sigma if kind in ("sedd", "duo") else torch.zeros(2),)
+    torch.testing.assert_close(published.score(xt, sigma), network(xt, *noise), rtol=0, atol=0)
     assert (published.graph.mask_index is None) == (kind == "duo")
     assert not published.network.training
 
@@ -181,8 +190,8 @@ def test_likelihood_of_the_conditionals(kind, tmp_path):
     x0 = torch.randint(V - 1, (2, L))
 
     def logits(xt):
-        share = (xt == V - 1).float().mean(1)
-        return network(xt, -torch.log1p(-(1 - 1e-3) * share) if kind == "sedd" else torch.zeros(len(xt)))
+        sigma = -torch.log1p(-(1 - 1e-3) * (xt == V - 1).float().mean(1))
+        return network(xt) if kind == "radd" else network(xt, sigma if kind == "sedd" else torch.zeros_like(sigma))
 
     expected = exact_nll(logits, x0, mask_index=V - 1).nll
     found = exact_nll(published.conditionals(), x0, mask_index=V - 1).nll
@@ -209,7 +218,7 @@ def test_likelihood_of_scores(tmp_path):
 
 def test_errors_name_what_is_wrong(tmp_path):
     network, path = made("mdlm"), tmp_path / "model.safetensors"
-    weights = network.state_dict()
+    weights = weights_of(network)
 
     def loading(kind, weights, match, error=ValueError, **options):
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
@@ -219,7 +228,7 @@ def test_errors_name_what_is_wrong(tmp_path):
     loading("gpt2", weights, "kind")
     loading("mdlm", weights, "mask_index")
     loading("radd", weights, "sees the noise level")
-    loading("mdlm", made("radd").state_dict(), "does not see the noise level")
+    loading("mdlm", weights_of(made("radd")), "does not see the noise level")
     loading("mdlm", {"wte.weight": torch.ones(2, 2)}, "vocab_embed.embedding")
     loading("mdlm", {**weights, "blocks.0.gate.weight": torch.ones(2)}, "1 tensors do not fit; blocks.0.gate.weight")
     loading(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from standins import published
 
-from fastdiff.dit import DiT, DiTConfig
+from fastdiff.model import DiffusionTransformer, ModelConfig
 
 NETWORKS = {
     "sedd": ("model.transformer", "SEDD"),
@@ -39,7 +39,15 @@ def turned_qkv(qkv, cos, sin):
     return torch.cat((turned(qkv[:, :, :2], cos, sin), qkv[:, :, 2:]), 2)
 
 
-def network_of(name, config, monkeypatch):
+def network_of(name, network, monkeypatch, graph="absorb"):
+    """The codebase's own network, with the weights of a network of ours."""
+    config, num_states = network.config, network.config.num_states
+    shape = dict(hidden_size=config.dim, n_heads=config.heads, n_blocks=config.depth, cond_dim=config.cond_dim)
+    shape |= dict(length=L, dropout=0.1, scale_by_sigma=False, dtype="float32", use_checkpoint=False)
+    shape |= dict(tie_word_embeddings=False, attn_backend="sdpa")
+    algo = dict(causal_attention=False, parameterization="subs", cross_attn=False)
+    said = dict(model=shape, tokens=num_states - (graph == "absorb"), graph=dict(type=graph), algo=algo, block_size=2)
+    said |= dict(loader=dict(eval_batch_size=2))
     module_name, class_name = NETWORKS[name]
     module = published(name, module_name)[module_name]
     if hasattr(module, "flash_attn_varlen_qkvpacked_func"):
@@ -49,33 +57,31 @@ def network_of(name, config, monkeypatch):
         interface = SimpleNamespace(flash_attn_varlen_qkvpacked_func=attention)
         fake = SimpleNamespace(layers=SimpleNamespace(rotary=rotary), flash_attn_interface=interface)
         monkeypatch.setattr(module, "flash_attn", fake)
-    return getattr(module, class_name)(config, *([] if class_name != "DIT" else [V]))
+    options = [num_states] if class_name == "DIT" else []
+    made = getattr(module, class_name)(pytest.importorskip("omegaconf").OmegaConf.create(said), *options).eval()
+    weights = network.state_dict()
+    weights["vocab_embed.embedding"] = weights.pop("vocab_embed.weight")
+    made.load_state_dict(made.state_dict() | weights)  # which keeps its buffer of frequencies
+    return made
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if (CHECKOUTS / name).is_dir()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_outputs_are_those_of_the_published_code(name, dtype, monkeypatch):
-    omegaconf = pytest.importorskip("omegaconf")
-    shape = dict(hidden_size=D, n_heads=HEADS, n_blocks=DEPTH, cond_dim=C, length=L)
-    shape |= dict(dropout=0.1, scale_by_sigma=False, dtype="float32", use_checkpoint=False)
-    shape |= dict(tie_word_embeddings=False, attn_backend="sdpa")
-    algo = dict(causal_attention=False, parameterization="subs", cross_attn=False)
-    said = dict(model=shape, tokens=V - 1, graph=dict(type="absorb"), algo=algo, block_size=2)
-    said |= dict(loader=dict(eval_batch_size=2))
-    theirs = network_of(name, omegaconf.OmegaConf.create(said), monkeypatch).eval()
-    g = torch.Generator().manual_seed(0)
-    for parameter in theirs.parameters():
+    radd = name == "radd"
+    config = ModelConfig(V, None, D, DEPTH, HEADS, 0 if radd else C, radd, learned_positions=False)
+    ours, g = DiffusionTransformer(config), torch.Generator().manual_seed(0)
+    for parameter in ours.parameters():
         parameter.data = torch.randn(parameter.shape, generator=g) / 3
-    ours = DiT(DiTConfig(V, D, DEPTH, HEADS, 0 if name == "radd" else C, name == "radd"))
-    ours.load_state_dict(theirs.state_dict())
+    theirs = network_of(name, ours, monkeypatch)
     if dtype == torch.float64:  # what they turn to float32 stays as it is
         widen, linear = torch.Tensor.float, F.linear
         monkeypatch.setattr(torch.Tensor, "float", lambda t: t if t.dtype == torch.float64 else widen(t))
         monkeypatch.setattr(F, "linear", lambda x, w, b=None: linear(x.to(w.dtype), w, b))
     xt, sigma = torch.randint(V, (2, L)), 3 * torch.rand(2)
     theirs, ours = theirs.to(dtype), ours.to(dtype)
-    expected = theirs.logits(xt) if name == "radd" else theirs(xt, sigma)
-    found = ours(xt, sigma)
+    expected = theirs.logits(xt) if radd else theirs(xt, sigma)
+    found = ours(xt) if radd else ours(xt, sigma)
     if name == "sedd":  # which puts 0 at x_t
         found = found.scatter(-1, xt[..., None], 0)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5

@@ -568,7 +568,7 @@ def test_progress_is_shown_on_a_terminal_only(monkeypatch, capsys):
 def test_transformer(loss):
     graph = "uniform" if loss == "uniform" else "absorb"
     conditioned = loss != "time-free"
-    model = DiffusionTransformer(ModelConfig(5, 6, 16, 1, 2, conditioned))
+    model = DiffusionTransformer(ModelConfig(5, 6, 16, 1, 2, 8 * conditioned))
     options = dict(num_samples=9, length=6, steps=3, graph=graph, prompt=torch.tensor([1]))
     x = sample(model, parametrization="scale_by_sigma" if conditioned else "logits", **options)
     assert x.shape == (9, 6)

@@ -22,7 +22,7 @@ SETTINGS = {"steps": 6, "batch_size": 4, "lr": 0.01, "warmup": 2, "eval_every": 
 
 def make(loss: str = "dce-k", seed: int = 0) -> DiffusionTransformer:
     torch.manual_seed(seed)
-    return DiffusionTransformer(ModelConfig(4 + (loss != "dse-uniform"), 4, 16, 1, 2, loss.startswith("dse")))
+    return DiffusionTransformer(ModelConfig(4 + (loss != "dse-uniform"), 4, 16, 1, 2, 8 * loss.startswith("dse")))
 
 
 def source(seed: int = 0) -> Table:
@@ -153,10 +153,10 @@ def test_warmup_clipping_and_averaging():
     before = {name: p.clone() for name, p in model.named_parameters()}
     averaged, records = run(model=model, steps=1, warmup=100, lr=0.1, weight_decay=0, ema=0.5, grad_clip=1e-3)
     assert records[0]["grad_norm"] > 0.1  # as it was before clipping
-    raw = dict(model.named_parameters())["lm_head.weight"]
-    moved = (raw - before["lm_head.weight"]).abs().max().item()
+    raw = dict(model.named_parameters())["output_layer.linear.weight"]
+    moved = (raw - before["output_layer.linear.weight"]).abs().max().item()
     assert moved == pytest.approx(0.1 / 100, rel=1e-3)  # Adam's first step is lr, here a hundredth of it
-    expected = torch.lerp(before["lm_head.weight"], raw, 1 - 1 / 10)  # (1 + 0) / (10 + 0) < 0.5
+    expected = torch.lerp(before["output_layer.linear.weight"], raw, 1 - 1 / 10)  # (1 + 0) / (10 + 0) < 0.5
     torch.testing.assert_close(averaged.lm_head.weight, expected)
 
 
@@ -390,7 +390,7 @@ def test_model_that_does_not_fit():
         run(model=make("dse-uniform"))
     with pytest.raises(ValueError, match="model: expected num_states = 4, got 5"):
         run(model=make("dse-absorb"), loss="dse-uniform")
-    with pytest.raises(ValueError, match="model: expected sigma_conditioned = True for loss 'dse-absorb'"):
+    with pytest.raises(ValueError, match="model: expected cond_dim > 0 for loss 'dse-absorb'"):
         run(model=make(), loss="dse-absorb")
 
 

@@ -330,31 +330,26 @@ class FastdiffForMaskedLM(PreTrainedModel):
         return MaskedLMOutput(loss=loss, logits=logits)
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.transformer.embed
+        return self.transformer.vocab_embed
 
     def set_input_embeddings(self, value: Any) -> None:
         """Also of another number of tokens, as in `resize_token_embeddings`."""
-        self.transformer.embed = value
+        self.transformer.vocab_embed = value
         self.transformer.config = dataclasses.replace(self.transformer.config, num_states=value.num_embeddings)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.transformer.lm_head
 
     def set_output_embeddings(self, new_embeddings: Any) -> None:
-        self.transformer.lm_head = new_embeddings
+        self.transformer.output_layer.linear = new_embeddings
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """What no checkpoint filled (the angles of the positions are in none), as the transformer begins."""
-        if isinstance(module, DiffusionTransformer):
-            fresh = DiffusionTransformer(module.config)
-            pairs = zip(_tensors(module), _tensors(fresh), strict=True)
-            for tensor, value in pairs:
-                if not getattr(tensor, "_is_hf_initialized", False):
-                    tensor.data.copy_(value)
-
-
-def _tensors(module: nn.Module) -> tuple[Tensor, ...]:
-    return (*module.parameters(), *module.buffers())
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """What no checkpoint filled, as the transformer begins."""
+        fresh = DiffusionTransformer(self.transformer.config)
+        for parameter, value in zip(self.transformer.parameters(), fresh.parameters(), strict=True):
+            if not getattr(parameter, "_is_hf_initialized", False):
+                parameter.copy_(value)
 
 
 AutoConfig.register("fastdiff", FastdiffConfig)

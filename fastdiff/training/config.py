@@ -32,7 +32,7 @@ class TrainConfig:
             dsigma / expm1(sigma). "dce-lambda": with a share lambda masked, weight 1 / lambda.
             "dce-k": with exactly m masked, m stratified over 1..L, weight L / m.
             "dce-harmonic": with m of probability 1 / (m H_L), weight H_L.
-            "dse-absorb", "dse-uniform": score entropy of a sigma-conditioned model, log-linear schedule.
+            "dse-absorb", "dse-uniform": score entropy of a model that sees the noise level, log-linear schedule.
         steps: optimiser steps.
         batch_size: sequences in a step, of all ranks.
         accumulation: parts that a rank's share of a batch is cut into to fit memory.

@@ -47,7 +47,7 @@ def train(
     Args:
         config: how to train.
         model: its num_states is the source's num_tokens, and one more for the mask (the last id) unless the
-            loss is "dse-uniform"; it is conditioned on sigma exactly for the "dse" losses. Where ranks share it, it
+            loss is "dse-uniform"; it is conditioned on sigma (cond_dim) exactly for the "dse" losses. Where ranks share it, it
             stays shared.
         source: the tokens.
         out: the run folder; None keeps nothing.

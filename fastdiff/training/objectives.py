@@ -117,6 +117,6 @@ def time_free(model: DiffusionTransformer, mask_index: int) -> Model:
 
     A model conditioned on sigma is asked at the noise that m masks in L tokens suggest: that of time m / L.
     """
-    if not model.config.sigma_conditioned:
+    if not model.config.cond_dim:
         return model.body, model.lm_head
     return lambda xt: model.body(xt, SCHEDULE.total_noise((xt == mask_index).float().mean(1))), model.lm_head

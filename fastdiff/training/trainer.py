@@ -189,8 +189,9 @@ def check_fit(config: TrainConfig, model: DiffusionTransformer, source: TokenSou
     if model.config.num_states != num_states:
         raise ValueError(f"model: expected num_states = {num_states}, got {model.config.num_states}")
     conditioned = config.loss.startswith("dse")
-    if model.config.sigma_conditioned != conditioned:
-        raise ValueError(f"model: expected sigma_conditioned = {conditioned} for loss {config.loss!r}")
+    if bool(model.config.cond_dim) != conditioned:
+        what = "> 0" if conditioned else "= 0"
+        raise ValueError(f"model: expected cond_dim {what} for loss {config.loss!r}, got {model.config.cond_dim}")
     n = len(source.validation(config.eval_sequences)) if config.eval_every else 2
     if n < 2:
         raise ValueError(f"eval_every: expected 2 held-out sequences or more to evaluate on, got {n}; 0 does without")

@@ -27,7 +27,7 @@ def trained(loss, out=None, seed=0, resume=False, large=False, **settings):
     """Weights and their average by name, whole; and the records, which the first rank has."""
     objectives.LARGE_VOCABULARY = 2 if large else 4096
     torch.manual_seed(seed)
-    model = DiffusionTransformer(ModelConfig(V + (loss != "dse-uniform"), L, 16, 2, 2, loss.startswith("dse")))
+    model = DiffusionTransformer(ModelConfig(V + (loss != "dse-uniform"), L, 16, 2, 2, 8 * loss.startswith("dse")))
     tokens = torch.randint(0, V, (40, L), generator=torch.Generator().manual_seed(0))
     records = []
     config = TrainConfig(**(SETTINGS | dict(loss=loss) | settings))

@@ -25,7 +25,7 @@ def head(request, monkeypatch):
 def make(loss):
     """A model none of whose outputs is 0, as they are before training."""
     torch.manual_seed(0)
-    model = DiffusionTransformer(ModelConfig(V, L, 16, 1, 2, loss.startswith("dse")))
+    model = DiffusionTransformer(ModelConfig(V, L, 16, 1, 2, 8 * loss.startswith("dse")))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model

@@ -406,7 +406,7 @@ def test_saved_and_loaded(tmp_path):
 def test_embeddings_are_found_and_resized(tmp_path):
     """Where accelerate, PEFT and resize_token_embeddings look for them; they are not tied."""
     model = make()
-    assert model.get_input_embeddings() is model.transformer.embed
+    assert model.get_input_embeddings() is model.transformer.vocab_embed
     assert model.get_output_embeddings() is model.transformer.lm_head
     x0 = data(1)[0]["input_ids"].unsqueeze(0)
     before = model(x0).logits
@@ -425,8 +425,8 @@ def test_embeddings_are_found_and_resized(tmp_path):
 
 def test_what_a_checkpoint_lacks_begins_as_the_model_does(tmp_path):
     model = make()
-    state = {name: p for name, p in model.state_dict().items() if "lm_head" not in name}
+    state = {name: p for name, p in model.state_dict().items() if "output_layer.linear" not in name}
     model.save_pretrained(tmp_path, state_dict=state)
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
     assert not loaded.transformer.lm_head.weight.any()
-    assert torch.equal(loaded.transformer.embed.weight, model.transformer.embed.weight)
+    assert torch.equal(loaded.transformer.vocab_embed.weight, model.transformer.vocab_embed.weight)
