@@ -2,13 +2,9 @@
 the first command writes to a folder of its own."""
 
 import os
-import sys
-from functools import cache
 from pathlib import Path
 
-import pytest
 import torch
-import torch.distributed as dist
 import torchrun
 from torch.distributed.tensor import DTensor
 
