@@ -126,7 +126,7 @@ def test_resume_equals_an_unbroken_run(folder):
     invoke(f"train --data text.txt --out unbroken {SMALL} {EVALUATION}")
     invoke(f"train --data text.txt --out run {SMALL} {EVALUATION} --steps 2")
     invoke("train --out run --resume --steps 4")
-    timeless = [[{**r, "tokens_per_second": 0} for r in records(folder / run)] for run in ("unbroken", "run")]
+    timeless = [[{**r, "tokens_per_second": 0, "memory": 0} for r in records(folder / run)] for run in ("unbroken", "run")]
     assert timeless[0] == timeless[1]
 
 
@@ -157,7 +157,7 @@ def test_a_run_in_its_data_folder_is_no_data(folder, files):
     invoke(f"train --data . --out unbroken {SMALL} {EVALUATION}")
     invoke(f"train --data . --out runs/mine {SMALL} {EVALUATION} --steps 2")
     invoke("train --out runs/mine --resume --steps 4")
-    timeless = [[{**r, "tokens_per_second": 0} for r in records(folder / run)] for run in ("unbroken", "runs/mine")]
+    timeless = [[{**r, "tokens_per_second": 0, "memory": 0} for r in records(folder / run)] for run in ("unbroken", "runs/mine")]
     assert timeless[0] == timeless[1]
     numbers = set()
     for run in ("unbroken", "runs/mine"):
@@ -170,7 +170,7 @@ def test_a_run_knows_its_data(folder, capsys, monkeypatch):
     (folder / "texts").mkdir()
     (folder / "text.txt").rename(folder / "texts" / "a.txt")
     invoke(f"train --data texts --out run {SMALL} --eval-every 0")
-    files = {path: path.read_bytes() for path in (folder / "run").iterdir()}
+    files = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
     invoke("eval run --num-samples 16 --num-sequences 4")
     (folder / "texts" / "b.txt").write_text("added " * 100)
     for name in ("", "--data texts"):
@@ -179,8 +179,8 @@ def test_a_run_knows_its_data(folder, capsys, monkeypatch):
     other = folder / "texts" / "b.txt"
     for changed in ("", f"--data {other}"):
         error = fail(capsys, monkeypatch, f"train --out run --resume {changed}")
-        assert "run/trainer.pt: this run was trained on other data, or on another split of it" in error
-    assert {path: path.read_bytes() for path in (folder / "run").iterdir()} == files
+        assert "run: this run was trained on other data, or on another split of it" in error
+    assert {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()} == files
     invoke(f"eval run --data {other} --num-samples 16 --num-sequences 1")
     (folder / "texts").rename(folder / "moved")
     other = folder / "moved" / "b.txt"
@@ -289,10 +289,13 @@ def test_user_errors_are_one_line(folder, capsys, monkeypatch):
     expect("sample run --length 99", "length: expected 1 to 16 tokens, got 99")
     expect("sample run --length 3 --prompt abcd", "prompt: expected 1 to 3 tokens, got 4")
     expect(f"sample run --seed {-(2**63) - 1}", "seed: expected a number of 64 bits")
+    records = (folder / "run" / "metrics.jsonl").read_bytes()
     (folder / "run" / "metrics.jsonl").write_text("garbage\n")
     expect("train --out run --resume", "run/metrics.jsonl: line 1 is not a record")
-    (folder / "run" / "trainer.pt").write_bytes(b"half")
-    expect("train --out run --resume", "trainer.pt: damaged or cut short")
+    (folder / "run" / "metrics.jsonl").write_bytes(records)
+    (*_, part) = (folder / "run" / "checkpoints").glob("*/*.distcp")
+    part.write_bytes(b"half")
+    expect("train --out run --resume", f"{part.name}: damaged or cut short")
     whole = (folder / "run" / "model.safetensors").read_bytes()
     (folder / "run" / "model.safetensors").write_bytes(b"half")
     expect("sample run", "model.safetensors: not weights, damaged or cut short")

@@ -1,7 +1,10 @@
 """The `fastdiff` command: tokenize, train, eval, answers, sample, doctor."""
 
+import os
 import sys
 import warnings
+
+import torch.distributed as dist
 
 from fastdiff.backends import BackendUnavailable
 
@@ -41,5 +44,13 @@ def main() -> None:
     try:
         app()
     except _USER_ERRORS as error:
-        print("fastdiff:", " ".join(str(error).split()), file=sys.stderr)
+        if not _told_by_the_first(error):
+            print("fastdiff:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _told_by_the_first(error: Exception) -> bool:
+    """Whether the first of torchrun's ranks has the same error: one of the command, or one on which ranks agreed."""
+    if os.environ.get("RANK", "0") == "0" or isinstance(error, MemoryError):
+        return False
+    return dist.is_initialized() or isinstance(error, ValueError | FloatingPointError)

@@ -32,6 +32,10 @@ def _setting(name: str, text: str) -> Any:
     return typer.Option(help=text, show_default=str(_DEFAULTS[name]))
 
 
+def _flag(name: str, text: str) -> Any:
+    return typer.Option(f"--{name}/--no-{name}", help=text, show_default=str(_DEFAULTS[name]))
+
+
 def train(
     out: Annotated[Path, typer.Option(help="run folder to write")],
     data: Annotated[
@@ -52,19 +56,26 @@ def train(
     grad_clip: Annotated[float | None, _setting("grad_clip", "largest norm of the gradient")] = None,
     ema: Annotated[float | None, _setting("ema", "decay of the averaged weights")] = None,
     dtype: Annotated[str | None, _setting("dtype", "float32 or bfloat16")] = None,
+    sharding: Annotated[str | None, _setting("sharding", "of the model over ranks: none, full or hybrid")] = None,
+    shards: Annotated[int | None, _setting("shards", "ranks that share a hybrid copy; 0 for a machine's")] = None,
+    recompute: Annotated[bool | None, _flag("recompute", "run blocks again in backward, to keep less")] = None,
+    compile: Annotated[bool | None, _flag("compile", "blocks by torch.compile")] = None,
     eval_every: Annotated[int | None, _setting("eval_every", "steps between evaluations, 0 for none")] = None,
     eval_sequences: Annotated[int | None, _setting("eval_sequences", "held-out sequences in one")] = None,
     eval_samples: Annotated[int | None, _setting("eval_samples", "network passes for each of them")] = None,
     save_every: Annotated[int | None, _setting("save_every", "steps between checkpoints")] = None,
+    track: Annotated[str | None, _setting("track", "records to: none, tensorboard or wandb")] = None,
     seed: Annotated[int | None, _setting("seed", "of weights, batches and noise")] = None,
     device: Device = None,
 ) -> None:
     """Train a model on bytes, or on tokens that `fastdiff tokenize` wrote.
 
-    Ctrl-C and SIGTERM save; --resume goes on to the numbers of an unbroken run.
+    Under torchrun (-m fastdiff train) on all its ranks, to the same numbers. Ctrl-C, SIGTERM and SIGUSR1 save; --resume
+    goes on to the numbers of an unbroken run.
     """
     given = {name: value for name, value in locals().items() if value is not None}
-    place = device_of(device)
+    first, local = os.environ.get("RANK", "0") == "0", os.environ.get("LOCAL_RANK", "0")
+    place = device_of(device or (f"cuda:{local}" if torch.cuda.is_available() else None))
     saved = read_run(out) if resume else {"model": {}, "training": {}, "data": {"path": "stdlib"}}
     config = TrainConfig(**{**saved["training"], **_pick(given, TrainConfig)})
     data = given.get("data", saved["data"]["path"])
@@ -77,15 +88,19 @@ def train(
     shape = {"num_states": source.num_tokens + absorbing, "max_length": length, "cond_dim": _COND_DIM * conditioned}
     torch.manual_seed(config.seed)
     model = DiffusionTransformer(ModelConfig(**{**saved["model"], **shape, **_pick(given, ModelConfig)}))
-    _keep_tokenizer(source, out)
+    if first:
+        _keep_tokenizer(source, out)
     last: Record = {}
     model.to(place)
     try:
         run_training(config, model, source, out=out, resume=resume, callback=last.update, sections=sections)
     except Stopped as stopped:
-        command = shlex.join(["fastdiff", "train", "--out", str(out), "--resume"])
-        typer.echo(f"stopped and saved; go on with: {command}", err=True)
+        if first:
+            command = shlex.join(["fastdiff", "train", "--out", str(out), "--resume"])
+            typer.echo(f"stopped and saved; go on with: {command}", err=True)
         raise typer.Exit(128 + stopped.args[0]) from None
+    if not first:
+        return
     unit = "byte" if source.num_tokens == NUM_BYTES else "token"
     rows = {"steps": f"{config.steps}", "parameters": f"{sum(p.numel() for p in model.parameters()):,}"}
     for name, form in _RESULTS.items():
@@ -110,7 +125,7 @@ def _source(data: str, out: Path, length: int, seed: int) -> tuple[TokenSource, 
 def _keep_tokenizer(source: TokenSource, out: Path) -> None:
     """The tokenizer's files into the run, so that it can be evaluated wherever it is moved."""
     files = source.tokens.tokenizer_folder if isinstance(source, Shards) else None
-    if files is not None and not (out / "config.json").exists() and os.environ.get("RANK", "0") == "0":
+    if files is not None and not (out / "config.json").exists():
         shutil.rmtree(out / "tokenizer", ignore_errors=True)
         shutil.copytree(files, out / "tokenizer")
 
