@@ -43,6 +43,9 @@ def fail(capsys, monkeypatch, command: str) -> str:
     return error
 
 
+UNTIMED = {"tokens_per_second": 0, "memory": 0}
+
+
 def records(run) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -126,7 +129,7 @@ def test_resume_equals_an_unbroken_run(folder):
     invoke(f"train --data text.txt --out unbroken {SMALL} {EVALUATION}")
     invoke(f"train --data text.txt --out run {SMALL} {EVALUATION} --steps 2")
     invoke("train --out run --resume --steps 4")
-    timeless = [[{**r, "tokens_per_second": 0, "memory": 0} for r in records(folder / run)] for run in ("unbroken", "run")]
+    timeless = [[r | UNTIMED for r in records(folder / run)] for run in ("unbroken", "run")]
     assert timeless[0] == timeless[1]
 
 
@@ -157,7 +160,7 @@ def test_a_run_in_its_data_folder_is_no_data(folder, files):
     invoke(f"train --data . --out unbroken {SMALL} {EVALUATION}")
     invoke(f"train --data . --out runs/mine {SMALL} {EVALUATION} --steps 2")
     invoke("train --out runs/mine --resume --steps 4")
-    timeless = [[{**r, "tokens_per_second": 0, "memory": 0} for r in records(folder / run)] for run in ("unbroken", "runs/mine")]
+    timeless = [[r | UNTIMED for r in records(folder / run)] for run in ("unbroken", "runs/mine")]
     assert timeless[0] == timeless[1]
     numbers = set()
     for run in ("unbroken", "runs/mine"):

@@ -98,7 +98,7 @@ def over_ranks(
     called: nn.Module = model
     device = model.lm_head.weight.device
     if ranks.size > 1 and config.sharding == "none":
-        called = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        called = DistributedDataParallel(model, gradient_as_bucket_view=True)
     elif ranks.size > 1:
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)

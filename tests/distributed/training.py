@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torchrun
 from torch.distributed.tensor import DTensor
 
@@ -16,25 +17,83 @@ from fastdiff.training import TrainConfig, train
 V, L = 13, 8
 FOLDER = Path(os.environ.get("FASTDIFF_TEST_FOLDER", "."))
 SETTINGS = dict(steps=50, batch_size=8, lr=0.003, warmup=5, ema=0.9, eval_every=25, eval_sequences=6, eval_samples=8)
+TOPOLOGIES = [
+    ("dce-t", False, "none"),
+    ("dce-k", True, "full"),
+    ("dce-harmonic", False, "full"),
+    ("dse-absorb", True, "full"),
+    ("dse-absorb", False, "none"),
+    ("dse-uniform", False, "full"),
+]
 LOSSES = ("dce-t", "dce-k", "dce-harmonic", "dse-absorb", "dse-uniform")
 
 
-def trained(loss, out=None, seed=0, resume=False, large=False, **settings):
-    """Weights and their average by name, whole; and the records, which the first rank has."""
+def trained(loss, large=False, out=None, resume=False, dtype=torch.float64, **settings):
+    """Weights and their averages by name, whole; and the records, which the first rank has."""
     objectives.LARGE_VOCABULARY = 2 if large else 4096
-    torch.manual_seed(seed)
-    model = DiffusionTransformer(ModelConfig(V + (loss != "dse-uniform"), L, 16, 2, 2, 8 * loss.startswith("dse")))
+    torch.manual_seed(0)
+    model = DiffusionTransformer(ModelConfig(V + (loss != "dse-uniform"), L, 16, 2, 2, 8 * loss.startswith("dse"))).to(
+        dtype
+    )
     tokens = torch.randint(0, V, (40, L), generator=torch.Generator().manual_seed(0))
     records = []
-    config = TrainConfig(**(SETTINGS | dict(loss=loss) | settings))
     source = Table(tokens, num_tokens=V, held_out=tokens[:7])
+    config = TrainConfig(**(SETTINGS | dict(loss=loss) | settings))
     averaged = train(config, model, source, out=out, resume=resume, callback=records.append)
-    weights = {f"{k}.{name}": whole(p) for k, m in enumerate((model, averaged)) for name, p in m.named_parameters()}
-    return model, weights, records
+    parts = {"raw": model, "averaged": averaged}
+    return {f"{k} {name}": _whole(p) for k, m in parts.items() for name, p in m.named_parameters()}, records
 
 
-def whole(parameter):
+def _whole(parameter):
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
+
+
+def _near(found, expected, what, tolerance=1e-9):
+    """Weights, and losses, norms and held-out numbers, which are of float32, agree relative to their size."""
+    (weights, records), (wanted, curve) = found, expected
+    error = sum((weights[name] - wanted[name]).square().sum() for name in wanted).sqrt()
+    assert error < tolerance * sum(tensor.square().sum() for tensor in wanted.values()).sqrt(), f"{what}: {error}"
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        for record, told in zip(records, curve[-len(records) :], strict=True):
+            for name in told.keys() - {"tokens_per_second", "memory"}:
+                off = abs(record[name] / told[name] - 1)
+                assert off < max(tolerance, 1e-6), f"{what}: {name} {record[name]}, {told[name]}"
+
+
+def one_process():
+    """Writes what one process gives, for the ranks to be held to."""
+    for loss in LOSSES:
+        torch.save(trained(loss), FOLDER / loss)
+    torch.save(trained("dse-absorb", dtype=torch.float32), FOLDER / "float32")
+
+
+def _holds(cases):
+    for loss, settings in cases:
+        _near(trained(loss, **settings), torch.load(FOLDER / loss), f"{loss}, {settings}")
+
+
+def two_ranks():
+    cases = [(loss, dict(large=large, sharding=sharding)) for loss, large, sharding in TOPOLOGIES]
+    cases += [("dce-k", dict(accumulation=4, sharding="full")), ("dse-absorb", dict(accumulation=2, large=True))]
+    cases += [("dce-t", dict(recompute=True, sharding="full", large=True))]
+    _holds(cases)
+    found = trained("dse-absorb", dtype=torch.float32, sharding="full")
+    _near(found, torch.load(FOLDER / "float32"), "float32", tolerance=1e-5)
+
+
+def four_ranks():
+    hybrid = dict(sharding="hybrid", shards=2)
+    _holds([("dce-k", hybrid | dict(large=True)), ("dse-absorb", hybrid)])
+    _holds([("dce-t", dict(sharding="full", accumulation=2)), ("dse-uniform", dict(large=True))])
+
+
+def other_ranks_go_on():
+    """What other ranks have left: half of it on two ranks, sharded, and the rest on as many as there are."""
+    _near(trained("dce-k", out=FOLDER / "run", resume=True, sharding="none"), torch.load(FOLDER / "dce-k"), "resumed")
+
+
+def first_half():
+    trained("dce-k", out=FOLDER / "run", steps=25, sharding="full")
 
 
 if __name__ == "__main__":
