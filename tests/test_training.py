@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import resource
@@ -9,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastdiff.checkpoints import export
 from fastdiff.data import Table
-from fastdiff.model import DiffusionTransformer, ModelConfig, write_atomically
+from fastdiff.model import DiffusionTransformer, ModelConfig
 from fastdiff.training import LOSSES, Stopped, TrainConfig, noise, time_free, train
 
 TOKENS = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 1, 1]])
+TIMES = {"tokens_per_second": 0, "memory": 0}
 SETTINGS = {"steps": 6, "batch_size": 4, "lr": 0.01, "warmup": 2, "eval_every": 0}
 
 
@@ -49,6 +52,10 @@ def on_disk(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def contents(folder) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
@@ -56,15 +63,17 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 # -- learning --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "dse-uniform"])
+def test_untrained_loss(loss):
+    """A model that knows nothing loses log 4 wherever it looks; the weighted number of masks varies by 1.2 at most."""
+    (record,) = run(loss=loss, steps=1, batch_size=4000)[1]
+    assert record["loss"] == pytest.approx(math.log(4), rel=4 * 1.2 / 4000**0.5)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
-def test_untrained_loss_and_learning(loss):
+def test_learning(loss):
     averaged, records = run(loss=loss, steps=150, batch_size=32, ema=0.9, eval_every=150, eval_samples=15)
-    first, last = losses(records)[0], sum(losses(records)[-50:]) / 50
-    if loss not in (
-        "dce-harmonic",
-        "dse-uniform",
-    ):  # a model that knows nothing loses log 4 wherever it looks
-        assert first == pytest.approx(math.log(4), rel=0.15)
+    first, last = sum(losses(records)[:5]) / 5, sum(losses(records)[-50:]) / 50
     assert last < 0.75 * first
     held_out = records[-1].get("bits_per_token", records[-1].get("validation_loss"))
     assert 0 < held_out < 1.5  # 3 sequences of 4 tokens: the truth is log2(3) / 4 = 0.4 bits
@@ -75,7 +84,7 @@ def test_untrained_loss_and_learning(loss):
 def test_losses_estimate_one_quantity(loss):
     """All bound the same likelihood, so a model that loses 1 nat at each mask loses 1 nat a token."""
     x0 = torch.randint(0, 4, (4000, 4), generator=torch.Generator().manual_seed(0))
-    xt, sigma, weight = noise(x0, loss, 5, seed=1, step=0)[1:]
+    xt, sigma, weight = noise(x0, loss, 5, seed=1, step=0)[1:4]
     masked = (xt == 4).sum(1).double()
     assert ((xt == 4) | (xt == x0)).all()
     if loss == "dse-absorb":
@@ -88,11 +97,30 @@ def test_losses_estimate_one_quantity(loss):
 
 def test_noise_counts():
     x0 = torch.zeros(4, 4, dtype=torch.int64)
-    xt, _, weight = noise(x0, "dce-k", 5, seed=0, step=0)[1:]
-    assert (xt == 4).sum(1).tolist() == [1, 2, 3, 4]  # one in each stratum
-    assert weight.tolist() == [4, 2, 4 / 3, 1]
+    xt, _, weight = noise(x0, "dce-k", 5, seed=0, step=0)[1:4]
+    assert (xt == 4).sum(1).tolist() == [1, 3, 2, 4]  # one in each stratum, and none of two neighbours has few
+    assert weight.tolist() == [4, 4 / 3, 2, 1]
     harmonic = noise(x0, "dce-harmonic", 5, seed=0, step=0).weight
     assert harmonic.tolist() == pytest.approx([1 + 1 / 2 + 1 / 3 + 1 / 4] * 4)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_noise_is_named_by_the_row_of_the_batch(loss):
+    x0 = torch.randint(0, 4, (12, 5), generator=torch.Generator().manual_seed(0))
+    whole = noise(x0, loss, 5, seed=1, step=2)
+    for first, n in ((0, 4), (4, 8), (11, 1)):
+        part = noise(x0[first : first + n], loss, 5, seed=1, step=2, first=first, batch_size=12)
+        for of_part, of_whole in zip(part[:4], whole[:4], strict=True):
+            assert torch.equal(of_part, of_whole[first : first + n])
+
+
+@pytest.mark.parametrize("n", [6, 8, 64, 96, 1000])
+def test_parts_of_a_batch_have_as_many_masks(n):
+    """Each quarter of the rows has strata from all over: masks of a rank are off its share by less than two rows."""
+    masks = (noise(torch.zeros(n, n, dtype=torch.int64), "dce-k", 2, seed=0, step=0).xt == 1).sum(1)
+    assert sorted(masks.tolist()) == list(range(1, n + 1))
+    for part in masks.chunk(4):
+        assert abs(part.float().mean() - (n + 1) / 2) * len(part) < 2 * n
 
 
 def test_time_free_follows_the_number_of_masks():
@@ -107,9 +135,11 @@ def test_time_free_follows_the_number_of_masks():
 @pytest.mark.parametrize("loss", ["dce-k", "dse-absorb", "dse-uniform"])
 def test_a_large_vocabulary_changes_nothing_but_memory(loss, monkeypatch):
     logits = losses(run(loss=loss)[1])
-    monkeypatch.setattr("fastdiff.training.LARGE_VOCABULARY", 2)
-    monkeypatch.setattr(DiffusionTransformer, "forward", None)  # nobody asks for logits
-    assert losses(run(loss=loss)[1]) == pytest.approx(logits, rel=1e-4)
+    monkeypatch.setattr("fastdiff.training.objectives.LARGE_VOCABULARY", 2)
+    model, shapes = make(loss), set()
+    model.register_forward_hook(lambda model, tokens, output: shapes.add(tuple(output.shape)))
+    assert losses(run(loss=loss, model=model)[1]) == pytest.approx(logits, rel=1e-4)
+    assert shapes == {(1, 4, model.config.num_states)}  # in the place of the logits of 4 x 4 tokens
 
 
 def test_accumulation_changes_nothing():
@@ -149,8 +179,7 @@ def test_resumed_run_equals_unbroken_run(tmp_path, loss):
     resumed, rest = run(tmp_path / "b", loss=loss, eval_every=2, eval_samples=15, resume=True, model=make(loss, seed=9))
     assert len(losses(rest)) == 3
     assert same_weights(resumed, unbroken)
-    timeless = [[{**r, "tokens_per_second": 0} for r in records] for records in (expected, on_disk(tmp_path / "b"))]
-    assert timeless[0] == timeless[1]
+    assert [r | TIMES for r in on_disk(tmp_path / "b")] == [r | TIMES for r in expected]
 
 
 def test_records_after_the_checkpoint_are_dropped(tmp_path):
@@ -180,46 +209,47 @@ def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
     assert same_weights(resumed, unbroken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("where", ["callback", "within the step"])
-def test_a_signal_saves_and_resumes(tmp_path, where, number):
-    class Interrupted(Table):
-        def batch(self, step, n):
-            if where == "within the step" and step == 2:
-                signal.raise_signal(number)
-            return super().batch(step, n)
+def test_a_signal_saves_and_resumes(tmp_path, monkeypatch, where, number):
+    def interrupting(*args, step, **names):
+        if where == "within the step" and step == 2:
+            signal.raise_signal(number)
+        return noise(*args, step=step, **names)
 
     def interrupt(record):
         if where == "callback" and record["step"] == 3:
             signal.raise_signal(number)
 
     unbroken, expected = run(tmp_path / "a")
-    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    monkeypatch.setattr("fastdiff.training.trainer.noise", interrupting)
     with pytest.raises(Stopped) as stopped:
-        run(tmp_path / "b", callback=interrupt, data=Interrupted(TOKENS, num_tokens=4, held_out=TOKENS))
+        run(tmp_path / "b", callback=interrupt)
     assert stopped.value.args == (number,)
-    assert [r["step"] for r in on_disk(tmp_path / "b")] == [1, 2, 3]  # the step at hand was finished
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    done = {"callback": 4, "within the step": 3}[where]  # a step is finished, and ranks agree in the next one
+    assert [r["step"] for r in on_disk(tmp_path / "b")] == list(range(1, done + 1))
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == handlers
     resumed, rest = run(tmp_path / "b", resume=True)
-    assert losses(rest) == losses(expected)[3:]
+    assert losses(rest) == losses(expected)[done:]
     assert same_weights(resumed, unbroken)
 
 
 @pytest.mark.parametrize("checkpoint", [1, 2])
 def test_a_signal_while_a_checkpoint_is_written_loses_nothing(tmp_path, monkeypatch, checkpoint):
-    written = []
+    exports = []
 
-    def interrupted(path, content):
-        written.append(path.name)
-        if path.name == "trainer.pt" and written.count(path.name) == checkpoint:
+    def interrupted(*args, **sections):
+        exports.append(args)
+        if len(exports) == checkpoint:
             signal.raise_signal(signal.SIGINT)
-        write_atomically(path, content)
+        export(*args, **sections)
 
-    monkeypatch.setattr("fastdiff.training.write_atomically", interrupted)
+    monkeypatch.setattr("fastdiff.training.trainer.export", interrupted)
     with pytest.raises(Stopped):
         run(tmp_path, steps=4, save_every=2)
     averaged, rest = run(tmp_path, steps=4, resume=True)
-    assert len(rest) == {1: 2, 2: 0}[checkpoint]
+    assert len(rest) == {1: 1, 2: 0}[checkpoint]
     assert same_weights(averaged, run(steps=4)[0])
 
 
@@ -233,7 +263,8 @@ run({str(tmp_path)!r}, save_every=2, callback=lambda r: r["step"] == 5 and os.ki
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     _, expected = run()
     _, rest = run(tmp_path, resume=True)
-    assert losses(rest) == losses(expected)[4:]
+    assert len(rest) in (2, 4)  # the second checkpoint may have been in the writing
+    assert losses(rest) == losses(expected)[-len(rest) :]
     assert losses(on_disk(tmp_path)) == losses(expected)
 
 
@@ -241,13 +272,13 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     refused = []
 
     def second(record):
-        for resume in (False, True) if record["step"] > 1 else (False,):
+        for resume in (False, True) if record["step"] == 3 else (False,):  # the first checkpoint is there
             with pytest.raises(BlockingIOError, match=r"out: another run is writing to \S+") as error:
                 run(tmp_path, resume=resume, lr=0.5)
             refused.append(error)
 
-    first, records = run(tmp_path, steps=2, save_every=1, callback=second)
-    assert len(refused) == 3
+    first, records = run(tmp_path, steps=3, save_every=1, callback=second)
+    assert len(refused) == 4
     assert on_disk(tmp_path) == records
     assert same_weights(DiffusionTransformer.from_pretrained(tmp_path), first)
 
@@ -264,13 +295,14 @@ def test_a_line_that_is_no_record_is_named(tmp_path, line):
     assert path.read_text() == whole
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "trainer.pt", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "metrics.jsonl"])
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, name, monkeypatch):
     """A limit on the size of a file stands in for the disk; the system then says as little about the file."""
-    sizes = {"metrics.jsonl": 100, "config.json": 300, "model.safetensors": 5000, "trainer.pt": 20_000}
+    sizes = {"metrics.jsonl": 100, "config.json": 300, "model.safetensors": 5000}
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if name != "metrics.jsonl":
-        monkeypatch.setattr("fastdiff.training._append", lambda records, metrics: None)
+        monkeypatch.setattr("fastdiff.training.records.append", lambda record, metrics: None)
+        monkeypatch.setattr("fastdiff.checkpoints.Checkpoints.save", lambda *args: None)
     resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[name], before[1]))
     try:
         with pytest.raises(OSError, match=f"File too large: '{tmp_path}/{name}'"):
@@ -280,30 +312,26 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, name, monkeypatch
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_checkpoint_that_was_not_written_is_an_error(tmp_path, monkeypatch):
+    """It is written while the run goes on."""
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fastdiff.checkpoints.dcp.save", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        run(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        run(tmp_path, resume=True)
+
+
 def test_run_folder(tmp_path):
     averaged, _ = run(tmp_path / "run")
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "config.json",
-        "metrics.jsonl",
-        "model.safetensors",
-        "trainer.pt",
-    }
+    names = {"config.json", "metrics.jsonl", "model.safetensors", "checkpoints"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == names
     assert same_weights(DiffusionTransformer.from_pretrained(tmp_path / "run"), averaged)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert TrainConfig(**config["training"]) == TrainConfig(**SETTINGS)
-
-
-@pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "no settings"])
-def test_damaged_checkpoint(tmp_path, damage):
-    run(tmp_path)
-    path = tmp_path / "trainer.pt"
-    whole = path.read_bytes()
-    if damage == "no settings":
-        torch.save({"step": 3}, path)
-    else:
-        path.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "garbage": b"garbage" * 99}[damage])
-    with pytest.raises(ValueError, match=r"trainer\.pt: damaged or cut short"):
-        run(tmp_path, resume=True)
 
 
 def test_what_a_resumed_run_may_not_change(tmp_path):
@@ -313,17 +341,17 @@ def test_what_a_resumed_run_may_not_change(tmp_path):
     other = DiffusionTransformer(ModelConfig(5, 4, 32, 1, 2))
     with pytest.raises(ValueError, match=r"dim: the run in \S+ has 16, got 32"):
         run(tmp_path, resume=True, model=other)
-    with pytest.raises(ValueError, match=r"trainer\.pt: this run was trained on other data, or on another split"):
+    with pytest.raises(ValueError, match=r": this run was trained on other data, or on another split"):
         run(tmp_path, resume=True, data=source(seed=1))
     run(tmp_path, steps=2, resume=True)
-    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    files = contents(tmp_path)
     with pytest.raises(ValueError, match=r"steps: the run in \S+ has done 2, got 1"):
         run(tmp_path, steps=1, resume=True)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+    assert contents(tmp_path) == files
 
 
 def test_nothing_to_resume_and_nothing_overwritten(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"out: expected a run folder to resume, but there is no \S+trainer.pt"):
+    with pytest.raises(FileNotFoundError, match="out: expected a run folder to resume, but there is no checkpoint in"):
         run(tmp_path, resume=True)
     with pytest.raises(FileNotFoundError, match="out: expected a run folder"):
         run(None, resume=True)

@@ -1,0 +1,100 @@
+"""How to train: the settings of a run."""
+
+import dataclasses
+import math
+
+import torch
+
+from fastdiff.checks import check_choice, check_integer
+
+LOSSES = ("dce-t", "dce-lambda", "dce-k", "dce-harmonic", "dse-absorb", "dse-uniform")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_CHOICES = {
+    "loss": LOSSES,
+    "dtype": tuple(DTYPES),
+    "sharding": ("none", "full", "hybrid"),
+    "track": ("none", "tensorboard", "wandb"),
+}
+_LEAST = {"steps": 1, "batch_size": 1, "accumulation": 1, "warmup": 0, "save_every": 1, "seed": 0}
+_LEAST |= {"eval_every": 0, "eval_sequences": 2, "eval_samples": 3, "shards": 0}
+# What a resumed run may change: where it ends, what is written down, and how the same numbers are come by.
+MAY_CHANGE = {"steps", "save_every", "eval_every", "eval_sequences", "eval_samples", "track"}
+MAY_CHANGE |= {"accumulation", "sharding", "shards", "recompute", "compile"}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    Args:
+        loss: what is minimised, in nats per token; each bounds the negative log-likelihood.
+            "dce-t": cross-entropy of the masked tokens at time t of the log-linear schedule, weight
+            dsigma / expm1(sigma). "dce-lambda": with a share lambda masked, weight 1 / lambda.
+            "dce-k": with exactly m masked, m stratified over 1..L, weight L / m.
+            "dce-harmonic": with m of probability 1 / (m H_L), weight H_L.
+            "dse-absorb", "dse-uniform": score entropy of a sigma-conditioned model, log-linear schedule.
+        steps: optimiser steps.
+        batch_size: sequences in a step, of all ranks.
+        accumulation: parts that a rank's share of a batch is cut into to fit memory.
+        lr: learning rate of AdamW, reached in proportion over the first `warmup` steps.
+        weight_decay: AdamW's, on matrices.
+        grad_clip: largest norm of the gradient.
+        ema: decay of the averaged weights; (1 + step) / (10 + step) where that is less.
+        dtype: "float32"; or "bfloat16", by autocast, or in sharded models for all but sums over ranks and the
+            weights that the optimiser keeps.
+        sharding: what ranks have of weights, gradients and optimiser: "none" (all: DDP), "full" (a part each: FSDP2,
+            by block), or "hybrid" (a part each among `shards` ranks, the same parts in every such group).
+        shards: ranks that share a copy in "hybrid"; 0 for those of one machine.
+        recompute: keep a block's input alone, and run it again in backward (activation checkpointing).
+        compile: run blocks through torch.compile.
+        eval_every, eval_sequences, eval_samples: steps between evaluations (0: none), held-out sequences in
+            one, and network passes for each of them.
+        save_every: steps between checkpoints; the last step always saves.
+        track: where records go beside metrics.jsonl: "none", "tensorboard" or "wandb".
+        seed: the randomness of the noise.
+
+    Raises:
+        ValueError, TypeError: a value out of range or of another type, named.
+    """
+
+    loss: str = "dce-k"
+    steps: int = 1000
+    batch_size: int = 64
+    accumulation: int = 1
+    lr: float = 1e-3
+    warmup: int = 100
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    ema: float = 0.9999
+    dtype: str = "float32"
+    sharding: str = "none"
+    shards: int = 0
+    recompute: bool = False
+    compile: bool = False
+    eval_every: int = 500
+    eval_sequences: int = 64
+    eval_samples: int = 32
+    save_every: int = 500
+    track: str = "none"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
+        for name, least in _LEAST.items():
+            value = check_integer(name, getattr(self, name), least)
+            if value >= 2**63:
+                raise ValueError(f"{name}: expected a number below 2^63, got {value}")
+            object.__setattr__(self, name, value)
+        whole = self.batch_size % self.accumulation == 0
+        expected = {
+            "lr": ("a number > 0", 0 < self.lr < math.inf),
+            "weight_decay": ("a number >= 0", 0 <= self.weight_decay < math.inf),
+            "grad_clip": ("a number > 0", self.grad_clip > 0),
+            "ema": ("a decay in [0, 1)", 0 <= self.ema < 1),
+            "batch_size": (f"a multiple of accumulation = {self.accumulation}", whole),
+            "shards": ("0 unless sharding is 'hybrid'", self.shards == 0 or self.sharding == "hybrid"),
+        }
+        for name, (what, holds) in expected.items():
+            if not holds:
+                raise ValueError(f"{name}: expected {what}, got {getattr(self, name)}")

@@ -1,0 +1,133 @@
+"""What a run tells: metrics.jsonl, a progress bar, and trackers."""
+
+import dataclasses
+import fcntl
+import io
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastdiff.model import import_safetensors, naming
+from fastdiff.training.config import TrainConfig
+
+Record = dict[str, float]
+Tell = Callable[[Record], None]
+
+
+@contextmanager
+def open_metrics(folder: Path | None) -> Iterator[io.FileIO | None]:
+    """metrics.jsonl, locked while it is open: no two runs write to one folder, and a crash leaves no lock."""
+    if folder is None:
+        yield None
+        return
+    import_safetensors()  # no run finds out at its first checkpoint
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "metrics.jsonl", "ab+", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"out: another run is writing to {folder}") from None
+        except OSError:
+            pass  # a file system without locks
+        yield file
+
+
+def drop_after(step: int, metrics: io.FileIO | None) -> None:
+    """Drops the records after a step, and one cut short."""
+    if metrics is None:
+        return
+    metrics.seek(0)
+    kept = 0
+    for number, line in enumerate(metrics.read().splitlines(keepends=True), 1):
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{metrics.name!s}: line {number} is not a record") from None
+        kept += len(line)
+    metrics.truncate(kept)
+
+
+def append(record: Record, metrics: io.FileIO | None) -> None:
+    if metrics is None:
+        return
+    rest = json.dumps(record).encode() + b"\n"
+    with naming(Path(metrics.name)):
+        while rest:
+            rest = rest[metrics.write(rest) :]
+
+
+@contextmanager
+def telling(
+    config: TrainConfig, metrics: io.FileIO | None, step: int, callback: Tell | None, first: bool
+) -> Iterator[Tell]:
+    """What gives each record of a run that goes on from a step to the file, the bar, the tracker and the callback; on
+    the first rank."""
+    if not first:
+        yield lambda record: None
+        return
+    drop_after(step, metrics)
+    folder = None if metrics is None else Path(metrics.name).parent
+    with progress(config, step) as show, tracker(config, folder) as track:
+
+        def tell(record: Record) -> None:
+            append(record, metrics)
+            show(record)
+            track(record)
+            if callback is not None:
+                callback(record)
+
+        yield tell
+
+
+@contextmanager
+def tracker(config: TrainConfig, folder: Path | None) -> Iterator[Tell]:
+    """Gives records to what config.track names."""
+    if config.track == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(None if folder is None else str(folder / "tensorboard")) as writer:
+
+            def write(record: Record) -> None:
+                for name in record.keys() - {"step"}:
+                    writer.add_scalar(name, record[name], int(record["step"]))
+
+            yield write
+    elif config.track == "wandb":
+        import wandb
+
+        with wandb.init(config=dataclasses.asdict(config), dir=folder) as run:
+            yield lambda record: run.log(record, step=int(record["step"]))
+    else:
+        yield lambda record: None
+
+
+@contextmanager
+def progress(config: TrainConfig, step: int) -> Iterator[Tell]:
+    """Shows records on a progress bar; shows nothing unless stderr is a terminal and rich is installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        yield lambda record: None
+        return
+    console = Console(stderr=True)
+    columns = (BarColumn(16), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task, seen = bar.add_task("", total=config.steps, completed=step), Record()
+
+        def show(record: Record) -> None:
+            seen.update(record)
+            bar.update(task, completed=seen["step"], description=_line(seen))
+
+        yield show
+
+
+def _line(seen: Record) -> str:
+    text = f"loss {seen['loss']:.3f}  {seen['tokens_per_second']:,.0f} tokens/s  {seen['memory'] / 2**30:.1f} GiB"
+    if "mfu" in seen:
+        text += f"  {seen['mfu']:.0%} of peak"
+    if "bits_per_token" in seen:
+        text += f"  held out {seen['bits_per_token']:.2f} bits"
+    return text
