@@ -1,0 +1,81 @@
+"""Run by torchrun on 4 ranks: the bytes that a step exchanges and keeps are those of its plan."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torchrun
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdiff.model import DiffusionTransformer, ModelConfig
+from fastdiff.planning import Plan
+from fastdiff.training import TrainConfig, diffusion_loss, noise
+from fastdiff.training.ranks import Ranks, over_ranks, synchronising
+
+LENGTH = 16
+SHAPE = ModelConfig(5001, LENGTH, 64, 3, 2, learned_positions=False)
+
+
+class Received(TorchDispatchMode):
+    """Counts what collectives move to a rank, in a ring of those that take part."""
+
+    def __init__(self, shards):
+        super().__init__()
+        self.shards, self.bytes = shards, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("c10d::").split(".")[0]
+        if name in ("_allgather_base_", "_reduce_scatter_base_"):
+            self._add(name, args[name == "_reduce_scatter_base_"], 1 - 1 / self.shards)
+        elif name == "allreduce_":
+            ranks = dist.get_world_size() if self.shards == 1 else dist.get_world_size() // self.shards
+            for tensor in args[0]:
+                self._add(name, tensor, 2 * (1 - 1 / ranks))
+        return function(*args, **(kwargs or {}))
+
+    def _add(self, name, tensor, share):
+        self.bytes[name] = self.bytes.get(name, 0) + share * tensor.numel() * tensor.itemsize
+
+
+def exchanged():
+    ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    for sharding, shards, dtype, parts, recompute in (
+        ("none", 0, "bfloat16", 1, False),
+        ("none", 0, "float32", 2, False),
+        ("full", 0, "bfloat16", 1, True),
+        ("full", 0, "float32", 2, False),
+        ("hybrid", 2, "bfloat16", 2, False),
+    ):
+        config = TrainConfig(
+            batch_size=8, sharding=sharding, shards=shards, dtype=dtype, accumulation=parts, recompute=recompute
+        )
+        plan = Plan(SHAPE, config, ranks.size, LENGTH)
+        model = DiffusionTransformer(SHAPE)
+        called, _ = over_ranks(model, config, ranks)
+        step(called, config)  # the loss asks the model once what is behind its last layer
+        with Received(plan.shards) as received:
+            step(called, config)
+        found, planned = received.bytes, plan.exchanged
+        gathered = planned.get("all-gather, forward", 0) + planned.get("all-gather, backward", 0)
+        case = sharding, dtype, parts
+        assert found.get("_allgather_base_", 0) == pytest.approx(gathered, rel=0.03), case
+        assert found.get("_reduce_scatter_base_", 0) == pytest.approx(planned.get("reduce-scatter", 0), rel=0.03), case
+        assert found.get("allreduce_", 0) == pytest.approx(planned.get("all-reduce", 0), rel=0.03), case
+        own = sum(p._local_tensor.numel() if plan.sharded else p.numel() for p in model.parameters())
+        if ranks.first:
+            assert 4 * own == plan.memory["weights"], case
+
+
+def step(called, config):
+    x0 = torch.randint(0, 5000, (config.batch_size // dist.get_world_size(), LENGTH))
+    parts = x0.chunk(config.accumulation)
+    for part in parts:
+        with (
+            synchronising(called, last=part is parts[-1]),
+            torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16"),
+        ):
+            batch = noise(part, config.loss, SHAPE.num_states, seed=0, step=0)
+            diffusion_loss(called, batch, config.loss, reduction="mean", num_items=x0.numel()).backward()
+
+
+if __name__ == "__main__":
+    torchrun.run(globals())
