@@ -77,7 +77,7 @@ class Checkpoints:
         """
         self.wait()
         path, content, staged = self._path(step), json.dumps(extra).encode(), {}
-        _agree(self._group, lambda: staged.update(self._stage(step, state)))
+        agree(self._group, lambda: staged.update(self._stage(step, state)))
         self._saving = self._thread.submit(self._write, path, staged, content)
 
     def wait(self) -> None:
@@ -89,7 +89,7 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest step, once the save in progress has ended; None if there is none."""
         self.wait()
-        return _agree(self._group, lambda: max(self._steps(), default=None))[0]
+        return agree(self._group, lambda: max(self._steps(), default=None))[0]
 
     def load(self, step: int, state: dict[str, dict]) -> dict[str, Any]:
         """Read a checkpoint into the tensors of `state`, on any number of ranks, and replace its other values.
@@ -107,10 +107,18 @@ class Checkpoints:
         """
         self.wait()
         path = self._path(step)
-        _agree(self._group, lambda: self._check(path))
+        agree(self._group, lambda: self._check(path))
         with _as_itself():
             dcp.load(state, storage_reader=dcp.FileSystemReader(path), planner=_Exact(path), process_group=self._group)
         return json.loads((path / "extra.json").read_bytes())
+
+    def extra(self, step: int) -> dict[str, Any]:
+        """What was saved as `extra`, before anything else is read."""
+        file = self._path(step) / "extra.json"
+        try:
+            return json.loads(file.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{file}: damaged or cut short") from error
 
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{check_integer('step', step, 0):08}"
@@ -128,13 +136,13 @@ class Checkpoints:
     def _write(self, path: Path, state: dict[str, dict], extra: bytes) -> None:
         part = path.with_suffix(".part")
         try:
-            _agree(self._group, lambda: self._begin(part))
+            agree(self._group, lambda: self._begin(part))
             writer = dcp.FileSystemWriter(part)
             writer.fs = _NamingFileSystem()
             with _as_itself():
                 dcp.save(state, storage_writer=writer, process_group=self._group)
-            checksums = _agree(self._group, lambda: _checksums(part.glob(f"__{self._rank}_*")))
-            _agree(self._group, lambda: self._finish(path, part, checksums, extra))
+            checksums = agree(self._group, lambda: _checksums(part.glob(f"__{self._rank}_*")))
+            agree(self._group, lambda: self._finish(path, part, checksums, extra))
         except Exception:
             if self._rank == 0:
                 shutil.rmtree(part, ignore_errors=True)
@@ -256,10 +264,10 @@ def export(
                 file.unlink()
 
     config = {"model": dataclasses.asdict(model.config), **sections}  # type: ignore[call-overload]
-    _agree(group, lambda: put("config.json", json.dumps(config, indent=2).encode() + b"\n"))
+    agree(group, lambda: put("config.json", json.dumps(config, indent=2).encode() + b"\n"))
     for file, names in zip(files, parts, strict=True):
-        _agree(group, partial(put_weights, file, names))
-    _agree(group, finish)
+        agree(group, partial(put_weights, file, names))
+    agree(group, finish)
 
 
 def _split(sizes: dict[str, int], most: int) -> list[list[str]]:
@@ -281,7 +289,7 @@ def _whole(tensor: Tensor, wanted: bool) -> Tensor | None:
     return whole.detach().to("cpu", copy=True).contiguous() if wanted else None
 
 
-def _agree(group: dist.ProcessGroup | None, work: Callable[[], Result]) -> list[Result]:
+def agree(group: dist.ProcessGroup | None, work: Callable[[], Result]) -> list[Result]:
     """What the work of each rank gives, or on every rank the error of the first that failed."""
     result, error = None, None
     try:
