@@ -161,14 +161,10 @@ def load_named_documents(data: str | os.PathLike, run: str | os.PathLike | None 
     """The same, each with its path, or with "stdlib"."""
     if data == "stdlib":
         return [("stdlib", content) for content in _standard_library()]
-    if not os.path.exists(data):
-        raise FileNotFoundError(f"data: expected 'stdlib', a text file or a folder, but there is no {str(data)!r}")
-    if run is not None and os.path.realpath(run) == os.path.realpath(data):
-        raise ValueError(f"data: expected text from elsewhere than the run's own folder, got {data}")
-    files = _data_files(Path(data), run) if os.path.isdir(data) else [Path(data)]
+    files = data_files(data, run)
     regular = [file for file in files if file.is_file()]  # no broken links, and no pipes, which might never end
     contents = ((str(file), file.read_bytes()) for file in regular)
-    documents = [(name, content) for name, content in contents if _is_text(content)]
+    documents = [(name, content) for name, content in contents if is_text(content)]
     if not any(content for _, content in documents):
         raise ValueError(f"data: expected UTF-8 text, found none in {data}")
     if len(documents) < len(files):
@@ -181,10 +177,35 @@ def load_named_documents(data: str | os.PathLike, run: str | os.PathLike | None 
     return documents
 
 
+def data_files(data: str | os.PathLike, run: str | os.PathLike | None = None) -> list[Path]:
+    """A file, or the files below a folder that are neither hidden nor of a run, in an order that does not vary."""
+    if not os.path.exists(data):
+        raise FileNotFoundError(f"data: expected 'stdlib', a text file or a folder, but there is no {str(data)!r}")
+    if run is not None and os.path.realpath(run) == os.path.realpath(data):
+        raise ValueError(f"data: expected text from elsewhere than the run's own folder, got {data}")
+    root = Path(data)
+    if not root.is_dir():
+        return [root]
+    own = None if run is None else root / os.path.relpath(os.path.realpath(run), os.path.realpath(root))
+
+    def wanted(path: Path) -> bool:
+        return not path.name.startswith(".") and path != own and not (path / "metrics.jsonl").exists()
+
+    return _files(root, wanted)
+
+
 def indices(start: int, stop: int) -> Tensor:
     """Global indices start..stop-1 of training sequences, int64."""
     start = check_integer("start", start, 0)
     return torch.arange(start, check_integer("stop", stop, start), device="cpu")
+
+
+def is_text(content: bytes) -> bool:
+    """Whether it is UTF-8 without zeros."""
+    try:
+        return "\0" not in content.decode()
+    except UnicodeDecodeError:
+        return False
 
 
 def as_bytes(documents: list[bytes], length: int, part: str = "whole") -> Tensor:
@@ -242,16 +263,6 @@ def _standard_library() -> list[bytes]:
     return sources + [topics[name].encode() for name in sorted(topics)]
 
 
-def _data_files(root: Path, run: str | os.PathLike | None) -> list[Path]:
-    """Files below root that are neither hidden nor of a run."""
-    own = None if run is None else root / os.path.relpath(os.path.realpath(run), os.path.realpath(root))
-
-    def wanted(path: Path) -> bool:
-        return not path.name.startswith(".") and path != own and not (path / "metrics.jsonl").exists()
-
-    return _files(root, wanted)
-
-
 def _files(root: Path, wanted: Callable[[Path], bool]) -> list[Path]:
     """Files below root, sorted, that are wanted with all folders above them; other folders are not entered."""
     found = []
@@ -259,13 +270,6 @@ def _files(root: Path, wanted: Callable[[Path], bool]) -> list[Path]:
         folders[:] = [name for name in folders if wanted(Path(parent, name))]
         found += [file for name in names if wanted(file := Path(parent, name))]
     return sorted(found, key=lambda f: f.relative_to(root).as_posix())
-
-
-def _is_text(content: bytes) -> bool:
-    try:
-        return "\0" not in content.decode()
-    except UnicodeDecodeError:
-        return False
 
 
 def _fingerprint(settings: tuple[int, ...], *tensors: Tensor) -> str:

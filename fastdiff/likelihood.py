@@ -49,7 +49,7 @@ def likelihoods(
     Args:
         settings: what the numbers depend on, beside the pieces and options; JSON.
         kept: a file for what is done (each rank adds its rank to the name), or None. `forget` removes them.
-        options: num_samples, proposal, tolerance, seed: of the estimator.
+        options: likelihood, and those of its estimator, as `Loaded.estimate` takes them.
 
     Raises:
         ValueError, TypeError: as the estimator.
@@ -85,22 +85,26 @@ def forget(kept: Path) -> None:
         file.unlink()
 
 
-def row(estimate: NLLEstimate, pieces: list[Piece]) -> dict[str, Any]:
-    """Numbers of one text for JSON: nats, and bits and perplexities by byte, token and word, with 95% intervals."""
+def row(estimate: NLLEstimate, pieces: list[Piece], *, drawn: bool) -> dict[str, Any]:
+    """Numbers of one text for JSON: nats, and bits and perplexities by byte, token and word; if masks were drawn, with
+    95% intervals."""
     pooled = estimate.pooled()
-    nll, tokens = pooled.nll.item(), pooled.num_tokens.item()
-    interval = [bound.item() for bound in pooled.interval()]
-    sizes = dict(byte=sum(p.bytes for p in pieces), token=tokens, word=sum(p.words for p in pieces))
+    nll = torch.cat([pooled.nll, *(pooled.interval() if drawn else ())])
+    sizes = dict(byte=sum(p.bytes for p in pieces), token=pooled.num_tokens.item(), word=sum(p.words for p in pieces))
     each = torch.tensor([piece.bytes for piece in pieces])
     bits = estimate.nll / each / math.log(2)
-    found: dict[str, Any] = dict(pieces=len(pieces), bytes=sizes["byte"], tokens=tokens, words=sizes["word"])
-    found |= dict(network_passes=pooled.num_forwards.item(), nll=nll, nll_interval=interval)
+    found: dict[str, Any] = dict(pieces=len(pieces), bytes=sizes["byte"], tokens=sizes["token"], words=sizes["word"])
+    found["network_passes"] = pooled.num_forwards.item()
+    numbers = dict(nll=nll)
     for unit, size in sizes.items():
-        per = torch.tensor([nll, *interval], dtype=torch.float64) / size
         if unit != "word":
-            found[f"bits_per_{unit}"], *found[f"bits_per_{unit}_interval"] = (per / math.log(2)).tolist()
+            numbers[f"bits_per_{unit}"] = nll / size / math.log(2)
         if unit != "byte":
-            found[f"perplexity_per_{unit}"], *found[f"perplexity_per_{unit}_interval"] = per.exp().tolist()
+            numbers[f"perplexity_per_{unit}"] = torch.exp(nll / size)
+    for name, values in numbers.items():
+        found[name], *interval = values.tolist()
+        if drawn:
+            found[f"{name}_interval"] = interval
     found["bits_per_byte_sd_between_pieces"] = bits.std().item() if len(pieces) > 1 and (each > 0).all() else None
     return found
 

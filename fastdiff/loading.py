@@ -2,21 +2,26 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checks import check_tensor
+from fastdiff.checks import check_choice, check_tensor
 from fastdiff.data import NUM_BYTES
-from fastdiff.estimators import NLLEstimate, conditional_nll, dse_nll
+from fastdiff.estimators import NLLEstimate, conditional_nll, dse_nll, ordered_nll, time_integral_nll
+from fastdiff.estimators.orders import ORDERS
 from fastdiff.evaluating import Model
 from fastdiff.graphs import Absorbing, Graph, Uniform
-from fastdiff.model import DiffusionTransformer, ModelConfig
+from fastdiff.model import DiffusionTransformer, ModelConfig, read_config
 from fastdiff.published import KINDS, Published, load_published
-from fastdiff.schedules import Schedule
-from fastdiff.texts import Bytes
+from fastdiff.schedules import LogLinear, Schedule
+from fastdiff.texts import Bytes, load_tokenizer, saved_hash
 from fastdiff.training import SCHEDULE, time_free
+
+_OF_ANY_GRAPH = ("time-free", "integral")
+LIKELIHOODS = (*_OF_ANY_GRAPH, *ORDERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Loaded:
         length: the longest sequence that it takes.
         front: tokens in front of every sequence, which are not scored.
         device: where tokens go.
+        eps: least time t of the mean that the model's codebase prints; None where that mean is over all t in (0, 1).
     """
 
     conditionals: Model | None
@@ -44,25 +50,57 @@ class Loaded:
     length: int
     front: list[int]
     device: torch.device
+    eps: float | None = None
 
-    def estimate(self, context: Tensor, target: Tensor, sample_ids: Tensor, **options: Any) -> NLLEstimate:
-        """-log p(target [B, T] | context [B, C]) in nats; of the uniform graph the bound that its integral gives.
+    def in_chats(self) -> "Loaded":
+        """The same without a front, for texts of a chat template, which has all that stands there."""
+        return dataclasses.replace(self, front=[], length=self.length + len(self.front))
+
+    def estimate(
+        self, context: Tensor, target: Tensor, sample_ids: Tensor, *, likelihood: str = "time-free", **options: Any
+    ) -> NLLEstimate:
+        """-log p(target [B, T] | context [B, C]) in nats.
+
+        Args:
+            likelihood: "time-free", of `conditional_nll`; the uniform graph, which has none, gives its "bound", the
+                whole integral of `dse_nll`. "integral", what the model's own codebase prints: a mean over times, of
+                `dse_nll` for scores and of `time_integral_nll` for conditionals. Or an order of `ordered_nll`.
+            options: of that estimator.
 
         Raises:
-            ValueError: a context, of the uniform graph.
+            ValueError: an unknown likelihood, or an order of the uniform graph; a context, for an integral over scores.
         """
+        self.name_of(likelihood)
         context, target, sample_ids = (tokens.to(self.device) for tokens in (context, target, sample_ids))
-        if self.conditionals is None and self.score is not None:
+        published = likelihood == "integral"
+        if self.score is not None and (published or self.conditionals is None):
             if context.numel():
-                raise ValueError(
-                    f"context: expected none, for a model of the uniform graph, got {context.shape[1]} tokens"
-                )
+                raise ValueError(f"context: expected none, for an integral over scores, got {context.shape[1]} tokens")
             names: dict[str, Any] = dict(schedule=self.schedule, parametrization=self.parametrization)
-            return dse_nll(self.score, target, graph=self.graph, sample_ids=sample_ids, **names, **options)
+            names |= dict(eps=self.eps if published else None, sample_ids=sample_ids)
+            return dse_nll(self.score, target, graph=self.graph, **names, **options)
         front = torch.tensor(self.front, dtype=torch.int64, device=self.device).expand(len(target), -1)
         context, mask_index = torch.cat([front, context], 1), self.graph.mask_index
-        names = dict(mask_index=mask_index, exclude_mask=self.exclude_mask, sample_ids=sample_ids)
-        return conditional_nll(self.conditionals, context, target, **names, **options)  # type: ignore[arg-type]
+        names = dict(mask_index=mask_index, exclude_mask=self.exclude_mask)
+        if likelihood == "time-free":
+            names |= dict(sample_ids=sample_ids)
+            return conditional_nll(self.conditionals, context, target, **names, **options)  # type: ignore[arg-type]
+        x0 = torch.cat([context, target], 1)
+        names |= dict(target=torch.cat([context < 0, target >= 0], 1))
+        if likelihood in ORDERS:
+            return ordered_nll(self.conditionals, x0, order=likelihood, **names, **options)  # type: ignore[arg-type]
+        names |= dict(sample_ids=sample_ids)
+        names |= dict(eps=0.0) if self.eps is None else dict(eps=self.eps, schedule=self.schedule)
+        return time_integral_nll(self.conditionals, x0, **names, **options)  # type: ignore[arg-type]
+
+    def name_of(self, likelihood: str) -> str:
+        """What `estimate` gives for a likelihood: "bound" where a time-free one is asked of the uniform graph.
+
+        Raises:
+            ValueError: an unknown likelihood, or one that the uniform graph does not have.
+        """
+        check_choice("likelihood", likelihood, LIKELIHOODS if self.conditionals is not None else _OF_ANY_GRAPH)
+        return "bound" if likelihood == "time-free" and self.conditionals is None else likelihood
 
 
 def load(
@@ -93,21 +131,35 @@ def load(
     elif kind in KINDS and path:
         found = _of_published(load_published(kind, path, mask_index=mask_index), path, device, tokenizer)
     else:
-        found = _of_run(name, device)
+        found = _of_run(name, device, trust_remote_code)
     if length is not None and not 1 <= length <= found.length:
         raise ValueError(f"length: expected 1 to {found.length} tokens, got {length}")
     return found if length is None else dataclasses.replace(found, length=length)
 
 
-def _of_run(folder: str, device: torch.device) -> Loaded:
+def _of_run(folder: str, device: torch.device, trust_remote_code: bool) -> Loaded:
     model = DiffusionTransformer.from_pretrained(folder).eval().to(device)
     n, timed, length = model.config.num_states, model.config.cond_dim > 0, model.config.max_length
-    if n not in (NUM_BYTES, NUM_BYTES + 1) or length is None:
-        raise ValueError(f"{folder}: expected a model of bytes with a longest sequence, got {n} states, {length}")
-    graph: Graph = Uniform(n) if n == NUM_BYTES else Absorbing(n)
+    tokens, num_tokens = _tokenizer_of_run(Path(folder), trust_remote_code)
+    if n not in (num_tokens, num_tokens + 1) or length is None:
+        raise ValueError(
+            f"{folder}: expected a model of {num_tokens} tokens with a longest sequence, got {n} states, {length}"
+        )
+    graph: Graph = Uniform(n) if n == num_tokens else Absorbing(n)
     conditionals = None if graph.mask_index is None else time_free(model, graph.mask_index)
     score = model if timed else None
-    return Loaded(conditionals, score, graph, SCHEDULE, "scale_by_sigma", True, Bytes(), length, [], device)
+    return Loaded(conditionals, score, graph, SCHEDULE, "scale_by_sigma", True, tokens, length, [], device)
+
+
+def _tokenizer_of_run(folder: Path, trust_remote_code: bool) -> tuple[Any, int]:
+    """The tokenizer of what a run was trained on, and how many tokens that has."""
+    told = read_config(folder).get("tokenizer")
+    if told is None or told["name"] == "bytes":
+        return Bytes(), NUM_BYTES
+    own = folder / "tokenizer"
+    if saved_hash(own) != told["fingerprint"]:
+        raise ValueError(f"{own}: not the tokenizer that this run was trained with")
+    return load_tokenizer(str(own), trust_remote_code), told["num_tokens"]
 
 
 def _of_published(published: Published, path: str, device: torch.device, tokenizer: str | None) -> Loaded:
@@ -117,8 +169,11 @@ def _of_published(published: Published, path: str, device: torch.device, tokeniz
         raise ValueError(f"{path}: expected the model's length in a config.json beside it")
     tokens = _tokenizer(tokenizer or path, graph.num_states, False)
     conditionals = None if graph.mask_index is None else published.conditionals()
-    score, noise = published.score if published.timed else None, (published.schedule, published.parametrization)
-    return Loaded(conditionals, score, graph, *noise, True, tokens, length, [], device)
+    score = published.score if published.timed else None
+    schedule = LogLinear(0) if published.kind == "bd3lm" else published.schedule
+    eps = None if published.kind == "radd" else 1e-3
+    noise = schedule, published.parametrization
+    return Loaded(conditionals, score, graph, *noise, True, tokens, length, [], device, eps)
 
 
 def _of_transformers(
@@ -152,15 +207,7 @@ def _of_transformers(
 
 
 def _tokenizer(path: str, num_states: int, trust_remote_code: bool) -> Any:
-    try:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except ImportError:
-        raise ImportError("tokenizers need transformers: pip install transformers") from None
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(f"tokenizer: found none in {path} ({first}); name a folder that has one") from None
+    tokenizer = load_tokenizer(path, trust_remote_code)
     if len(tokenizer) > num_states:
         raise ValueError(f"tokenizer: expected at most the model's {num_states} ids, got {len(tokenizer)}")
     return tokenizer

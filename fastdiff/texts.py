@@ -1,7 +1,10 @@
 """Texts as tokens, and their pieces: what is scored, given what."""
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -35,6 +38,36 @@ class Bytes:
         return decode(torch.tensor([token for token in tokens if token < NUM_BYTES], device="cpu"))
 
 
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    """A tokenizer: "bytes", a tokenizer.json of `tokenizers`, or a folder or name as transformers takes it.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: there is no such tokenizer.
+    """
+    if name == "bytes":
+        return Bytes()
+    try:
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    except ImportError:
+        raise ImportError("tokenizers need transformers: pip install transformers") from None
+    try:
+        if name.endswith(".json"):
+            return PreTrainedTokenizerFast(tokenizer_file=name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # that of tokenizers is one itself
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"tokenizer: found none in {name} ({first}); name a folder that has one") from None
+
+
+def saved_hash(folder: Path) -> str:
+    """A hash of a tokenizer's files, as it has written them."""
+    digest = hashlib.sha256()
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        digest.update(repr((file.relative_to(folder).as_posix(), file.read_bytes())).encode())
+    return digest.hexdigest()
+
+
 class Tokens(NamedTuple):
     """A document: ids [N] int64, and how many bytes and words (between spaces) begin before each of them, [N + 1]."""
 
@@ -51,6 +84,38 @@ class Piece(NamedTuple):
     target: Tensor
     bytes: int
     words: int
+
+
+def split_pair(tokenizer: Tokenizer, context: str, whole: str) -> tuple[list[int], list[int]]:
+    """The tokens of a whole text: those that its beginning, the context, has when it is alone, and the rest.
+
+    A token with characters of both is of the rest.
+    """
+    tokens, alone = (tokenizer.encode(text, add_special_tokens=False) for text in (whole, context))
+    start = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(tokens, alone, strict=False)))
+    return tokens[:start], tokens[start:]
+
+
+def chat_text(tokenizer: Any, messages: Any, add_generation_prompt: bool = True) -> str:
+    """Messages as the tokenizer's chat template writes them, with the head of the assistant's turn behind them.
+
+    Args:
+        messages: dicts with role and content; or a text, the user's only message.
+        add_generation_prompt: False goes on in the last message instead of beginning a turn.
+
+    Raises:
+        ValueError: no chat template, or one that refuses the messages.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("chat: expected a tokenizer with a chat template, got one without")
+    from jinja2 import TemplateError
+
+    messages = [dict(role="user", content=messages)] if isinstance(messages, str) else messages
+    turn = dict(add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **turn)
+    except TemplateError as error:
+        raise ValueError(f"chat: the tokenizer's template refuses these messages: {error}") from None
 
 
 def tokens_of(tokenizer: Any, document: bytes) -> Tokens:

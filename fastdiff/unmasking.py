@@ -6,7 +6,6 @@ An order is a generator: at each step it looks at the canvas, which is filled be
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -134,16 +133,15 @@ class Sampler(NamedTuple):
     statistic: str = ""
 
 
+# What is revealed first: where this field of TokenStats is largest.
+RANKED = {"confidence": "probability", "margin": "margin", "entropy": "neg_entropy"}
 _TIMED = Sampler(by_noise, ("steps", "schedule"))
-_BLOCKS = partial(Sampler, by_blocks, ("steps", "block_length"))
 SAMPLERS = {
     "tweedie": _TIMED,
     "euler": _TIMED,
     "ancestral": _TIMED,
     "first_hitting": Sampler(at_random, ()),
-    "confidence": _BLOCKS("probability"),
-    "margin": _BLOCKS("margin"),
-    "entropy": _BLOCKS("neg_entropy"),
+    **{name: Sampler(by_blocks, ("steps", "block_length"), statistic) for name, statistic in RANKED.items()},
     "random": Sampler(at_random, ("steps", "block_length")),
 }
 TIMED = tuple(name for name, sampler in SAMPLERS.items() if sampler is _TIMED)  # those that take scores too
@@ -179,9 +177,14 @@ class Network:
             z = torch.lerp(un, cond, self.guidance + 1)
         else:
             z = self(xt)
-        if self.lm_head is None:
-            return sample_tokens(z, xt, **options)
-        return linear_sample_tokens(z, self.lm_head, xt, bias=self.bias, **options)
+        return draw_tokens(z, self.lm_head, self.bias, xt, **options)
+
+
+def draw_tokens(z: Tensor, lm_head: Tensor | None, bias: Tensor | None, xt: Tensor, **options: Any) -> Any:
+    """`sample_tokens` of logits, or `linear_sample_tokens` of hidden states where the last layer is apart."""
+    if lm_head is None:
+        return sample_tokens(z, xt, **options)
+    return linear_sample_tokens(z, lm_head, xt, bias=bias, **options)
 
 
 def unmask(canvas: Canvas, network: Network, plan: Plan, sampler: Sampler, options: dict[str, Any]) -> Iterator[None]:

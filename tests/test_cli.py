@@ -55,7 +55,7 @@ def test_end_to_end(folder):
 
     for proposal in ("stratified", "systematic", "uniform", "harmonic"):
         shown = invoke(f"eval run --num-samples 16 --num-sequences 4 --proposal {proposal} --json new/out.json")
-        assert f"windows of 16 tokens, {proposal}" in shown
+        assert f"windows of 16 tokens, time-free likelihood, {proposal}" in shown
         (row,) = json.loads((folder / "new" / "out.json").read_text()).values()
         assert (row["pieces"], row["bytes"], row["tokens"], row["network_passes"]) == (4, 64, 64, 64)
         assert 7 < row["bits_per_byte"] < 8.5  # hardly trained
@@ -216,7 +216,11 @@ def test_score_entropy_runs(folder, capsys, monkeypatch, loss):
     (row,) = json.loads((folder / "out.json").read_text()).values()
     assert 6 < row["bits_per_byte"] < math.inf
     if loss == "dse-uniform":
-        assert "not for a model of the uniform graph" in fail(capsys, monkeypatch, "eval run --tolerance 1")
+        assert row["likelihood"] == "bound"
+        failed = fail(capsys, monkeypatch, "eval run --tolerance 1")
+        assert "tolerance: not for the bound of the uniform graph, got 1" in failed
+        failed = fail(capsys, monkeypatch, "eval run --likelihood margin")
+        assert "likelihood: expected one of 'time-free', 'integral', got 'margin'" in failed
 
 
 def test_data_of_a_run_is_found_from_elsewhere(folder, monkeypatch):
@@ -268,6 +272,15 @@ def test_user_errors_are_one_line(folder, capsys, monkeypatch):
     expect(f"eval run --seed {2**63}", "seed: expected a number of 64 bits")
     expect("eval run --json run", "json: expected a file, but run is a folder")
     expect("eval run --proposal best --num-samples 15", "proposal: expected one of")
+    expect("eval run --likelihood best --num-samples 15", "likelihood: expected one of 'time-free', 'integral'")
+    for option in ("--proposal uniform", "--tolerance 1"):
+        expect(f"eval run --likelihood integral {option}", ": not for the integral over time")
+    for option in ("--proposal uniform", "--tolerance 1", "--num-samples 9"):
+        expect(f"eval run --likelihood confidence {option}", ": not for one order, confidence, got")
+    expect("eval run --likelihood entropy --tokens-per-step 0", "tokens_per_step: expected at least 1, got 0")
+    expect("eval run --likelihood entropy --block-length 0", "block_length: expected at least 1, got 0")
+    for option in ("--tokens-per-step 2", "--block-length 4"):
+        expect(f"eval run {option}", ": not for time-free likelihood, got")
     expect("sample run --prompt 0123456789abcdefg", "prompt: expected 1 to 16 tokens, got 17")
     expect("sample run --prompt a --infill b{3}", "prompt, infill: expected one of the two")
     expect("sample run --infill b{99}", "infill: expected 1 to 16 tokens, got 100")

@@ -9,7 +9,7 @@ import torchrun
 from test_published import hub_folder, made, sedd_folder
 from typer.testing import CliRunner
 
-from fastdiff import cli
+from fastdiff import cli, ordered_nll
 from fastdiff.loading import Loaded, load
 from fastdiff.texts import Bytes, pieces, tokens_of
 
@@ -138,6 +138,45 @@ def test_an_evaluation_that_is_killed_goes_on_to_the_same_numbers(published, mon
         assert rows() == whole
         assert len(calls) == n - done
         assert not kept.exists()
+
+
+def test_likelihoods_are_named_and_kept_apart(published):
+    found = {}
+    for kind in ("time-free", "integral"):
+        assert ("over time, as published" in invoke(f"{published} --likelihood {kind}")) == (kind == "integral")
+        (found[kind],) = rows().values()
+        assert found[kind]["likelihood"] == kind
+    assert found["time-free"]["nll"] != found["integral"]["nll"]
+
+
+@pytest.mark.parametrize("kind", ["left-to-right", "confidence", "margin", "entropy"])
+def test_along_one_order(published, kind):
+    """With a prompt, in blocks; the numbers of `ordered_nll`, without an interval."""
+    command = published.replace("--num-samples 8", f"--likelihood {kind} --cut sliding --context 2 --num-sequences 0")
+    shown = invoke(f"{command} --tokens-per-step 2 --block-length 3")
+    assert f"sliding of 6 tokens, one order, {kind}, 2 a step, blocks of 3" in shown
+    assert "masking" not in shown
+    (row,) = rows().values()
+    assert (row["likelihood"], row["tokens_per_step"], row["block_length"]) == (kind, 2, 3)
+    assert not [name for name in row if "interval" in name]
+    assert row["bits_per_token"] == pytest.approx(row["nll"] / row["tokens"] / math.log(2))
+
+    model = load("mdlm:mdlm", CPU, mask_index=int(command.split()[3]))
+    tokens = tokens_of(model.tokenizer, TEXT.encode())
+    nll = passes = 0
+    for piece in pieces("text", [tokens], 6, cut="sliding", context=2):
+        x0 = torch.cat([piece.context, piece.target]).unsqueeze(0)
+        target = torch.arange(x0.shape[1]).unsqueeze(0) >= len(piece.context)
+        options = dict(mask_index=model.graph.mask_index, order=kind, tokens_per_step=2, block_length=3)
+        estimate = ordered_nll(model.conditionals, x0, target=target, **options)
+        nll, passes = nll + estimate.nll.item(), passes + estimate.num_forwards.item()
+    assert row["nll"] == pytest.approx(nll, rel=1e-5)
+    assert row["network_passes"] == passes
+
+    assert "2 a step" not in invoke(command)
+    (by_one,) = rows().values()
+    assert by_one["network_passes"] == by_one["tokens"] > passes
+    assert by_one["nll"] != row["nll"]
 
 
 def test_what_was_kept_of_other_settings_is_not_used(published, tmp_path):

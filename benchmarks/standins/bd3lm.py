@@ -74,6 +74,14 @@ class Diffusion(mdlm.StandIn):
             return dsigma * self._score_entropy(model_output, sigma, xt, x0)
         return loss_scale * model_output.gather(-1, x0[..., None]).squeeze(-1)
 
+    def _sample_t(self, shape: torch.Size, device: torch.device, eps_min: float, eps_max: float) -> Tensor:
+        blocks = shape[1] // self.block_size
+        t = mdlm.antithetic(shape[0] * blocks, eps_min, eps_max).view(-1, blocks)
+        return t if blocks == 1 else t.repeat_interleave(self.block_size, -1)
+
+    def q_xt(self, x0: Tensor, p: Tensor, **clip: Any) -> Tensor:
+        return torch.where(torch.rand(x0.shape) <= p, self.mask_index, x0)
+
     def _loss(
         self,
         x0: Tensor,
@@ -116,7 +124,7 @@ class Diffusion(mdlm.StandIn):
         return (p_x0 if torch.equal(x_new, x) else None), x_new
 
 
-PUBLISHED = published("bd3lm", "diffusion")
+PUBLISHED = published("bd3lm", "diffusion", "noise_schedule")
 Diffusion = PUBLISHED["diffusion"].Diffusion
 
 SETTINGS = dict(

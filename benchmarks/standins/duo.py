@@ -22,6 +22,16 @@ class Loss:
     num_tokens: Tensor
 
 
+class LogLinear:
+    """t -> (dalpha, alpha)."""
+
+    def __init__(self, eps: float) -> None:
+        self.eps = eps
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.full_like(t, self.eps - 1), 1 - (1 - self.eps) * t
+
+
 class Diffusion:
     """Attributes are those of the codebase: backbone, noise, vocab_size and so on."""
 
@@ -59,6 +69,9 @@ class Diffusion:
             print("model_output", log_x_theta)
         return self.nll_per_token(log_x_theta, xt, x0, alpha_t, dalpha_t)
 
+    def _sample_t(self, n: int, accum_step: None) -> Tensor:
+        return mdlm.antithetic(n, self.sampling_eps)
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         step = batch_idx % self.trainer.accumulate_grad_batches
         losses = self._loss(batch["input_ids"], batch.get("labels"), batch["attention_mask"], step, train_mode=True)
@@ -80,6 +93,9 @@ class Diffusion:
 
 
 class DUO_BASE(Diffusion):
+    def q_xt(self, x0: Tensor, alpha_t: Tensor) -> Tensor:
+        return torch.where(torch.rand(x0.shape) < 1 - alpha_t, torch.randint_like(x0, self.vocab_size), x0)
+
     def _sigma_from_alphat(self, alpha_t: Tensor) -> Tensor:
         return -torch.log(alpha_t)
 
@@ -130,7 +146,7 @@ class DUO_BASE(Diffusion):
 
 
 PUBLISHED = published("duo", "algo", "trainer_base")
-DUO_BASE = PUBLISHED["algo"].DUO_BASE
+DUO_BASE, LogLinear = PUBLISHED["algo"].DUO_BASE, PUBLISHED["trainer_base"].LogLinear
 
 
 def given(cls: type, num_states: int, **attributes: Any) -> Any:

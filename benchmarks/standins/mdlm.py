@@ -22,6 +22,18 @@ class Loss:
     token_mask: Tensor
 
 
+class LogLinearNoise:
+    """t -> (sigma, dsigma)."""
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return -torch.log1p(-(1 - 1e-3) * t), (1 - 1e-3) / (1 - (1 - 1e-3) * t)
+
+
+def antithetic(n: int, eps: float, high: float = 1.0) -> Tensor:
+    """Times [n] at equal distances on [eps, high], each moved within its distance by itself."""
+    return eps + (high - eps) * (torch.rand(n) / n + torch.arange(n) / n) % 1
+
+
 class Diffusion:
     """Attributes are those of the codebase: backbone, noise, mask_index, parameterization and so on."""
 
@@ -83,6 +95,12 @@ class Diffusion:
             return log_p * torch.log1p(-torch.exp(-self.noise.sigma_min))
         return -log_p * (dsigma / torch.expm1(sigma))[:, None]
 
+    def _sample_t(self, n: int, device: torch.device) -> Tensor:
+        return antithetic(n, self.sampling_eps)
+
+    def q_xt(self, x0: Tensor, move_chance: Tensor) -> Tensor:
+        return torch.where(torch.rand(x0.shape) < move_chance, self.mask_index, x0)
+
     def _maybe_sub_sample(self, x0: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         ar = self.parameterization == "ar"
         return (x0[:, :-1], x0[:, 1:], attention_mask[:, 1:]) if ar else (x0, None, attention_mask)
@@ -116,8 +134,8 @@ class Diffusion:
         return p_x0, torch.where(x != self.mask_index, x, _sample_categorical(q_xs))
 
 
-PUBLISHED, StandIn = published("mdlm", "diffusion"), Diffusion
-Diffusion = PUBLISHED["diffusion"].Diffusion
+PUBLISHED, StandIn = published("mdlm", "diffusion", "noise_schedule"), Diffusion
+Diffusion, LogLinearNoise = PUBLISHED["diffusion"].Diffusion, PUBLISHED["noise_schedule"].LogLinearNoise
 
 
 SETTINGS = dict(

@@ -18,6 +18,24 @@ def expm1_sigma(sigma: Tensor) -> Tensor:
     return torch.where(sigma < 0.5, torch.expm1(sigma), torch.exp(sigma) - 1)
 
 
+class LogLinearNoise(nn.Module):
+    """t -> (sigma, dsigma)."""
+
+    def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return -torch.log1p(-(1 - 1e-3) * t), (1 - 1e-3) / (1 - (1 - 1e-3) * t)
+
+
+class GeometricNoise(nn.Module):
+    def __init__(self, sigma_min: float, sigma_max: float) -> None:
+        super().__init__()
+        self.ends = sigma_min, sigma_max
+
+    def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = self.ends
+        sigma = low ** (1 - t) * high**t
+        return sigma, sigma * math.log(high / low)
+
+
 class SEDD(nn.Module):
     """The model's last layer and its tail: log scores, 0 at the tokens themselves."""
 
@@ -166,10 +184,11 @@ def get_loss_fn(
     return loss_fn
 
 
-PUBLISHED = published("sedd", "graph_lib", "losses", "model", "sampling")
+PUBLISHED = published("sedd", "graph_lib", "losses", "model", "noise_lib", "sampling")
 SEDD = PUBLISHED["model"].SEDD
 Absorbing, Uniform = PUBLISHED["graph_lib"].Absorbing, PUBLISHED["graph_lib"].Uniform
 AnalyticPredictor, Denoiser = PUBLISHED["sampling"].AnalyticPredictor, PUBLISHED["sampling"].Denoiser
+GeometricNoise, LogLinearNoise = PUBLISHED["noise_lib"].GeometricNoise, PUBLISHED["noise_lib"].LogLinearNoise
 EulerPredictor, get_loss_fn = PUBLISHED["sampling"].EulerPredictor, PUBLISHED["losses"].get_loss_fn
 
 

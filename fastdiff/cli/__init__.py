@@ -1,4 +1,4 @@
-"""The `fastdiff` command: train, eval, sample, doctor."""
+"""The `fastdiff` command: tokenize, train, eval, answers, sample, doctor."""
 
 import sys
 import warnings
@@ -12,9 +12,11 @@ except ImportError as error:
     print(f"fastdiff: {error}; install what the command needs: pip install rich safetensors typer", file=sys.stderr)
     raise SystemExit(2) from None
 
+from fastdiff.cli.answers import answers
 from fastdiff.cli.doctor import doctor
 from fastdiff.cli.evaluate import evaluate
 from fastdiff.cli.sample import sample
+from fastdiff.cli.tokenize import tokenize
 from fastdiff.cli.train import train
 
 app = typer.Typer(
@@ -23,8 +25,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for name, command in (("train", train), ("eval", evaluate), ("sample", sample), ("doctor", doctor)):
-    app.command(name)(command)
+app.command("tokenize")(tokenize)
+app.command("train")(train)
+app.command("eval")(evaluate)
+app.command("answers")(answers)
+app.command("sample")(sample)
+app.command("doctor")(doctor)
 
 _USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, BackendUnavailable)
 

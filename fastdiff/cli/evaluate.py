@@ -12,12 +12,40 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastdiff.cli.options import Device, MaskIndex, Named, TokenizerOf, Trust, check_seed, device_of, half_of, read_run
-from fastdiff.data import Text, load_documents, load_named_documents
+from fastdiff.cli.options import (
+    Device,
+    MaskIndex,
+    Named,
+    TokenizerOf,
+    Trust,
+    check_json,
+    check_seed,
+    device_of,
+    half_of,
+    read_run,
+    versions,
+)
+from fastdiff.data import Text, TokenSource, load_documents, load_named_documents
+from fastdiff.estimators.orders import ORDERS
 from fastdiff.likelihood import forget, likelihoods, ranks, row
 from fastdiff.loading import load
 from fastdiff.model import write_atomically
+from fastdiff.shards import Shards, TokenFolder, is_tokens
 from fastdiff.texts import CUTS, Piece, pieces, tokens_of
+
+_MOST_TEXT = 2**26  # bytes of the held-out documents of a folder of tokens, evenly spread
+_TITLES = {
+    "time-free": "time-free likelihood",
+    "bound": "the bound of the uniform graph",
+    "integral": "the integral over time, as published",
+    **{order: f"one order, {order}" for order in ORDERS},
+}
+_OPTIONS: dict[str, dict[str, Any]] = {  # what each takes, and what stands for None
+    "time-free": dict(num_samples=64, proposal="stratified", tolerance=None),
+    "bound": dict(num_samples=64),
+    "integral": dict(num_samples=64),
+    **{order: dict(tokens_per_step=1, block_length=None) for order in ORDERS},
+}
 
 
 def evaluate(
@@ -25,7 +53,8 @@ def evaluate(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="'stdlib', a text file or a folder; may be given several times", show_default="the run's own"
+            help="'stdlib', a text file or a folder, of tokens too (their held-out texts); may be given several times",
+            show_default="the run's own",
         ),
     ] = None,
     whole: Annotated[
@@ -34,12 +63,27 @@ def evaluate(
     cut: Annotated[str, typer.Option(help=", ".join(CUTS))] = "windows",
     context: Annotated[int, typer.Option(help="tokens of a sliding window that are given, not scored")] = 0,
     num_sequences: Annotated[int, typer.Option(help="pieces of each text, evenly spread; 0 for all")] = 64,
-    num_samples: Annotated[int, typer.Option(help="network passes for each of them")] = 64,
+    num_samples: Annotated[int | None, typer.Option(help="network passes for each of them", show_default="64")] = None,
     tolerance: Annotated[
         float | None,
         typer.Option(help="bits per byte: as many passes as each text's interval should take to be within +- this"),
     ] = None,
-    proposal: Annotated[str, typer.Option(help="stratified, systematic, uniform or harmonic")] = "stratified",
+    likelihood: Annotated[
+        str,
+        typer.Option(
+            help="time-free; integral, as the model's own codebase prints it; or one order that tokens are revealed "
+            f"in: {', '.join(ORDERS)}"
+        ),
+    ] = "time-free",
+    tokens_per_step: Annotated[
+        int | None, typer.Option(help="of an order: tokens revealed in a pass", show_default="1")
+    ] = None,
+    block_length: Annotated[
+        int | None, typer.Option(help="of an order: positions of blocks filled one by one", show_default="one block")
+    ] = None,
+    proposal: Annotated[
+        str | None, typer.Option(help="stratified, systematic, uniform or harmonic", show_default="stratified")
+    ] = None,
     seed: Annotated[int, typer.Option(help="of the masks")] = 0,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="file for the numbers; a killed evaluation goes on where it was")
@@ -52,26 +96,23 @@ def evaluate(
 ) -> None:
     """Likelihood of texts: nats, bits and perplexity, with 95% intervals of what masking leaves open.
 
-    For a model of the uniform graph it is the bound that the integral over its noise gives. Under torchrun the ranks
-    share the pieces.
+    Along one order nothing is left open, and there is no interval. A model of the uniform graph, which has no
+    time-free likelihood, gives the bound of its whole integral over noise. Under torchrun the ranks share the pieces.
     """
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance: expected a positive number of bits per byte, got {tolerance}")
     check_seed(seed)
     if num_sequences < 0:
         raise ValueError(f"num_sequences: expected at least 1, or 0 for all, got {num_sequences}")
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        if json_file.is_dir():
-            raise ValueError(f"json: expected a file, but {json_file} is a folder")
+    check_json(json_file)
     with ranks() as (rank, local):
         place = device_of(device or (f"cuda:{local}" if torch.cuda.is_available() else None))
         scored = load(
             model, place, tokenizer=tokenizer, mask_index=mask_index, length=length, trust_remote_code=trust_remote_code
         )
-        uniform = scored.graph.mask_index is None
-        if uniform and (tolerance is not None or proposal != "stratified"):
-            raise ValueError("tolerance, proposal: not for a model of the uniform graph, integrated over its noise")
+        kind = scored.name_of(likelihood)
+        asked = dict(num_samples=num_samples, proposal=proposal, tolerance=tolerance)
+        own = _options(kind, asked | dict(tokens_per_step=tokens_per_step, block_length=block_length))
         texts = {
             name: [tokens_of(scored.tokenizer, document) for document in documents]
             for name, documents in _texts(model, data, whole)
@@ -81,16 +122,17 @@ def evaluate(
             texts = {name: documents for name, documents in texts.items() if name not in short}
             if rank == 0:
                 typer.echo(f"shorter than a window of {scored.length} tokens, left out: {', '.join(short)}", err=True)
-        rows, options = {}, dict[str, Any](num_samples=num_samples, seed=seed)
-        settings = dict(model=model, files=_versions(model), mask_index=scored.graph.mask_index)
+        rows, drawn = {}, kind not in ORDERS
+        options = own | dict(likelihood=likelihood, **(dict(seed=seed) if drawn else {}))
+        settings = dict(model=model, files=versions(model), mask_index=scored.graph.mask_index)
         for name, documents in texts.items():
             found = list(pieces(name, documents, scored.length, cut=cut, context=context, most=num_sequences or None))
-            if not uniform:
-                options |= dict(proposal=proposal, tolerance=_nats(tolerance, found))
+            if kind == "time-free":
+                options["tolerance"] = _nats(tolerance, found)
             estimate = likelihoods(scored, found, settings, json_file, **options)
-            rows[name] = row(estimate, found)
+            rows[name] = dict(likelihood=kind) | ({} if drawn else own) | row(estimate, found, drawn=drawn)
         if rank == 0:
-            _show_rows(rows, f"{model}, {cut} of {scored.length} tokens, {proposal}")
+            _show_rows(rows, f"{model}, {cut} of {scored.length} tokens, {_TITLES[kind]}{_how(own)}")
             missed = [name for name, found in rows.items() if tolerance is not None and _masking(found) > tolerance]
             if missed:
                 names = ", ".join(missed)
@@ -100,6 +142,20 @@ def evaluate(
                 forget(json_file)
 
 
+def _options(kind: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """What the likelihood takes, as asked for or by default."""
+    for name, value in asked.items():
+        if value is not None and name not in _OPTIONS[kind]:
+            raise ValueError(f"{name}: not for {_TITLES[kind]}, got {value}")
+    return {name: default if asked[name] is None else asked[name] for name, default in _OPTIONS[kind].items()}
+
+
+def _how(options: dict[str, Any]) -> str:
+    """The rest of a title."""
+    said = dict(proposal="{}", tokens_per_step="{} a step", block_length="blocks of {}")
+    return "".join(f", {said[name].format(value)}" for name, value in options.items() if name in said and value)
+
+
 def _texts(model: str, data: list[str] | None, whole: bool) -> Iterator[tuple[str, list[bytes]]]:
     """Names of texts and their documents; those that a run was trained on without what it saw."""
     run = Path(model) if (Path(model) / "config.json").is_file() and ":" not in model else None
@@ -107,19 +163,27 @@ def _texts(model: str, data: list[str] | None, whole: bool) -> Iterator[tuple[st
     if config is None and not data:
         raise ValueError(f"data: expected texts, for {model} has none of its own")
     for name in data or [config["data"]["path"]]:  # type: ignore[index]
-        if config is not None and not whole:
+        own = config is not None and config["data"]["path"] in (name, str(Path(name).resolve()))
+        if is_tokens(name):
+            if config is not None and own:
+                source = Shards(name, config["model"]["max_length"], seed=config["training"]["seed"])
+                _check_same(name, source, run, config)
+            yield f"held-out part of {name}", list(TokenFolder(name).held_out_documents(_MOST_TEXT))
+        elif config is not None and not whole:
             text = Text(load_documents(name, run), config["model"]["max_length"], seed=config["training"]["seed"])
-            own = config["data"]["path"] in (name, str(Path(name).resolve()))
-            if own and text.fingerprint != config["source"]["fingerprint"]:
-                raise ValueError(
-                    f"data: {name} has changed since {run} was trained on it, and so has its held-out part"
-                )
+            if own:
+                _check_same(name, text, run, config)
             yield f"held-out part of {name}", [bytes(text.validation_bytes.tolist())]
         else:
             parts: dict[str, list[bytes]] = {}
             for part, document in load_named_documents(name, run):
                 parts.setdefault(part, []).append(document)
             yield from parts.items()
+
+
+def _check_same(name: str, source: TokenSource, run: Path | None, config: dict[str, Any]) -> None:
+    if source.fingerprint != config["source"]["fingerprint"]:
+        raise ValueError(f"data: {name} has changed since {run} was trained on it, and so has its held-out part")
 
 
 def _nats(tolerance: float | None, found: list[Piece]) -> float | None:
@@ -129,41 +193,29 @@ def _nats(tolerance: float | None, found: list[Piece]) -> float | None:
     return tolerance * math.log(2) * sum(piece.bytes for piece in found) / math.sqrt(len(found))
 
 
-def _versions(model: str) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of a model's files."""
-    path = Path(model.partition(":")[2] or model)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-
-
 def _show_rows(rows: dict[str, dict[str, Any]], title: str) -> None:
     table = Table(title=title, title_justify="left")
-    for column in (
-        "text",
-        "pieces",
-        "passes",
-        "nats",
-        "bits per byte",
-        "± masking, 95%",
-        "± between pieces, 95%",
-        "perplexity per token",
-        "per word",
-    ):
+    for column in _cells(*next(iter(rows.items()))):
         table.add_column(column, justify="left" if column == "text" else "right")
     for name, found in rows.items():
-        spread, n = found["bits_per_byte_sd_between_pieces"], found["pieces"]
-        table.add_row(
-            name,
-            f"{n}",
-            f"{found['network_passes']}",
-            f"{found['nll']:.1f}",
-            f"{found['bits_per_byte']:.4f}",
-            f"{_masking(found):.4f}",
-            "one piece" if spread is None else f"{half_of(spread / math.sqrt(n), n):.4f}",
-            f"{found['perplexity_per_token']:.3f}",
-            f"{found['perplexity_per_word']:.4g}",
-        )
+        table.add_row(*_cells(name, found).values())
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _cells(name: str, found: dict[str, Any]) -> dict[str, str]:
+    spread, n = found["bits_per_byte_sd_between_pieces"], found["pieces"]
+    masking = {"± masking, 95%": f"{_masking(found):.4f}"} if "bits_per_byte_interval" in found else {}
+    return {
+        "text": name,
+        "pieces": f"{n}",
+        "passes": f"{found['network_passes']}",
+        "nats": f"{found['nll']:.1f}",
+        "bits per byte": f"{found['bits_per_byte']:.4f}",
+        **masking,
+        "± between pieces, 95%": "one piece" if spread is None else f"{half_of(spread / math.sqrt(n), n):.4f}",
+        "perplexity per token": f"{found['perplexity_per_token']:.3f}",
+        "per word": f"{found['perplexity_per_word']:.4g}",
+    }
 
 
 def _masking(row: dict[str, Any]) -> float:

@@ -36,6 +36,21 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed: expected a number of 64 bits, got {seed}")
 
 
+def check_json(file: Path | None) -> None:
+    """Makes the folder of a file to write, if there is one."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_dir():
+            raise ValueError(f"json: expected a file, but {file} is a folder")
+
+
+def versions(model: str) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a model's files."""
+    path = Path(model.partition(":")[2] or model)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+
+
 def read_run(run: Path) -> dict[str, Any]:
     config = read_config(run)
     try:

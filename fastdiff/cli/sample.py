@@ -10,7 +10,7 @@ import typer
 from fastdiff.cli.options import Device, MaskIndex, Named, TokenizerOf, Trust, check_seed, device_of
 from fastdiff.loading import load
 from fastdiff.sampling import sample as draw_samples
-from fastdiff.texts import Tokenizer
+from fastdiff.texts import Tokenizer, chat_text
 from fastdiff.unmasking import SAMPLERS, TIMED
 
 _FRAMES = 8  # lines in which a text comes about
@@ -19,6 +19,7 @@ _FRAMES = 8  # lines in which a text comes about
 def sample(
     model: Named,
     prompt: Annotated[str, typer.Option(help="text to go on from")] = "",
+    chat: Annotated[bool, typer.Option("--chat", help="the prompt is a message; draw what the assistant says")] = False,
     infill: Annotated[str | None, typer.Option(help="text with {n} where n tokens are to be filled in")] = None,
     length: Annotated[
         int | None, typer.Option(help="tokens (bytes of a run), with the prompt", show_default="all the model takes")
@@ -42,6 +43,8 @@ def sample(
     check_seed(seed)
     options: dict[str, Any] = dict(tokenizer=tokenizer, mask_index=mask_index, trust_remote_code=trust_remote_code)
     loaded = load(model, device_of(device), **options)
+    if chat:
+        loaded, prompt = loaded.in_chats(), chat_text(loaded.tokenizer, prompt)
     graph, most = loaded.graph, loaded.length
     given = loaded.front + loaded.tokenizer.encode(prompt, add_special_tokens=False)
     if length is not None:

@@ -2,6 +2,7 @@
 
 from fastdiff.estimators.estimate import LogRatioEstimate, NLLEstimate
 from fastdiff.estimators.information import InformationCurve, mutual_information
+from fastdiff.estimators.orders import OrderedNLL, ordered_nll
 from fastdiff.estimators.ratio import log_likelihood_ratio
 from fastdiff.estimators.score_entropy import dse_nll
 from fastdiff.estimators.time_free import conditional_nll, exact_nll, time_free_nll
@@ -11,11 +12,13 @@ __all__ = [
     "InformationCurve",
     "LogRatioEstimate",
     "NLLEstimate",
+    "OrderedNLL",
     "conditional_nll",
     "dse_nll",
     "exact_nll",
     "log_likelihood_ratio",
     "mutual_information",
+    "ordered_nll",
     "time_free_nll",
     "time_integral_nll",
 ]

@@ -1,5 +1,6 @@
 """What every estimator returns: negative log-likelihoods, their standard errors and what they cost."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,8 @@ class NLLEstimate:
         """
         variance = self.stderr**2
         spread = (variance**2 / self.degrees_of_freedom).sum()
-        return NLLEstimate(
+        return dataclasses.replace(
+            self,
             nll=self.nll.sum().view(1),
             stderr=variance.sum().sqrt().view(1),
             num_tokens=self.num_tokens.sum().view(1),

@@ -1,5 +1,6 @@
 """The likelihood of score models: an integral of the denoising score entropy over the noise."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ def dse_nll(
     num_samples: int = 64,
     times: str = "stratified",
     density: str = "sqrt",
+    eps: float | None = None,
     parametrization: str = "log_score",
     batch_size: int | None = None,
     seed: int | Tensor | None = 0,
@@ -53,6 +55,9 @@ def dse_nll(
 
     Each pass counts 1 / its density, so the value has no other bias.
 
+    With eps it is what SEDD and Duo print of either graph, `E_t[dsigma(t) sum_i l_i(xt, sigma(t))]` over t uniform on
+    [eps, 1]: 1 / (1 - eps) times an integral without its ends. `bias` is then not estimated: NaN.
+
     Args:
         model: callable xt [b, L] int64, sigma [b] float32 -> log score [b, L, V], or -> an object with it as `.logits`.
             An nn.Module is put into evaluation mode, and back; no gradients are made.
@@ -65,6 +70,7 @@ def dse_nll(
         density: "sqrt", of times u the share lambda of noised tokens is u^2, scaled to the range of the integral; few
             are spent where hardly any token is noised, just enough that the variance is finite. Or "schedule", u is
             the schedule's own time t, as published; for LogLinear the variance is then infinite in principle.
+        eps: least t, as published, in [0, 1); None for the whole integral.
         parametrization: what the model gives, as in `dse_loss`.
         batch_size: rows in a forward pass; None bounds log scores to 256 MB in float32.
         seed: of all draws; None takes one from torch's generator.
@@ -77,14 +83,22 @@ def dse_nll(
             too small for a standard error.
     """
     check_choice("density", density, ("sqrt", "schedule"))
+    if eps is not None and not 0 <= eps < 1:
+        raise ValueError(f"eps: expected None or a number in [0, 1), got {eps}")
     score = EntropyScorer(model, x0, graph, schedule, parametrization, batch_size, backend)
     seed, sample_ids = draw_names(x0, seed, sample_ids)
     u = draw_times(num_samples, times, seed, sample_ids)
-    noise, sigma, weight = _noise_levels(u, graph, schedule, density)
+    if eps is None:
+        noise, sigma, weight = _noise_levels(u, graph, schedule, density)
+    else:
+        noise, weight = _published_levels(u, eps, schedule, density)
+        sigma = noise
     loss = score_entropies(score, noise, sigma, seed, sample_ids)
     nll, stderr, freedom = mean_over_times(weight * loss, times)
     end, bias = torch.zeros_like(nll), torch.zeros_like(nll)
-    if isinstance(graph, Uniform):
+    if eps is not None:
+        bias += math.nan
+    elif isinstance(graph, Uniform):
         first, last = schedule.total_noise(u.new_tensor([0.0, 1.0]))
         end = x0.shape[1] * _kl_to_uniform(last, graph.num_states)
         if first > 0:
@@ -189,6 +203,13 @@ def _noise_levels(u: Tensor, graph: Graph, schedule: Schedule, density: str) -> 
     noise = -torch.log1p(-lambda_)
     sigma = noise.clamp(ends[0], ends[1]).float().double()  # as the model sees it
     return noise, sigma, slope * (high - low) * torch.expm1(sigma) / lambda_
+
+
+def _published_levels(u: Tensor, eps: float, schedule: Schedule, density: str) -> tuple[Tensor, Tensor]:
+    """The noise at the t in (eps, 1) of u in (0, 1), and the weight on its loss in a mean over uniform t."""
+    share, slope = (u**2, 2 * u) if density == "sqrt" else (u, torch.ones_like(u))
+    noise, rate = schedule(eps + (1 - eps) * share)
+    return noise, slope * rate
 
 
 def _kl_to_uniform(sigma: Tensor, num_states: int) -> Tensor:

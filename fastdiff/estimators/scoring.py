@@ -79,17 +79,28 @@ class Scorer:
 
     def __call__(self, which: Tensor, masked: Masked) -> Tensor:
         """Losses [b, L], float64, of the sequences `which` [b] masked as given; 0 where nothing is masked."""
-        output, x0 = self.body(masked.xt), self.x0[which, : masked.xt.shape[1]].where(masked.mask, 0)
-        options: dict[str, Any] = dict(mask_index=self.mask_index, exclude_mask=self.exclude_mask)
-        options |= dict(mask=masked.mask, backend=self.backend)
+        return self.losses(self.output(masked.xt), which, masked.mask)
+
+    def output(self, xt: Tensor) -> Tensor:
+        """Logits [b, L, V] of xt [b, L], or hidden states [b, L, D] where the last layer is apart."""
+        output = self.body(xt)
         if self.lm_head is None:
-            logits = getattr(output, "logits", output)
-            self._check("logits", logits, masked.xt.shape, "V")
-            self._set_sizes(logits.shape[2], logits.shape[2])
-            return dce_loss(logits, x0, **options).double()
-        output = getattr(output, "last_hidden_state", output)
-        self._check("hidden states", output, masked.xt.shape, "D")
-        self._set_sizes(len(self.lm_head), output.shape[2])
+            output = getattr(output, "logits", output)
+            self._check("logits", output, xt.shape, "V")
+            self._set_sizes(output.shape[2], output.shape[2])
+        else:
+            output = getattr(output, "last_hidden_state", output)
+            self._check("hidden states", output, xt.shape, "D")
+            self._set_sizes(len(self.lm_head), output.shape[2])
+        return output
+
+    def losses(self, output: Tensor, which: Tensor, mask: Tensor) -> Tensor:
+        """Losses [b, L], float64, where mask [b, L] is true, and 0 elsewhere, from what `output` gave."""
+        x0 = self.x0[which, : mask.shape[1]].where(mask, 0)
+        options: dict[str, Any] = dict(mask_index=self.mask_index, exclude_mask=self.exclude_mask)
+        options |= dict(mask=mask, backend=self.backend)
+        if self.lm_head is None:
+            return dce_loss(output, x0, **options).double()
         return linear_dce_loss(output, self.lm_head, x0, bias=self.bias, **options).double()
 
     def draw(

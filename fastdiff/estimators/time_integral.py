@@ -1,5 +1,7 @@
 """The likelihood of masked diffusion as an integral over time, as it is usually published."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from fastdiff.estimators.scoring import Model, Scorer
 from fastdiff.estimators.time_free import draw_names
 from fastdiff.noising import mask_tokens
 from fastdiff.philox import Purpose, uniform
+from fastdiff.schedules import Schedule
 
 _TOKENS_FOR_BIAS = 8
 
@@ -21,6 +24,7 @@ def time_integral_nll(
     num_samples: int = 64,
     times: str = "stratified",
     eps: float = 1e-3,
+    schedule: Schedule | None = None,
     target: Tensor | None = None,
     lengths: Tensor | None = None,
     exclude_mask: bool = True,
@@ -41,19 +45,24 @@ def time_integral_nll(
     `bias` is an estimate of what the cut leaves out, from passes that are made anyway: - eps L times the mean loss of
     the tokens masked in the passes of smallest lambda, as many as it takes to mask 8.
 
+    With a schedule it is what MDLM prints, `E_t[dsigma / expm1(sigma) sum_{i masked} -log c(x0_i | xt)]` over t uniform
+    on [eps, 1]: 1 / (1 - eps) times an integral that leaves out some noise at both ends. `bias`, how far that is from
+    the whole integral, is then not estimated: NaN.
+
     Args:
         model, x0, mask_index, target, lengths, exclude_mask, batch_size, seed, sample_ids, backend: as in
             `time_free_nll`.
         num_samples: network passes for each sequence, at least 2.
         times: "stratified", one lambda in each of num_samples equal parts of [eps, 1]; the standard error comes from
             neighbouring parts, and its square is on average no smaller than the variance. Or "iid".
-        eps: where the integral is cut, in (0, 1).
+        eps: where the integral is cut, in [0, 1).
+        schedule: of the noise over t; None for the integral over lambda.
 
     Raises:
         TypeError, ValueError: as `time_free_nll`; also for unknown times and an eps out of range.
     """
-    if not 0 < eps < 1:
-        raise ValueError(f"eps: expected a number in (0, 1), got {eps}")
+    if not 0 <= eps < 1:
+        raise ValueError(f"eps: expected a number in [0, 1), got {eps}")
     score = Scorer(
         model,
         x0,
@@ -65,16 +74,21 @@ def time_integral_nll(
         backend=backend,
     )
     seed, sample_ids = draw_names(x0, seed, sample_ids)
-    level = eps + (1 - eps) * draw_times(num_samples, times, seed, sample_ids)
+    t = eps + (1 - eps) * draw_times(num_samples, times, seed, sample_ids)
+    level, weight = t, (1 - eps) / t
+    if schedule is not None:
+        sigma, dsigma = schedule(t)
+        level, weight = -torch.expm1(-sigma), dsigma / torch.expm1(sigma)
     loss, counts = masked_losses(score, level, seed, sample_ids)
-    nll, stderr, freedom = mean_over_times((1 - eps) / level * loss, times)
+    nll, stderr, freedom = mean_over_times(weight * loss, times)
+    bias = -eps * score.num_tokens.double() * _loss_of_few(level, loss, counts)
     return NLLEstimate(
         nll=nll,
         stderr=stderr,
         num_tokens=score.num_tokens,
         num_forwards=torch.full_like(score.num_tokens, num_samples),
         degrees_of_freedom=freedom,
-        bias=-eps * score.num_tokens.double() * _loss_of_few(level, loss, counts),
+        bias=bias if schedule is None else torch.full_like(bias, math.nan),
     )
 
 

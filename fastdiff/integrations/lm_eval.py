@@ -9,13 +9,13 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable
-from itertools import groupby, islice, takewhile
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
+from lm_eval.api.model import LM, TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import handle_arg_string
@@ -32,7 +32,7 @@ from fastdiff.integrations.transformers import agreed_mask_index  # and names Fa
 from fastdiff.loading import front_of, of_config, shifted
 from fastdiff.model import DiffusionTransformer, read_config
 from fastdiff.sampling import sample
-from fastdiff.texts import Bytes
+from fastdiff.texts import Bytes, chat_text, split_pair
 from fastdiff.training import time_free
 
 _TOGETHER = 64  # requests of equal lengths
@@ -61,7 +61,7 @@ class FastdiffLM(LM):
 
     Args:
         pretrained: a model as `time_free_nll` takes it; or a folder, of `fastdiff train` or of a model of transformers
-            whose output has logits (it may run code of its own, as LLaDA's and Dream's do).
+            whose output has logits (LLaDA's and Dream's need trust_remote_code).
         tokenizer: as of transformers, with encode(text, add_special_tokens=) and decode(tokens, skip_special_tokens=);
             or the folder of one; None means that of the model's folder.
         mask_index: the mask's id; None means what the folder, the model's config or the tokenizer says.
@@ -75,6 +75,7 @@ class FastdiffLM(LM):
         is_check_greedy: find out whether a target is what is generated greedily, a pass for each of its tokens.
         steps, block_length, max_gen_toks: of generation by confidence, see `sample`; steps None reveals one at a time.
         batch_size: sequences in a network pass; None or "auto" means what `time_free_nll` finds.
+        trust_remote_code: run the code that comes with a folder, of its model and of its tokenizer.
         device: where tokens go, and the model of a folder; None means where the model is, or for a folder a GPU, and
             the CPU is taken where there is none.
 
@@ -104,6 +105,7 @@ class FastdiffLM(LM):
         block_length: int | None = None,
         max_gen_toks: int = 256,
         batch_size: int | str | None = None,
+        trust_remote_code: bool = False,
         device: str | None = None,
     ) -> None:
         super().__init__()
@@ -112,8 +114,8 @@ class FastdiffLM(LM):
         self.likelihood |= _parsed(int, 1, num_samples=num_samples, max_samples=max_samples)
         self.plan = _parsed(int | None, 1, steps=steps, block_length=block_length)
         own = _parsed(int, 1, max_gen_toks=max_gen_toks) | _parsed(int, 0, seed=seed)
-        own |= _parsed(bool, 0, is_check_greedy=is_check_greedy)
-        self.max_gen_toks, self.seed, self.is_check_greedy = own.values()
+        own |= _parsed(bool, 0, is_check_greedy=is_check_greedy, trust_remote_code=trust_remote_code)
+        self.max_gen_toks, self.seed, self.is_check_greedy, trust_remote_code = own.values()
         batch_size = None if str(batch_size).startswith("auto") else batch_size
         self.batch_size = _parsed(int | None, 1, batch_size=batch_size)["batch_size"]
         add_bos_token = _parsed(bool | None, 0, add_bos_token=add_bos_token)["add_bos_token"]
@@ -122,12 +124,12 @@ class FastdiffLM(LM):
 
         self._device = _place(pretrained, device)
         if isinstance(pretrained, str | os.PathLike):
-            model, known = _load(Path(pretrained), self._device)
+            model, known = _load(Path(pretrained), self._device, trust_remote_code)
         else:
             model, known = pretrained, of_config(getattr(pretrained, "config", None))
         self.tokenizer = known.pop("tokenizer", None) if tokenizer is None else tokenizer
         if isinstance(self.tokenizer, str | os.PathLike):
-            self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=True)
+            self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=trust_remote_code)
         if given["mask_index"] is None:
             known["mask_index"] = agreed_mask_index(known["mask_index"], getattr(self.tokenizer, "mask_token_id", None))
         given = {name: known[name] if value is None else value for name, value in given.items()}
@@ -187,6 +189,17 @@ class FastdiffLM(LM):
             texts.append(text)
         return texts
 
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of messages, by the tokenizer's template."""
+        return chat_text(self.tokenizer, chat_history, add_generation_prompt)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness names its cache of requests by."""
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    chat_template = TemplateLM.chat_template  # that of the tokenizer, for the harness's records
+
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes into config of its results."""
         return dict(likelihoods=self.likelihoods, seed=self.seed, shift=self.shift, **self.shared, **self.likelihood)
@@ -232,16 +245,12 @@ class FastdiffLM(LM):
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of both; spaces at the end of the context go to the continuation, as everywhere in the harness.
-
-        So does a token that has characters of both: the continuation begins where the context alone has other tokens.
-        """
-        whole, alone = self._encode(context + continuation), self._encode(context.rstrip())
-        start = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(whole, alone, strict=False)))
+        """Tokens of both; spaces at the end of the context go to the continuation, as everywhere in the harness."""
+        given, target = split_pair(self.tokenizer, context.rstrip(), context + continuation)
         most = self.max_length - len(self.front)
-        if not 0 < len(whole) - start <= most:
-            raise ValueError(f"continuation: expected 1 to max_length = {most} tokens, got {len(whole) - start}")
-        return self._behind_front(whole[:start], len(whole) - start), whole[start:]
+        if not 0 < len(target) <= most:
+            raise ValueError(f"continuation: expected 1 to max_length = {most} tokens, got {len(target)}")
+        return self._behind_front(given, len(target)), target
 
     def _windows(self, tokens: list[int]) -> list[tuple[list[int], list[int]]]:
         """Contexts and targets: windows of what the model takes, the last filled up with what comes before it."""
@@ -250,7 +259,12 @@ class FastdiffLM(LM):
         return [(self._behind_front(tokens[: k * size], len(target)), target) for k, target in enumerate(targets)]
 
     def _behind_front(self, context: list[int], length: int) -> list[int]:
-        """What is in front of every text, and as much of the end of a context as leaves room for length tokens."""
+        """What is in front of every text, and as much of the end of a context as leaves room for length tokens.
+
+        A context that begins with the front itself, as a chat template may write it, does not have it twice.
+        """
+        if context[: len(self.front)] == self.front:
+            context = context[len(self.front) :]
         room = self.max_length - len(self.front) - length
         context = self.front + context[max(0, len(context) - room) :]
         if self.shift and not context:
@@ -297,7 +311,7 @@ def _place(pretrained: Any, device: str | None) -> torch.device:
     return torch.device(device)
 
 
-def _load(folder: Path, device: torch.device) -> tuple[Model, dict[str, Any]]:
+def _load(folder: Path, device: torch.device, trust_remote_code: bool) -> tuple[Model, dict[str, Any]]:
     """The model of a folder, and what is known of it."""
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise ValueError(f"WORLD_SIZE: expected 1, for one process evaluates, got {processes}")
@@ -306,7 +320,7 @@ def _load(folder: Path, device: torch.device) -> tuple[Model, dict[str, Any]]:
         if thin.config.num_states != NUM_BYTES + 1:
             raise ValueError(f"pretrained: expected a model of bytes and a mask, got {thin.config}")
         return time_free(thin, NUM_BYTES), of_config(thin.config) | dict(tokenizer=Bytes(), mask_index=NUM_BYTES)
-    model = AutoModel.from_pretrained(folder, dtype="auto", trust_remote_code=True).to(device)
+    model = AutoModel.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code).to(device)
     return model, of_config(model.config) | dict(tokenizer=folder)
 
 

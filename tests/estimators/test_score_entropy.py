@@ -79,6 +79,28 @@ def test_uniform_graph_gives_the_bound_of_the_true_score(schedule: Schedule, den
     assert (estimate.bias == 0).all() == (low == 0)
 
 
+@each_schedule
+@each_density
+@pytest.mark.parametrize("times", TIMES)
+def test_eps_gives_the_mean_that_is_published(schedule: Schedule, density: str, times: str) -> None:
+    """Of the uniform graph a difference of divergences, of the absorbing one an integral over lambda of a constant."""
+    low, high = schedule.total_noise(torch.tensor([0.1, 1.0], dtype=torch.float64)).tolist()
+    options = dict(schedule=schedule, num_samples=8, times=times, density=density, eps=0.1)
+    estimate = dse_nll(UniformScores(SMALL), X0.expand(1000, -1), graph=Uniform(3), **options)
+    truth = (divergence(X0, low) - divergence(X0, min(high, 700.0))) / 0.9
+    assert abs(z_score(estimate, truth)) < 3.5
+    assert estimate.bias.isnan().all()
+    even = torch.zeros(1, 4, 4, dtype=torch.float64)  # each token costs log 3 wherever it is masked
+
+    def model(xt: Tensor, sigma: Tensor) -> Tensor:
+        return even.expand(len(xt), -1, -1)
+
+    options |= dict(parametrization="logits")
+    estimate = dse_nll(model, X0.expand(4000, -1), graph=Absorbing(4, 3), **options)
+    truth = 4 * math.log(3) * (math.exp(-low) - math.exp(-high)) / 0.9
+    assert abs(z_score(estimate, truth)) < 3.5
+
+
 @pytest.mark.parametrize("schedule", [Geometric(0.01, 5), Geometric(0.05, 3)], ids=repr)
 @pytest.mark.parametrize("x0", [X0, torch.tensor([[2, 0, 1, 1]])], ids=["likely", "unlikely"])
 @each_density
@@ -229,6 +251,7 @@ def test_an_empty_batch_gives_an_empty_estimate() -> None:
         ({"graph": "uniform"}, TypeError, r"^graph: .*Absorbing or Uniform, got 'uniform'"),
         ({"schedule": "loglinear"}, TypeError, r"^schedule: .*'loglinear'"),
         ({"model": (1, 2)}, TypeError, r"^model: .*callable of xt and sigma"),
+        ({"eps": 1}, ValueError, r"^eps: .*\[0, 1\), got 1"),
         ({"density": "lambda"}, ValueError, r"^density: .*'sqrt', 'schedule', got 'lambda'"),
         ({"times": "even"}, ValueError, r"^times: .*'even'"),
         ({"parametrization": "score"}, ValueError, r"^parametrization: .*'score'"),

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from fastdiff.estimators.estimate import NLLEstimate
 from fastdiff.estimators.time_integral import time_integral_nll
+from fastdiff.schedules import Cosine, Linear, LogLinear, Schedule
 
 TIMES = ("stratified", "iid")
 each_times = pytest.mark.parametrize("times", TIMES)
 
 
-def exact_integral(model, x0: Tensor, eps: float, exclude_mask: bool = True) -> float:
-    """int_eps^1 (1/lambda) sum_S lambda^m (1-lambda)^(L-m) loss(S) d lambda over all subsets S of x0 [L], m = |S|."""
+def exact_integral(model, x0: Tensor, eps: float, exclude_mask: bool = True, high: float = 1.0) -> float:
+    """int_eps^high (1/lambda) sum_S lambda^m (1-lambda)^(L-m) loss(S) d lambda, S all subsets of x0 [L], m = |S|."""
     length, by_count = len(x0), np.zeros(len(x0) + 1)
     for mask in itertools.product([False, True], repeat=length):
         masked = torch.tensor(mask)
@@ -25,10 +26,10 @@ def exact_integral(model, x0: Tensor, eps: float, exclude_mask: bool = True) -> 
         loss = -logits.log_softmax(1).gather(1, x0[:, None]).squeeze(1)
         by_count[sum(mask)] += loss[masked].sum().item()
     node, weight = np.polynomial.legendre.leggauss(16)  # exact for polynomials
-    level = eps + (1 - eps) * (node + 1) / 2
+    level = eps + (high - eps) * (node + 1) / 2
     m = np.arange(1, length + 1)
     integrand = (level[:, None] ** (m - 1) * (1 - level[:, None]) ** (length - m)) @ by_count[1:]
-    return float((1 - eps) / 2 * weight @ integrand)
+    return float((high - eps) / 2 * weight @ integrand)
 
 
 @each_times
@@ -44,6 +45,26 @@ def test_estimates_are_unbiased_for_the_integral(times: str, eps: float, num_sam
     assert estimate.nll.dtype == estimate.stderr.dtype == torch.float64
     assert estimate.num_forwards.tolist() == [num_samples] * repeats
     assert sum(len(xt) for xt in network.asked) == num_samples * repeats + 2**6
+
+
+@each_times
+@pytest.mark.parametrize("schedule", [LogLinear(0.05), Cosine(0.05), Linear(0.01, 3)], ids=repr)
+def test_a_schedule_gives_the_mean_that_is_published(schedule: Schedule, times: str) -> None:
+    network, x0 = RandomNetwork(6), random_tokens(1, 6)
+    estimate = time_integral_nll(
+        network, x0.expand(2000, -1), mask_index=4, num_samples=16, times=times, eps=0.1, schedule=schedule
+    )
+    low, high = (1 - schedule.alpha(torch.tensor([0.1, 1], dtype=torch.float64))).tolist()
+    assert abs(z_score(estimate, exact_integral(network, x0[0], low, high=high) / 0.9)) < 3.5
+    assert estimate.bias.isnan().all()
+
+
+@each_times
+def test_nothing_is_cut_at_eps_0(times: str) -> None:
+    network, x0 = RandomNetwork(6), random_tokens(1, 6)
+    estimate = time_integral_nll(network, x0.expand(4000, -1), mask_index=4, num_samples=16, times=times, eps=0)
+    assert abs(z_score(estimate, exact_integral(network, x0[0], 0))) < 3.5
+    assert (estimate.bias == 0).all()
 
 
 @pytest.mark.parametrize("oracle", [mixture(12, 4), markov_chain(4)], ids=["mixture", "markov"])
@@ -200,8 +221,8 @@ def test_an_empty_batch_gives_an_empty_estimate() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"eps": 0}, ValueError, r"^eps: .*\(0, 1\), got 0"),
-        ({"eps": 1.0}, ValueError, r"^eps: .*\(0, 1\), got 1"),
+        ({"eps": -0.1}, ValueError, r"^eps: .*\[0, 1\), got -0.1"),
+        ({"eps": 1.0}, ValueError, r"^eps: .*\[0, 1\), got 1"),
         ({"eps": math.nan}, ValueError, r"^eps: .*nan"),
         ({"times": "antithetic"}, ValueError, r"^times: .*'stratified', 'iid', got 'antithetic'"),
         ({"num_samples": 1}, ValueError, r"^num_samples: .*at least 2.*got 1"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: E402
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast  # noqa: E402
 
-from fastdiff import conditional_nll, exact_nll, sample, time_free_nll  # noqa: E402
+from fastdiff import cli, conditional_nll, exact_nll, sample, time_free_nll  # noqa: E402
 from fastdiff.data import encode  # noqa: E402
 from fastdiff.integrations.lm_eval import Bytes, FastdiffLM  # noqa: E402
 from fastdiff.integrations.transformers import FastdiffConfig, FastdiffForMaskedLM  # noqa: E402
@@ -252,6 +253,36 @@ def test_folder_of_transformers(tmp_path):
     assert lm.generate_until(requests("generate_until", ("Q", dict(until=[], max_gen_toks=4))))[0]
 
 
+REMOTE = """
+from transformers import PretrainedConfig, PreTrainedModel
+from fastdiff.integrations.transformers import FastdiffConfig, FastdiffForMaskedLM
+
+class RemoteConfig(FastdiffConfig):
+    model_type = "remote"
+
+class RemoteModel(FastdiffForMaskedLM):
+    config_class = RemoteConfig
+"""
+
+
+def test_code_of_a_folder_runs_when_it_is_trusted_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [str(tmp_path / "modules"), *sys.path])
+    folder = tmp_path / "folder"
+    FastdiffForMaskedLM(FastdiffConfig(len(WORDS), L, 16, 1, 2, mask_token_id=IDS["[MASK]"])).save_pretrained(folder)
+    words().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    code = dict(AutoConfig="remote.RemoteConfig", AutoModel="remote.RemoteModel")
+    (folder / "config.json").write_text(json.dumps(config | dict(model_type="remote", auto_map=code)))
+    (folder / "remote.py").write_text(REMOTE)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        FastdiffLM(str(folder), device="cpu")
+    for trust in ("pretrained={},trust_remote_code=True", "pretrained={},trust_remote_code=true"):
+        lm = FastdiffLM.create_from_arg_string(trust.format(folder), dict(device="cpu"))
+        assert type(lm.model).__name__ == "RemoteModel"
+        assert "trust_remote_code" not in lm.get_model_info()
+
+
 def test_what_a_model_does_not_say():
     with pytest.raises(ValueError, match="mask_index: expected one, for the model comes with none"):
         FastdiffLM(thin(), Bytes())
@@ -415,6 +446,52 @@ def test_accuracies_are_those_of_direct_scoring(evaluate):
     assert {name: results[name] for name in right} == {name: n / len(QUESTIONS) for name, n in right.items()}
 
 
+def test_a_ranking_of_prompts_and_answers_is_the_harness_s(evaluate, tmp_path, monkeypatch):
+    """The command's accuracies of the same pairs are acc and acc_bytes; all answers are short and enumerated."""
+    choices = ["red", "ochre", "no", "n\N{LATIN SMALL LETTER A WITH DIAERESIS}h"]
+    documents = [dict(question=f"Q{k}", choices=choices, gold=(2, 1, 2)[k % 3]) for k in range(6)]
+    fields = (*CHOICES[:-1], "metric_list: [{metric: acc}, {metric: acc_bytes}]")
+    results = evaluate(harness(num_samples=63), documents, *fields)
+    lines = [
+        dict(prompt=one["question"], answers=[" " + choice for choice in choices], right=one["gold"])
+        for one in documents
+    ]
+    monkeypatch.chdir(tmp_path)
+    thin().save_pretrained("run")
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command = "answers run --data pairs.jsonl --num-samples 63 --json out.json --device cpu"
+    cli.app(command.split(), standalone_mode=False)
+    found = json.loads((tmp_path / "out.json").read_text())
+    rows = results["config"]["likelihoods"]
+    assert [a["nll"] for record in found["records"] for a in record["answers"]] == pytest.approx(
+        [r["nll"] for r in rows]
+    )
+    accuracies = [found["accuracy"][by]["accuracy"] for by in ("by_nll", "by_nll_per_byte")]
+    assert accuracies == [results["results"]["tiny"][name + ",none"] for name in ("acc", "acc_bytes")]
+    assert 0 < accuracies[0] != accuracies[1] > 0
+
+
+def test_chats(evaluate):
+    """The harness's prompt is the template's, which has the BOS that the tokenizer would put in front; once."""
+    model, tokenizer = thin(len(WORDS)), words("[CLS] $A")
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %} {{ m['role'] }} {{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %} is{% endif %}"
+    )
+    lm = FastdiffLM(model, tokenizer, exclude_mask=False, num_samples=20)
+    fields = (*CHOICES[:-1], "metric_list: [{metric: acc}]")
+    documents = [dict(question="grass", choices=[" green", " never blue"], gold=0)]
+    results = evaluate(lm, documents, *fields, apply_chat_template=True, system_instruction="sky")
+    asked = tokens("[CLS] [UNK] sky [UNK] grass is")
+    nll = [row["nll"] for row in results["config"]["likelihoods"]]
+    expected = [direct(model, asked, tokens(text)) for text in ("green", "never blue")]
+    assert nll == pytest.approx(expected, rel=1e-6)
+    assert (lm.chat_template(True), lm.tokenizer_name) == (tokenizer.chat_template, "")
+    assert lm.apply_chat_template([dict(role="assistant", content="sky")], False) == "[CLS] assistant sky"
+    with pytest.raises(ValueError, match="chat: expected a tokenizer with a chat template, got one without"):
+        evaluate(harness(), QUESTIONS, *CHOICES, apply_chat_template=True)
+
+
 def test_perplexities_are_those_of_direct_scoring(evaluate):
     texts = ["a text that is longer than the model takes", "", "and one more"]
     names = ("word_perplexity", "byte_perplexity", "bits_per_byte")
@@ -495,6 +572,7 @@ def test_options_that_are_strings():
         ("batch_size", "big", "int >= 1, got 'big'"),
         ("exclude_mask", "no", "True or False, got 'no'"),
         ("is_check_greedy", 1, "True or False, got 1"),
+        ("trust_remote_code", "perhaps", "True or False, got 'perhaps'"),
         ("proposal", "stratifed", "one of 'stratified', 'systematic', 'uniform', 'harmonic', got 'stratifed'"),
     ],
 )

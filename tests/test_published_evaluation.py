@@ -1,0 +1,153 @@
+"""What published codebases print of a model, from their code or stand-ins for it, is what `fastdiff eval` gives."""
+
+import dataclasses
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from standins import bd3lm, duo, mdlm, radd, sedd
+from test_likelihood import tokenizer_folder
+from test_published import hub_folder, made, sedd_folder
+from torch import nn
+
+from fastdiff.loading import load
+
+CPU = torch.device("cpu")
+L, BATCH, REPEATS = 6, 25, 400  # of published evaluations, in batches over which their times are spread
+
+
+class Backbone(nn.Module):
+    """A network as the codebases call theirs."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, sigma=None, **labels):
+        return self.network(x, sigma)
+
+
+class Scores(nn.Module):
+    """SEDD's: 0 at the token, and with scale_by_sigma what its network gives less log((V - 1) expm1(sigma))."""
+
+    def __init__(self, network, scaled):
+        super().__init__()
+        self.network, self.scaled = network, scaled
+
+    def forward(self, x, sigma):
+        output = self.network(x, sigma)
+        if self.scaled:
+            output = output - (torch.expm1(sigma).log() + math.log(output.shape[-1] - 1))[:, None, None]
+        return output.scatter(-1, x[..., None], 0)
+
+
+class LogProbs(nn.Module):
+    """RADD's, whose mask is left out of the softmax."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        output = self.network(x)
+        return torch.cat([output[..., :-1].log_softmax(-1), output[..., -1:]], -1)
+
+
+def sedd_nll(network, x0, eps, uniform=False):
+    states = network.config.num_states
+    graph = sedd.Uniform(states) if uniform else sedd.Absorbing(states - 1)
+    noise = sedd.GeometricNoise(*GEOMETRIC) if uniform else sedd.LogLinearNoise()
+    return sedd.get_loss_fn(noise, graph, False, sampling_eps=eps)(Scores(network, not uniform), x0)
+
+
+def radd_nll(network, x0, eps):
+    loss_fn = radd.PUBLISHED["losses"].get_loss_fn(None, network.config.num_states, False, loss_type="lambda_DCE")
+    # its sampler of times asks for a GPU unless it is told otherwise, and it is told the batch's
+    return loss_fn(LogProbs(network), x0)
+
+
+def mdlm_nll(network, x0, eps):
+    options = dict(noise=mdlm.LogLinearNoise(), antithetic_sampling=True, sampling_eps=eps, time_conditioning=False)
+    evaluation = mdlm.given(mdlm.Diffusion, network.config.num_states, backbone=Backbone(network), **options)
+    return evaluation._loss(x0, torch.ones_like(x0)).nlls.sum(1)
+
+
+def duo_nll(network, x0, eps):
+    options = dict(noise=duo.LogLinear(1e-3), antithetic_sampling=True, sampling_eps=eps)
+    evaluation = duo.given(duo.DUO_BASE, network.config.num_states, backbone=Backbone(network), **options)
+    return evaluation.nll(x0, None, None).sum(1)
+
+
+def bd3lm_nll(network, x0, eps, ignore_bos=False):
+    """In one block of all tokens."""
+    config = SimpleNamespace(
+        algo=SimpleNamespace(name="mdlm"),
+        model=SimpleNamespace(length=L),
+        training=SimpleNamespace(resample=False),
+    )
+    options = dict(noise=bd3lm.PUBLISHED["noise_schedule"].LogLinearNoise(), antithetic_sampling=True, config=config)
+    options |= dict(cross_attn=False, ignore_bos=ignore_bos, block_size=L, training=False, time_conditioning=False)
+    options |= dict(sampling_eps_min=eps, sampling_eps_max=1.0)
+    evaluation = bd3lm.given(bd3lm.Diffusion, network.config.num_states, backbone=Backbone(network), **options)
+    return evaluation._loss(x0, torch.ones_like(x0)).nlls.sum(1)
+
+
+GEOMETRIC = 1e-2, 8.0
+EVALUATIONS = {
+    "sedd": sedd_nll,
+    "sedd uniform": lambda *arguments: sedd_nll(*arguments, uniform=True),
+    "radd": radd_nll,
+    "mdlm": mdlm_nll,
+    "duo": duo_nll,
+    "bd3lm": bd3lm_nll,
+}
+
+
+def saved(folder, name):
+    """A checkpoint with a tokenizer beside it: its network and what to call it."""
+    kind = name.split()[0]
+    tokenizer = tokenizer_folder(folder)
+    network = made(kind, len(tokenizer) + (name not in ("duo", "sedd uniform")))
+    network.output_layer.linear.weight.data /= 3
+    (sedd_folder if kind in ("sedd", "radd") else hub_folder)(folder, kind, network)
+    if name == "sedd uniform":
+        said = json.loads((folder / "config.json").read_text())
+        noise = dict(type="geometric", sigma_min=GEOMETRIC[0], sigma_max=GEOMETRIC[1])
+        said |= dict(graph=dict(type="uniform"), noise=noise)
+        said["model"]["scale_by_sigma"] = False
+        (folder / "config.json").write_text(json.dumps(said))
+    return network.eval(), f"{kind}:{folder}"
+
+
+def mean_and_stderr(values):
+    return values.mean().item(), values.std().item() / math.sqrt(len(values))
+
+
+@torch.no_grad()
+def published(evaluation, network, x0, *options):
+    return mean_and_stderr(torch.stack([evaluation(network, x0, *options).double().mean() for _ in range(REPEATS)]))
+
+
+@pytest.mark.parametrize("eps", [1e-3, 0.2])
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_the_integral_is_what_published_code_prints(name, eps, tmp_path):
+    torch.manual_seed(0)
+    network, called = saved(tmp_path, name)
+    scored = load(called, CPU, mask_index=network.config.num_states - 1)
+    assert scored.eps == (None if name == "radd" else 1e-3)
+    scored = dataclasses.replace(scored, eps=scored.eps and eps)
+    x0 = torch.randint(network.config.num_states - 1, (L,))
+    expected, error = published(EVALUATIONS[name], network, x0.expand(BATCH, -1), eps)
+    n = BATCH * REPEATS // 8
+    found = scored.estimate(
+        torch.zeros(n, 0, dtype=torch.int64),
+        x0.expand(n, -1),
+        torch.arange(n),
+        likelihood="integral",
+        num_samples=8,
+    )
+    ours, our_error = mean_and_stderr(found.nll)
+    assert abs(ours - expected) < 4 * math.hypot(error, our_error)
+    assert math.hypot(error, our_error) < 0.03 * expected
