@@ -241,13 +241,19 @@ class Plan:
 
     @cached_property
     def operations(self) -> int:
-        """Of all ranks in a step: forward, backward (twice that), and blocks once more if they are recomputed."""
+        """Of all ranks in a step: forward, backward (twice that), and blocks once more if they are recomputed, but
+        for their last product where nothing needs it again."""
         dim, depth, passes = self.model.dim, self.model.depth, self.gpus * self.training.accumulation
         block = self.network.blocks[0]
         weights = sum(layer.weight.numel() for layer in (block.attn_qkv, block.attn_out, block.mlp[0], block.mlp[2]))
-        forward = depth * self.tokens * (2 * weights + 4 * self.length * dim)  # attention: q k^T, and its product with v
+        forward = (
+            depth * self.tokens * (2 * weights + 4 * self.length * dim)
+        )  # attention: q k^T, and its product with v
         last = 2 * self.multiplied * dim * self.model.num_states
-        return passes * ((4 if self.training.recompute else 3) * forward + 3 * last)
+        again = 0
+        if self.training.recompute:
+            again = forward - (0 if self.model.cond_dim else depth * self.tokens * 2 * block.mlp[2].weight.numel())
+        return passes * (3 * (forward + last) + again)
 
     def tokens_per_second(self, card: Card, share: float) -> float:
         """Of all GPUs, if they do a share of their peak."""

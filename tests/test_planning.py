@@ -104,3 +104,52 @@ def test_operations(shape, recompute):
 
 def test_exchanged():
     torchrun.launch(Path(__file__).parent / "distributed" / "planned.py", 4, "exchanged")
+
+
+def test_presets():
+    """Published sizes: SEDD's small and medium, and LLaDA's without what its MLP and biases have otherwise."""
+    for name, millions in {"gpt2-small": 170, "gpt2-medium": 424}.items():
+        shape = dataclasses.replace(PRESETS[name].model, cond_dim=128)
+        assert Plan(shape, TrainConfig("dse-absorb"), 1, 1024).parameters / 1e6 == pytest.approx(millions, rel=0.02)
+    for name, (shape, training) in PRESETS.items():
+        plan = Plan(shape, training, 8, shape.max_length)
+        assert plan.accumulation_for(CARDS["H200 141 GB"]), name
+        assert name == "tiny" or plan.memory["last layer and loss"] < plan.naive_logits / 10, name
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = "plan --preset 1b --gpus 16 --sharding hybrid --accumulation 2 --tokens 1e12 --json plan.json"
+    result = CliRunner().invoke(cli.app, command.split(), catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "1,625,736,704" in result.output
+    numbers = json.loads(Path("plan.json").read_text())
+    assert numbers["training"]["shards"] == 8
+    assert set(numbers["exchanged"]) == {"all-gather, forward", "all-gather, backward", "reduce-scatter", "all-reduce"}
+    assert numbers["total"] == sum(numbers["memory"].values())
+    for wrong, message in {
+        "--preset 2b": "preset: expected",
+        "--preset 1b --gpus 3": "batch_size: expected a multiple of ranks x accumulation = 3 x 1",
+        "--preset 1b --gpus 8 --sharding hybrid --shards 3": "shards: expected a divisor of the 8 ranks, got 3",
+        "--preset 1b --share 2": "share: expected a number in (0, 1]",
+        "--preset 1b --dtype float16": "dtype: expected",
+    }.items():
+        monkeypatch.setattr("sys.argv", ["fastdiff", "plan", *wrong.split()])
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert message in capsys.readouterr().err
+
+
+def test_training_with_a_preset(tmp_path, monkeypatch):
+    """An option wins over the preset, which a resumed run does not take."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("all work and no play makes a dull text\n" * 200)
+    command = "train --data text.txt --out run --preset tiny --depth 1 --length 16 --steps 1 --eval-every 0"
+    result = CliRunner().invoke(cli.app, command.split(), catch_exceptions=False)
+    assert result.exit_code == 0
+    saved = json.loads(Path("run/config.json").read_text())
+    model, training = saved["model"], saved["training"]
+    assert (model["dim"], model["heads"], model["depth"], model["max_length"]) == (128, 4, 1, 16)
+    assert (training["batch_size"], training["lr"], training["steps"]) == (8, 3e-3, 1)
+    with pytest.raises(ValueError, match="preset: the run in run has its own sizes"):
+        CliRunner().invoke(cli.app, "train --out run --resume --preset tiny".split(), catch_exceptions=False)
