@@ -6,7 +6,7 @@ They are those of `fastdiff.training` in eager mode, held against counts in test
 import dataclasses
 import math
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -244,7 +244,7 @@ class Plan:
         """Of all ranks in a step: forward, backward (twice that), and blocks once more if they are recomputed, but
         for their last product where nothing needs it again."""
         dim, depth, passes = self.model.dim, self.model.depth, self.gpus * self.training.accumulation
-        block = self.network.blocks[0]
+        block: Any = self.network.blocks[0]
         weights = sum(layer.weight.numel() for layer in (block.attn_qkv, block.attn_out, block.mlp[0], block.mlp[2]))
         forward = (
             depth * self.tokens * (2 * weights + 4 * self.length * dim)

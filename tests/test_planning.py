@@ -152,4 +152,4 @@ def test_training_with_a_preset(tmp_path, monkeypatch):
     assert (model["dim"], model["heads"], model["depth"], model["max_length"]) == (128, 4, 1, 16)
     assert (training["batch_size"], training["lr"], training["steps"]) == (8, 3e-3, 1)
     with pytest.raises(ValueError, match="preset: the run in run has its own sizes"):
-        CliRunner().invoke(cli.app, "train --out run --resume --preset tiny".split(), catch_exceptions=False)
+        CliRunner().invoke(cli.app, ["train", "--out", "run", "--resume", "--preset", "tiny"], catch_exceptions=False)

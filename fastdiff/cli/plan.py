@@ -49,7 +49,7 @@ def plan(
     names = {field.name for field in dataclasses.fields(training)}
     training = dataclasses.replace(training, **{name: given[name] for name in names & given.keys()})
     length = length or model.max_length or 1
-    shape = {"num_states": vocabulary or model.num_states, "max_length": length}
+    shape: dict[str, Any] = {"num_states": vocabulary or model.num_states, "max_length": length}
     model = dataclasses.replace(model, **shape, cond_dim=COND_DIM * training.loss.startswith("dse"))
     planned = Plan(model, training, gpus, length)
     _show(preset, planned, share, tokens)
@@ -91,8 +91,8 @@ def _fits(planned: Plan, accumulation: int | None) -> str:
 def _numbers(planned: Plan, share: float, tokens: float | None) -> dict[str, Any]:
     names = ("parameters", "memory", "total", "naive_logits", "exchanged", "operations")
     settings = {name: dataclasses.asdict(getattr(planned, name)) for name in ("model", "training")}
-    settings |= {"gpus": planned.gpus, "length": planned.length}
-    return settings | {n: getattr(planned, n) for n in names} | {"cards": _cards(planned, share, tokens)}
+    numbers = {name: getattr(planned, name) for name in ("gpus", "length", *names)}
+    return settings | numbers | {"cards": _cards(planned, share, tokens)}
 
 
 def _cards(planned: Plan, share: float, tokens: float | None) -> list[dict[str, Any]]:
