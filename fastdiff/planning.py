@@ -123,18 +123,34 @@ class Plan:
 
     @cached_property
     def memory(self) -> dict[str, int]:
-        """By what is in it, when most of it is taken; the sum is an upper bound."""
+        """By what is in it, at the moment when most of it is taken; the sum is about the most."""
         held = self._of_a_rank(self.network)
-        return {
+        always = {
             "weights": 4 * held,
             "gradients": self._gradients(held),
             "AdamW": 8 * held + 4 * len(list(self.network.parameters())),  # two moments, and a count of steps each
             "averaged weights": 4 * held,
+        }
+        return always | max(self._at_the_loss, self._at_the_end, key=lambda moment: sum(moment.values()))
+
+    @property
+    def _at_the_loss(self) -> dict[str, int]:
+        """As backward begins."""
+        return {
             "weights in use": self._weights_in_use(),
             "activations": self.activations,
             "backward of a block": self._backward_of_a_block(),
-            "last layer and loss": self._last_layer(),
+            "last layer and loss": self.last_layer + self.logits,
         }
+
+    @property
+    def _at_the_end(self) -> dict[str, int]:
+        """As backward ends, with what is in no block: whole weights, their gradients, and the sums of these, which
+        are made in float32 and in a second place."""
+        if not self.sharded:
+            return {}
+        outside = self._outside_blocks
+        return {"weights in use": self.size * outside, "gradients to be summed": (self.size + 8) * outside}
 
     @property
     def total(self) -> int:
@@ -146,8 +162,10 @@ class Plan:
         return sum(math.ceil(p.shape[0] / shards) * (p.numel() // p.shape[0]) for p in module.parameters())
 
     def _gradients(self, held: int) -> int:
-        """In float32; FSDP2 leaves them whole until the last part of a batch, when they are summed over ranks."""
-        return 4 * (held + (self.parameters if self.sharded and self.training.accumulation > 1 else 0))
+        """In float32. With more parts of a batch than one, whole ones wait for the last part to be summed over ranks:
+        beside FSDP2's share of them, or DDP's buckets."""
+        waiting = self.parameters if self.gpus > 1 and self.training.accumulation > 1 else 0
+        return 4 * (held + waiting)
 
     def _weights_in_use(self) -> int:
         """Sharded: whole, of all that is in no block, and of two blocks, the one at work and the next. Otherwise
@@ -199,19 +217,26 @@ class Plan:
         flowing = self.tokens * self.model.dim * (4 * self.size + 2 * self.stream)
         return flowing + ((self.size + 4) * _count(self.network.blocks[0]) if self.sharded else 0)
 
-    def _last_layer(self) -> int:
-        """Hidden states and their gradient; the weight's gradient; logits, of which few are there at a time."""
-        dim, num_states = self.model.dim, self.model.num_states
-        hidden = 2 * self.tokens * dim * self.stream
-        logits = self.multiplied * num_states * self.size
+    @property
+    def last_layer(self) -> int:
+        """Hidden states and their gradient, and the weight's gradient."""
+        num_states, weight = self.model.num_states, self.model.num_states * self.model.dim
+        hidden = 2 * self.tokens * self.model.dim * self.stream
         if num_states < LARGE_VOCABULARY:
-            return hidden + 2 * logits  # and their gradient
-        weight = num_states * dim
-        if self.stream == 4:
-            return hidden + 4 * weight + min(logits, TILE_BYTES["cuda"])
-        if logits <= 4 * weight:  # one chunk: no sum in float32
-            return hidden + self.size * weight + logits
-        return hidden + (4 + self.size) * weight + min(logits, TILE_BYTES["cuda"])
+            return hidden
+        if self.sharded:  # in float32 where it is a sum over chunks, and in the type of the weights
+            chunks = self.multiplied * num_states * self.size > 4 * weight
+            return hidden + (self.size + 4 * (chunks and self.size == 2)) * weight
+        return hidden + 4 * weight * (2 if self.gpus > 1 else 1)  # DDP copies it into a bucket
+
+    @property
+    def logits(self) -> int:
+        """Those that there are at a time: of a large vocabulary few, otherwise all, and their gradient."""
+        logits = self.multiplied * self.model.num_states * self.size
+        if self.model.num_states < LARGE_VOCABULARY:
+            return 2 * logits
+        in_float32 = 4 * self.model.num_states * self.model.dim if self.sharded and self.size == 2 else 0
+        return logits if logits <= in_float32 else min(logits, TILE_BYTES["cuda"])
 
     @property
     def naive_logits(self) -> int:

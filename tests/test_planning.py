@@ -102,8 +102,8 @@ def test_operations(shape, recompute):
     assert counter.get_total_flops() == pytest.approx(plan.operations, rel=0.05)
 
 
-def test_exchanged():
-    torchrun.launch(Path(__file__).parent / "distributed" / "planned.py", 4, "exchanged")
+def test_ranks():
+    torchrun.launch(Path(__file__).parent / "distributed" / "planned.py", 4, "exchanged", "most_memory")
 
 
 def test_presets():
@@ -114,7 +114,7 @@ def test_presets():
     for name, (shape, training) in PRESETS.items():
         plan = Plan(shape, training, 8, shape.max_length)
         assert plan.accumulation_for(CARDS["H200 141 GB"]), name
-        assert name == "tiny" or plan.memory["last layer and loss"] < plan.naive_logits / 10, name
+        assert name == "tiny" or plan.last_layer + plan.logits < plan.naive_logits / 10, name
 
 
 def test_command(tmp_path, monkeypatch, capsys):

@@ -66,7 +66,7 @@ def _show(preset: str, planned: Plan, share: float, tokens: float | None) -> Non
     table.add_row("a rank's batch", f"{passes}, {training.dtype}, sharding {training.sharding}")
     for name, value in planned.memory.items():
         table.add_row(name, _bytes(value))
-    table.add_row("memory of a rank, at most", _bytes(planned.total))
+    table.add_row("memory of a rank, about the most", _bytes(planned.total))
     table.add_row("logits and their gradient, avoided", _bytes(planned.naive_logits))
     for name, value in planned.exchanged.items():
         table.add_row(f"a rank receives, {name}", _bytes(value))

@@ -1,5 +1,8 @@
 """Run by torchrun on 4 ranks: the bytes that a step exchanges and keeps are those of its plan."""
 
+import itertools
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdiff.model import DiffusionTransformer, ModelConfig
 from fastdiff.planning import Plan
 from fastdiff.training import TrainConfig, diffusion_loss, noise
-from fastdiff.training.ranks import Ranks, over_ranks, synchronising
+from fastdiff.training.ranks import Ranks, blocks_as, over_ranks, synchronising
 
 LENGTH = 16
 SHAPE = ModelConfig(5001, LENGTH, 64, 3, 2, learned_positions=False)
@@ -65,15 +68,68 @@ def exchanged():
             assert 4 * own == plan.memory["weights"], case
 
 
-def step(called, config):
-    x0 = torch.randint(0, 5000, (config.batch_size // dist.get_world_size(), LENGTH))
+class Taken(TorchDispatchMode):
+    """Counts the memory of tensors made in it, while they live."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.now, self.most = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if type(tensor) is torch.Tensor and tensor.device.type == "cpu":
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage):
+        if storage.nbytes() and storage._cdata not in self.live:
+            self.live[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._drop, storage._cdata)
+
+    def _drop(self, name):
+        self.now -= self.live.pop(name)
+
+
+def most_memory():
+    """Not above the plan, and not far below; without the logits, which are made inside an operator."""
+    ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    for length, sequences in ((32, 2), (128, 8)):
+        shape = ModelConfig(5001, length, 128, 4, 4, learned_positions=False)
+        for sharding, dtype, recompute, parts in itertools.product(
+            ("none", "full"), ("float32", "bfloat16"), (False, True), (1, 2)
+        ):
+            config = TrainConfig(
+                batch_size=sequences * ranks.size * parts,
+                sharding=sharding,
+                dtype=dtype,
+                recompute=recompute,
+                accumulation=parts,
+            )
+            plan = Plan(shape, config, ranks.size, length)
+            model = DiffusionTransformer(shape)
+            called, _ = over_ranks(model, config, ranks)
+            with blocks_as(config, model):
+                step(called, config, shape)
+                model.zero_grad()
+                with Taken() as taken:  # DDP makes its buckets anew in its second step
+                    step(called, config, shape)
+            before = sum(plan.memory[name] for name in ("weights", "AdamW", "averaged weights"))
+            planned = plan.total - before - (plan.logits if "activations" in plan.memory else 0)
+            assert 0.6 < taken.most / planned < 1.05, config
+
+
+def step(called, config, shape=SHAPE):
+    x0 = torch.randint(0, 5000, (config.batch_size // dist.get_world_size(), shape.max_length))
     parts = x0.chunk(config.accumulation)
     for part in parts:
         with (
             synchronising(called, last=part is parts[-1]),
             torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16"),
         ):
-            batch = noise(part, config.loss, SHAPE.num_states, seed=0, step=0)
+            batch = noise(part, config.loss, shape.num_states, seed=0, step=0)
             diffusion_loss(called, batch, config.loss, reduction="mean", num_items=x0.numel()).backward()
 
 
