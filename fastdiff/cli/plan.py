@@ -76,8 +76,8 @@ def _show(preset: str, planned: Plan, share: float, tokens: float | None) -> Non
     if tokens is not None:
         cards.add_column(f"days for {tokens:.3g} tokens")
     for row in _cards(planned, share, tokens):
-        days = [f"{row['days']:.1f}"] if "days" in row else []
-        cards.add_row(row["card"], _fits(planned, row["accumulation"]), f"{row['tokens_per_second']:,.0f}", *days)
+        rates = [f"{row[name]:,.{digits}f}" for name, digits in (("tokens_per_second", 0), ("days", 1)) if name in row]
+        cards.add_row(row["card"], _fits(planned, row["accumulation"]), *rates)
     for each in (table, cards):
         Console().print(each)
 
@@ -98,9 +98,11 @@ def _numbers(planned: Plan, share: float, tokens: float | None) -> dict[str, Any
 def _cards(planned: Plan, share: float, tokens: float | None) -> list[dict[str, Any]]:
     rows = []
     for name, card in CARDS.items():
-        rate = planned.tokens_per_second(card, share)
-        row = {"card": name, "accumulation": planned.accumulation_for(card), "tokens_per_second": rate}
-        rows.append(row | ({} if tokens is None else {"days": tokens / rate / 86400}))
+        row: dict[str, Any] = {"card": name, "accumulation": planned.accumulation_for(card)}
+        if planned.training.dtype == "bfloat16":  # whose peak is known
+            row["tokens_per_second"] = planned.tokens_per_second(card, share)
+            row |= {} if tokens is None else {"days": tokens / row["tokens_per_second"] / 86400}
+        rows.append(row)
     return rows
 
 
