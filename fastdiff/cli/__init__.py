@@ -1,4 +1,4 @@
-"""The `fastdiff` command: tokenize, train, eval, answers, sample, doctor."""
+"""The `fastdiff` command: tokenize, plan, train, eval, answers, sample, doctor."""
 
 import os
 import sys
@@ -18,6 +18,7 @@ except ImportError as error:
 from fastdiff.cli.answers import answers
 from fastdiff.cli.doctor import doctor
 from fastdiff.cli.evaluate import evaluate
+from fastdiff.cli.plan import plan
 from fastdiff.cli.sample import sample
 from fastdiff.cli.tokenize import tokenize
 from fastdiff.cli.train import train
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("tokenize")(tokenize)
+app.command("plan")(plan)
 app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("answers")(answers)

@@ -10,9 +10,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from fastdiff.checks import check_choice
 from fastdiff.cli.options import Device, device_of, half_of, read_run, show
 from fastdiff.data import NUM_BYTES, Text, TokenSource, load_documents
 from fastdiff.model import DiffusionTransformer, ModelConfig
+from fastdiff.presets import COND_DIM, PRESETS
 from fastdiff.shards import Shards, is_tokens
 from fastdiff.training import LOSSES, Record, Stopped, TrainConfig
 from fastdiff.training import train as run_training
@@ -23,7 +25,6 @@ _RESULTS = {
     "validation_loss": "held-out loss, nats per {unit}, ± 95%",
 }
 _LENGTH = 128
-_COND_DIM = 128  # as SEDD's
 _DEFAULTS = {f.name: f.default for c in (ModelConfig, TrainConfig) for f in dataclasses.fields(c)}
 
 
@@ -42,6 +43,7 @@ def train(
         str | None, typer.Option(help="'stdlib', a text file or a folder; one of `tokenize` too", show_default="stdlib")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
+    preset: Annotated[str | None, typer.Option(help=f"sizes and settings to begin with: {', '.join(PRESETS)}")] = None,
     length: Annotated[int | None, typer.Option(help="tokens in a sequence", show_default=str(_LENGTH))] = None,
     dim: Annotated[int | None, _setting("dim", "width of the model")] = None,
     depth: Annotated[int | None, _setting("depth", "blocks of the model")] = None,
@@ -76,16 +78,18 @@ def train(
     given = {name: value for name, value in locals().items() if value is not None}
     first, local = os.environ.get("RANK", "0") == "0", os.environ.get("LOCAL_RANK", "0")
     place = device_of(device or (f"cuda:{local}" if torch.cuda.is_available() else None))
-    saved = read_run(out) if resume else {"model": {}, "training": {}, "data": {"path": "stdlib"}}
+    if resume and preset is not None:
+        raise ValueError(f"preset: the run in {out} has its own sizes, got {preset!r}")
+    saved = read_run(out) if resume else {**_begun(preset), "data": {"path": "stdlib"}}
     config = TrainConfig(**{**saved["training"], **_pick(given, TrainConfig)})
     data = given.get("data", saved["data"]["path"])
-    length = saved["model"].get("max_length", given.get("length", _LENGTH))
-    if given.get("length", length) != length:
-        raise ValueError(f"length: the run in {out} has {length}, got {given['length']}")
+    length = given.get("length", saved["model"].get("max_length", _LENGTH))
+    if resume and saved["model"]["max_length"] != length:
+        raise ValueError(f"length: the run in {out} has {saved['model']['max_length']}, got {length}")
 
     source, sections = _source(data, out, length, config.seed)
     absorbing, conditioned = config.loss != "dse-uniform", config.loss.startswith("dse")
-    shape = {"num_states": source.num_tokens + absorbing, "max_length": length, "cond_dim": _COND_DIM * conditioned}
+    shape = {"num_states": source.num_tokens + absorbing, "max_length": length, "cond_dim": COND_DIM * conditioned}
     torch.manual_seed(config.seed)
     model = DiffusionTransformer(ModelConfig(**{**saved["model"], **shape, **_pick(given, ModelConfig)}))
     if first:
@@ -110,6 +114,14 @@ def train(
         if name + "_stderr" in last:
             rows[title] += f" ± {half_of(last[name + '_stderr'], len(source.validation(config.eval_sequences))):.3f}"
     show(f"run in {out}", rows)
+
+
+def _begun(preset: str | None) -> dict[str, dict[str, Any]]:
+    """What a run that has saved nothing begins with, in the place of what it saved."""
+    if preset is None:
+        return {"model": {}, "training": {}}
+    check_choice("preset", preset, tuple(PRESETS))
+    return {name: dataclasses.asdict(part) for name, part in PRESETS[preset]._asdict().items()}
 
 
 def _source(data: str, out: Path, length: int, seed: int) -> tuple[TokenSource, dict[str, dict[str, Any]]]:
