@@ -1,4 +1,4 @@
-"""The `fastdiff` command: train, eval, answers, sample, doctor."""
+"""The `fastdiff` command: train, eval, table, answers, sample, doctor."""
 
 import sys
 import warnings
@@ -16,6 +16,7 @@ from fastdiff.cli.answers import answers
 from fastdiff.cli.doctor import doctor
 from fastdiff.cli.evaluate import evaluate
 from fastdiff.cli.sample import sample
+from fastdiff.cli.table import table
 from fastdiff.cli.train import train
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.command("train")(train)
 app.command("eval")(evaluate)
+app.command("table")(table)
 app.command("answers")(answers)
 app.command("sample")(sample)
 app.command("doctor")(doctor)
