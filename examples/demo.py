@@ -75,7 +75,7 @@ def train_dna() -> tuple[torch.Tensor, torch.Tensor]:
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
     for step in track(range(steps), "DNA", console=console, transient=True, disable=not console.is_terminal):
-        x0 = source.batch(step, batch)
+        x0 = source.sequences(step * batch, (step + 1) * batch)
         counts, weight = sample_mask_counts(batch, 8, seed=0, step=step)
         xt, _ = mask_exactly(x0, counts, mask_index=mask_index, seed=0, step=step)
         dce_loss(model(xt), x0, xt=xt, weight=weight, reduction="mean", num_items=batch).backward()

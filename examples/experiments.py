@@ -191,7 +191,7 @@ def fit(model: nn.Module, source: Strings, target: Tensor, *, steps: int, batch:
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
     for step in track(range(steps), "training", console=console, transient=True, disable=not console.is_terminal):
-        x0 = source.batch(step, batch)
+        x0 = source.sequences(step * batch, (step + 1) * batch)
         counts, weight = sample_mask_counts(batch, int(target.sum()), seed=0, step=step)
         maskable = target.expand(batch, -1)
         xt, _ = mask_exactly(x0, counts, mask_index=MASK, maskable=maskable, seed=0, step=step)

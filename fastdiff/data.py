@@ -1,6 +1,7 @@
 """Tokens to train and evaluate on: byte-level text, or a table of sequences.
 
-A batch is a pure function of (seed, step), so that a resumed run sees what an unbroken one would have seen.
+A training sequence is a pure function of (seed, index), so that a resumed run, and one on other ranks, sees what an
+unbroken one would have seen.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastdiff.checks import check_tokens
+from fastdiff.checks import check_integer, check_tokens
 from fastdiff.philox import Purpose, draw32, scaled, uniform
 
 NUM_BYTES = 256
@@ -29,15 +30,15 @@ class TokenSource(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Another one wherever a batch, or what is held out, is another."""
+        """Another one wherever a training sequence, or what is held out, is another."""
         ...
 
-    def batch(self, step: int, n: int) -> Tensor:
-        """n training sequences, [n, L], the same ones whenever the same step is asked for."""
+    def sequences(self, start: int, stop: int) -> Tensor:
+        """Sequences start..stop-1 of an endless order, [stop - start, L] on the CPU: the same whenever asked for."""
         ...
 
     def validation(self, n: int) -> Tensor:
-        """At most n sequences that no batch holds, [<= n, L]."""
+        """At most n sequences that no training sequence holds, [<= n, L]."""
         ...
 
 
@@ -51,7 +52,7 @@ class Text:
         documents: the texts, as bytes, in an order that does not vary.
         length: bytes in a window.
         held_out: share of the bytes to keep for validation, in (0, 1).
-        seed: names the training batches.
+        seed: names the training sequences.
 
     Raises:
         ValueError: no text at all, or less than `length` bytes in a part.
@@ -77,11 +78,11 @@ class Text:
         """A hash of the two parts, the length and the seed."""
         return _fingerprint((self.length, self.seed), self.train_bytes, self.validation_bytes)
 
-    def batch(self, step: int, n: int) -> Tensor:
-        """n windows at uniform places of the training text, int64 [n, length]."""
+    def sequences(self, start: int, stop: int) -> Tensor:
+        """Windows at uniform places of the training text, int64 [stop - start, length]."""
         starts = len(self.train_bytes) - self.length + 1
-        samples, pair = torch.arange(n, device="cpu"), torch.tensor([[0], [1]], device="cpu")
-        coarse, fine = draw32(self.seed, Purpose.DATA, step, samples, 0, pair)
+        index, pair = indices(start, stop), torch.tensor([[0], [1]], device="cpu")
+        coarse, fine = draw32(self.seed, Purpose.DATA, 0, index, 0, pair)
         between = -(-starts >> 32)  # 32 bits reach every start of 4 GiB; of a longer text, one in so many
         return _windows(self.train_bytes, scaled(coarse, starts) + scaled(fine, between), self.length)
 
@@ -98,7 +99,7 @@ class Table:
         num_tokens: size of the alphabet; ids lie in [0, num_tokens).
         probs: [N] probabilities of the rows, up to a factor; None for equal ones.
         held_out: [M, L] sequences for validation; None if there are none.
-        seed: names the batches.
+        seed: names the training sequences.
     """
 
     def __init__(
@@ -113,12 +114,13 @@ class Table:
         for name, value in (("tokens", tokens), ("held_out", held_out)):
             if value is not None:
                 _check_table(name, value, num_tokens)
+        tokens, held_out = tokens.cpu().long(), None if held_out is None else held_out.cpu().long()
         if probs is None:
-            probs = torch.ones(len(tokens), dtype=torch.float64, device=tokens.device)
+            probs = torch.ones(len(tokens), dtype=torch.float64, device="cpu")
         if probs.shape != tokens.shape[:1] or not (probs >= 0).all() or not 0 < probs.sum() < torch.inf:
             raise ValueError(f"probs: expected {len(tokens)} numbers >= 0 with a finite sum > 0, got {probs}")
-        cumulative = probs.double().cumsum(0)
-        self.tokens, self.num_tokens, self.held_out, self.seed = tokens.long(), num_tokens, held_out, seed
+        cumulative = probs.cpu().double().cumsum(0)
+        self.tokens, self.num_tokens, self.held_out, self.seed = tokens, num_tokens, held_out, seed
         self._cumulative = cumulative / cumulative[-1]
 
     @property
@@ -127,16 +129,16 @@ class Table:
         held_out = self.tokens[:0] if self.held_out is None else self.held_out
         return _fingerprint((self.num_tokens, self.seed), self.tokens, self._cumulative, held_out)
 
-    def batch(self, step: int, n: int) -> Tensor:
-        """n rows drawn with the given probabilities, int64 [n, L]."""
-        u = uniform(self.seed, Purpose.DATA, step, torch.arange(n, device=self.tokens.device), 0, 0)
+    def sequences(self, start: int, stop: int) -> Tensor:
+        """Rows drawn with the given probabilities, int64 [stop - start, L]."""
+        u = uniform(self.seed, Purpose.DATA, 0, indices(start, stop), 0, 0)
         return self.tokens[torch.searchsorted(self._cumulative, u, right=True)]
 
     def validation(self, n: int) -> Tensor:
         """The first n held-out rows, int64 [<= n, L]."""
         if self.held_out is None:
             raise ValueError("held_out: expected validation sequences, got None")
-        return self.held_out[:n].long()
+        return self.held_out[:n]
 
 
 def load_documents(data: str | os.PathLike, run: str | os.PathLike | None = None) -> list[bytes]:
@@ -159,14 +161,10 @@ def load_named_documents(data: str | os.PathLike, run: str | os.PathLike | None 
     """The same, each with its path, or with "stdlib"."""
     if data == "stdlib":
         return [("stdlib", content) for content in _standard_library()]
-    if not os.path.exists(data):
-        raise FileNotFoundError(f"data: expected 'stdlib', a text file or a folder, but there is no {str(data)!r}")
-    if run is not None and os.path.realpath(run) == os.path.realpath(data):
-        raise ValueError(f"data: expected text from elsewhere than the run's own folder, got {data}")
-    files = _data_files(Path(data), run) if os.path.isdir(data) else [Path(data)]
+    files = data_files(data, run)
     regular = [file for file in files if file.is_file()]  # no broken links, and no pipes, which might never end
     contents = ((str(file), file.read_bytes()) for file in regular)
-    documents = [(name, content) for name, content in contents if _is_text(content)]
+    documents = [(name, content) for name, content in contents if is_text(content)]
     if not any(content for _, content in documents):
         raise ValueError(f"data: expected UTF-8 text, found none in {data}")
     if len(documents) < len(files):
@@ -177,6 +175,37 @@ def load_named_documents(data: str | os.PathLike, run: str | os.PathLike | None 
             stacklevel=3,
         )
     return documents
+
+
+def data_files(data: str | os.PathLike, run: str | os.PathLike | None = None) -> list[Path]:
+    """A file, or the files below a folder that are neither hidden nor of a run, in an order that does not vary."""
+    if not os.path.exists(data):
+        raise FileNotFoundError(f"data: expected 'stdlib', a text file or a folder, but there is no {str(data)!r}")
+    if run is not None and os.path.realpath(run) == os.path.realpath(data):
+        raise ValueError(f"data: expected text from elsewhere than the run's own folder, got {data}")
+    root = Path(data)
+    if not root.is_dir():
+        return [root]
+    own = None if run is None else root / os.path.relpath(os.path.realpath(run), os.path.realpath(root))
+
+    def wanted(path: Path) -> bool:
+        return not path.name.startswith(".") and path != own and not (path / "metrics.jsonl").exists()
+
+    return _files(root, wanted)
+
+
+def indices(start: int, stop: int) -> Tensor:
+    """Global indices start..stop-1 of training sequences, int64."""
+    start = check_integer("start", start, 0)
+    return torch.arange(start, check_integer("stop", stop, start), device="cpu")
+
+
+def is_text(content: bytes) -> bool:
+    """Whether it is UTF-8 without zeros."""
+    try:
+        return "\0" not in content.decode()
+    except UnicodeDecodeError:
+        return False
 
 
 def as_bytes(documents: list[bytes], length: int, part: str = "whole") -> Tensor:
@@ -234,16 +263,6 @@ def _standard_library() -> list[bytes]:
     return sources + [topics[name].encode() for name in sorted(topics)]
 
 
-def _data_files(root: Path, run: str | os.PathLike | None) -> list[Path]:
-    """Files below root that are neither hidden nor of a run."""
-    own = None if run is None else root / os.path.relpath(os.path.realpath(run), os.path.realpath(root))
-
-    def wanted(path: Path) -> bool:
-        return not path.name.startswith(".") and path != own and not (path / "metrics.jsonl").exists()
-
-    return _files(root, wanted)
-
-
 def _files(root: Path, wanted: Callable[[Path], bool]) -> list[Path]:
     """Files below root, sorted, that are wanted with all folders above them; other folders are not entered."""
     found = []
@@ -251,13 +270,6 @@ def _files(root: Path, wanted: Callable[[Path], bool]) -> list[Path]:
         folders[:] = [name for name in folders if wanted(Path(parent, name))]
         found += [file for name in names if wanted(file := Path(parent, name))]
     return sorted(found, key=lambda f: f.relative_to(root).as_posix())
-
-
-def _is_text(content: bytes) -> bool:
-    try:
-        return "\0" not in content.decode()
-    except UnicodeDecodeError:
-        return False
 
 
 def _fingerprint(settings: tuple[int, ...], *tensors: Tensor) -> str:

@@ -22,7 +22,13 @@ def model_parts(model: Model) -> tuple[Callable[..., Any], Tensor | None, Tensor
             f"model: expected a callable, or a pair (body, lm_head) with an nn.Linear or its weight, got {model!r}"
         )
     body, lm_head = model
-    return (body, lm_head, None) if isinstance(lm_head, Tensor) else (body, lm_head.weight, lm_head.bias)
+    weight, bias = (lm_head, None) if isinstance(lm_head, Tensor) else (lm_head.weight, lm_head.bias)
+    if weight.is_meta:
+        raise ValueError(
+            "model: expected a pair (body, lm_head) whose lm_head has its weight, got one on meta; what is offloaded "
+            "is there in its own forward alone, so give the whole model, for its logits"
+        )
+    return body, weight, bias
 
 
 _SHOWS: ContextVar[bool] = ContextVar("whether a bar is shown", default=False)

@@ -1,7 +1,9 @@
 """Models by their names on the command line: runs, published checkpoints, models of transformers."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +15,11 @@ from fastdiff.estimators import NLLEstimate, conditional_nll, dse_nll, ordered_n
 from fastdiff.estimators.orders import ORDERS
 from fastdiff.evaluating import Model
 from fastdiff.graphs import Absorbing, Graph, Uniform
-from fastdiff.model import DiffusionTransformer, ModelConfig
+from fastdiff.model import DiffusionTransformer, ModelConfig, read_config
+from fastdiff.placing import placed, spread
 from fastdiff.published import KINDS, Published, load_published
 from fastdiff.schedules import LogLinear, Schedule
-from fastdiff.texts import Bytes
+from fastdiff.texts import Bytes, load_tokenizer, saved_hash
 from fastdiff.training import SCHEDULE, time_free
 
 _OF_ANY_GRAPH = ("time-free", "integral")
@@ -28,17 +31,19 @@ class Loaded:
     """A model with all that its likelihoods and samples need.
 
     Attributes:
+        network: what holds the weights.
         conditionals: p(x0 | xt) as estimators take them, of the absorbing graph; None of the uniform one.
         score: (xt, sigma) -> [B, L, V], as `dse_nll` takes it with that parametrization; None if there is none.
         graph, schedule, parametrization: of the score; the graph of both.
         exclude_mask: leave the mask out of the softmax of conditionals.
         tokenizer: `texts.Tokenizer`.
-        length: the longest sequence that it takes.
+        length: tokens of a window: those that it takes, or that were asked for.
         front: tokens in front of every sequence, which are not scored.
         device: where tokens go.
         eps: least time t of the mean that the model's codebase prints; None where that mean is over all t in (0, 1).
     """
 
+    network: nn.Module
     conditionals: Model | None
     score: Callable[[Tensor, Tensor], Tensor] | None
     graph: Graph
@@ -50,6 +55,16 @@ class Loaded:
     front: list[int]
     device: torch.device
     eps: float | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights."""
+        return next(self.network.parameters()).dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weights, wherever they lie."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.network.parameters())
 
     def in_chats(self) -> "Loaded":
         """The same without a front, for texts of a chat template, which has all that stands there."""
@@ -104,11 +119,14 @@ class Loaded:
 
 def load(
     name: str,
-    device: torch.device,
+    device: torch.device | None,
     *,
+    dtype: torch.dtype | None = None,
     tokenizer: str | None = None,
     mask_index: int | None = None,
     length: int | None = None,
+    shift: bool | None = None,
+    exclude_mask: bool | None = None,
     trust_remote_code: bool = False,
 ) -> Loaded:
     """The model that a name stands for.
@@ -116,8 +134,15 @@ def load(
     Args:
         name: the folder of a run; or "KIND:PATH" for a published checkpoint, KIND "sedd", "radd", "mdlm", "duo" or
             "bd3lm"; or "hf:PATH" for a masked model of transformers whose output has logits.
+        device: where it goes; None spreads a model of transformers over all that this rank has (`placing`), and puts
+            others on the first of its GPUs.
+        dtype: of the weights; None means what a checkpoint of transformers says, and float32 for others.
         tokenizer: folder or name of one of transformers, where the model's folder has none.
-        mask_index, length: where the model does not say; a length below the model's shortens its windows.
+        mask_index: where the model does not say.
+        length: tokens of a window; None means as many as the model says it takes. More than these are for models
+            without learned positions alone, and come with a warning.
+        shift: the logits at i predict token i + 1, of a model of transformers; None means yes for Dream, by its config.
+        exclude_mask: leave the mask out of the softmax of conditionals; None means no for models of transformers.
         trust_remote_code: run the code that comes with a model of transformers.
 
     Raises:
@@ -126,81 +151,131 @@ def load(
     """
     kind, _, path = name.partition(":")
     if kind == "hf":
-        found = _of_transformers(path, device, tokenizer, mask_index, trust_remote_code)
+        found = _of_transformers(path, device, dtype, tokenizer, mask_index, length, shift, trust_remote_code)
+    elif shift is not None:
+        raise ValueError(f"shift: expected none for {name}, for it is no model of transformers (hf:)")
     elif kind in KINDS and path:
-        found = _of_published(load_published(kind, path, mask_index=mask_index), path, device, tokenizer)
+        found = _of_published(load_published(kind, path, mask_index=mask_index), path, device, dtype, tokenizer, length)
     else:
-        found = _of_run(name, device)
-    if length is not None and not 1 <= length <= found.length:
-        raise ValueError(f"length: expected 1 to {found.length} tokens, got {length}")
-    return found if length is None else dataclasses.replace(found, length=length)
+        found = _of_run(name, device, dtype, length, trust_remote_code)
+    return found if exclude_mask is None else dataclasses.replace(found, exclude_mask=exclude_mask)
 
 
-def _of_run(folder: str, device: torch.device) -> Loaded:
-    model = DiffusionTransformer.from_pretrained(folder).eval().to(device)
-    n, timed, length = model.config.num_states, model.config.cond_dim > 0, model.config.max_length
-    if n not in (NUM_BYTES, NUM_BYTES + 1) or length is None:
-        raise ValueError(f"{folder}: expected a model of bytes with a longest sequence, got {n} states, {length}")
-    graph: Graph = Uniform(n) if n == NUM_BYTES else Absorbing(n)
+def _of_run(
+    folder: str, device: torch.device | None, dtype: torch.dtype | None, length: int | None, trust_remote_code: bool
+) -> Loaded:
+    model = DiffusionTransformer.from_pretrained(folder).eval()
+    n, timed, longest = model.config.num_states, model.config.cond_dim > 0, model.config.max_length
+    tokens, num_tokens = _tokenizer_of_run(Path(folder), trust_remote_code)
+    if n not in (num_tokens, num_tokens + 1) or longest is None:
+        raise ValueError(
+            f"{folder}: expected a model of {num_tokens} tokens with a longest sequence, got {n} states, {longest}"
+        )
+    length, device = _window(folder, length, longest, False), placed(model, device, dtype)
+    graph: Graph = Uniform(n) if n == num_tokens else Absorbing(n)
     conditionals = None if graph.mask_index is None else time_free(model, graph.mask_index)
     score = model if timed else None
-    return Loaded(conditionals, score, graph, SCHEDULE, "scale_by_sigma", True, Bytes(), length, [], device)
+    return Loaded(model, conditionals, score, graph, SCHEDULE, "scale_by_sigma", True, tokens, length, [], device)
 
 
-def _of_published(published: Published, path: str, device: torch.device, tokenizer: str | None) -> Loaded:
-    published.network.to(device)
-    length, graph = published.length, published.graph
-    if length is None:
-        raise ValueError(f"{path}: expected the model's length in a config.json beside it")
+def _tokenizer_of_run(folder: Path, trust_remote_code: bool) -> tuple[Any, int]:
+    """The tokenizer of what a run was trained on, and how many tokens that has."""
+    told = read_config(folder).get("tokenizer")
+    if told is None or told["name"] == "bytes":
+        return Bytes(), NUM_BYTES
+    own = folder / "tokenizer"
+    if saved_hash(own) != told["fingerprint"]:
+        raise ValueError(f"{own}: not the tokenizer that this run was trained with")
+    return load_tokenizer(str(own), trust_remote_code), told["num_tokens"]
+
+
+def _of_published(
+    published: Published,
+    path: str,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+    tokenizer: str | None,
+    length: int | None,
+) -> Loaded:
+    length, graph = _window(path, length, published.length, False), published.graph
     tokens = _tokenizer(tokenizer or path, graph.num_states, False)
+    device = placed(published.network, device, dtype)
     conditionals = None if graph.mask_index is None else published.conditionals()
     score = published.score if published.timed else None
     schedule = LogLinear(0) if published.kind == "bd3lm" else published.schedule
     eps = None if published.kind == "radd" else 1e-3
     noise = schedule, published.parametrization
-    return Loaded(conditionals, score, graph, *noise, True, tokens, length, [], device, eps)
+    return Loaded(published.network, conditionals, score, graph, *noise, True, tokens, length, [], device, eps)
 
 
 def _of_transformers(
-    path: str, device: torch.device, tokenizer: str | None, mask_index: int | None, trust_remote_code: bool
+    path: str,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+    tokenizer: str | None,
+    mask_index: int | None,
+    length: int | None,
+    shift: bool | None,
+    trust_remote_code: bool,
 ) -> Loaded:
-    from transformers import AutoModel, AutoModelForMaskedLM
-
     from fastdiff.integrations.transformers import agreed_mask_index
 
-    options: dict[str, Any] = dict(dtype="auto", trust_remote_code=trust_remote_code)
-    try:
-        model = AutoModelForMaskedLM.from_pretrained(path, **options)
-    except ValueError:  # LLaDA's and Dream's, whose AutoModel gives logits
-        model = AutoModel.from_pretrained(path, **options)
-    model, num_states = model.eval().to(device), model.config.vocab_size
+    model = _from_pretrained(path, device, dtype=dtype or "auto", trust_remote_code=trust_remote_code)
+    num_states = model.config.vocab_size
     known, tokens = of_config(model.config), _tokenizer(tokenizer or path, num_states, trust_remote_code)
     if mask_index is None:
         mask_index = agreed_mask_index(known["mask_index"], tokens.mask_token_id)
     if mask_index is None:
         raise ValueError(f"mask_index: expected an id, for neither model nor tokenizer of {path} has a mask")
-    front = front_of(tokens, None)
-    if known["shift"] and not front:
+    shift, front = known["shift"] if shift is None else shift, front_of(tokens, None)
+    if shift and not front:
         if tokens.bos_token_id is None:
             raise ValueError(f"{path}: expected a tokenizer with a BOS, for shifted logits predict no first token")
         front = [tokens.bos_token_id]
-    if known["max_length"] is None:
-        raise ValueError(f"{path}: expected the longest sequence that the model takes in its config, found none")
-    conditionals, graph = shifted(model) if known["shift"] else model, Absorbing(num_states, mask_index)
-    rest = (tokens, known["max_length"] - len(front), front, device)
-    return Loaded(conditionals, None, graph, SCHEDULE, "logits", known["exclude_mask"], *rest)
+    longest = known["max_length"] and known["max_length"] - len(front)
+    length = _window(path, length, longest, any("rope" in name for name in vars(model.config)))
+    conditionals, graph = shifted(model) if shift else model, Absorbing(num_states, mask_index)
+    if device is None:  # what is offloaded is on none
+        there = (parameter.device for parameter in model.parameters() if parameter.device.type != "meta")
+        device = next(there, torch.device("cpu"))
+    rest = (known["exclude_mask"], tokens, length, front, device)
+    return Loaded(model, conditionals, None, graph, SCHEDULE, "logits", *rest)
+
+
+def _from_pretrained(path: str, device: torch.device | None, **options: Any) -> Any:
+    """A model of transformers that gives logits, in evaluation mode, with all of its weights."""
+    from transformers import AutoModel, AutoModelForMaskedLM
+
+    options["output_loading_info"] = True
+    if device is not None and device.type != "cpu":
+        options["device_map"] = {"": device}
+    of = spread if device is None else lambda load, path, **options: load(path, **options)
+    try:
+        model, report = of(AutoModelForMaskedLM.from_pretrained, path, **options)
+    except ValueError:  # LLaDA's and Dream's, whose AutoModel gives logits
+        model, report = of(AutoModel.from_pretrained, path, **options)
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{path}: expected a masked model whose output has logits, got a {type(model).__name__}")
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{path}: {len(missing)} tensors of the model are not in its files; {missing[0]} is missing")
+    return model.eval()
+
+
+def _window(path: str, asked: int | None, said: int | None, endless: bool) -> int:
+    """Tokens of a window: as many as are asked for, or as a model says it takes; endless ones may be asked for more."""
+    if asked is None:
+        if said is None:
+            raise ValueError(f"length: expected one, for {path} does not say how many tokens it takes")
+        return said
+    if asked < 1 or (said is not None and asked > said and not endless):
+        raise ValueError(f"length: expected {f'1 to {said} tokens' if said else 'at least 1'}, got {asked}")
+    if said is not None and asked > said:
+        warnings.warn(f"length: {path} was made for {said} tokens, got {asked}", stacklevel=2)
+    return asked
 
 
 def _tokenizer(path: str, num_states: int, trust_remote_code: bool) -> Any:
-    try:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except ImportError:
-        raise ImportError("tokenizers need transformers: pip install transformers") from None
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(f"tokenizer: found none in {path} ({first}); name a folder that has one") from None
+    tokenizer = load_tokenizer(path, trust_remote_code)
     if len(tokenizer) > num_states:
         raise ValueError(f"tokenizer: expected at most the model's {num_states} ids, got {len(tokenizer)}")
     return tokenizer

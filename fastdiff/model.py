@@ -134,32 +134,28 @@ class DiffusionTransformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> "DiffusionTransformer":
-        """Load what `save_pretrained` wrote, in float32 on the CPU.
+        """Load what `save_pretrained` or `checkpoints.export` wrote, in float32 on the CPU.
 
         Raises:
-            FileNotFoundError: the folder or one of its two files is missing.
-            ValueError: a file is damaged, cut short, or the two do not belong together.
+            FileNotFoundError: the folder or one of its files is missing.
+            ValueError: a file is damaged, cut short, or they do not belong together.
         """
-        safetensors = import_safetensors()
+        from fastdiff.weights import read_weights
+
         config = read_config(folder)
         try:
-            with torch.device("cpu"):
-                model = cls(ModelConfig(**config["model"])).float()
+            with torch.device("meta"):
+                model = cls(ModelConfig(**config["model"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{Path(folder) / 'config.json'}: not a model's configuration: {error}") from error
-        path = Path(folder) / "model.safetensors"
-        if not path.is_file():
-            raise FileNotFoundError(f"no such file: {path}")
-        try:
-            weights = safetensors.load(path.read_bytes())
-        except Exception as error:  # the Rust side raises its own types
-            raise ValueError(f"{path}: damaged or cut short: {error}") from error
-        check_alike(model, weights, path)
-        model.load_state_dict(weights)
+        weights = read_weights(folder)
+        check_alike(model, weights, folder)
+        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
         return model
 
     def _check(self, xt: Tensor, sigma: Tensor | None, positions: Tensor | None) -> None:
-        check_tokens("xt", xt, None, self.lm_head.weight.device)
+        place = self.lm_head.weight.device  # "meta" where the layer is offloaded
+        check_tokens("xt", xt, None, None if place.type == "meta" else place)
         if xt.dim() != 2:
             raise ValueError(f"xt: expected shape [B, L], got {tuple(xt.shape)}")
         most = self.config.max_length or xt.shape[1]

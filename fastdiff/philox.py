@@ -26,6 +26,7 @@ class Purpose(enum.IntEnum):
     STEP = 0x86
     LIMIT = 0x87
     DATA = 0x88
+    ORDER = 0x89
     DERIVE = 0xFF
 
 

@@ -83,10 +83,10 @@ def load_published(kind: str, path: str | os.PathLike, *, mask_index: int | None
     if (kind == "radd") == bool(config.cond_dim):
         seen = "sees the noise level" if config.cond_dim else "does not see the noise level"
         raise ValueError(f"{path}: expected weights of {kind}, but this network {seen}")
-    with torch.device("cpu"):
-        network = DiffusionTransformer(config).float()
+    with torch.device("meta"):
+        network = DiffusionTransformer(config)
     check_alike(network, weights, path)
-    network.load_state_dict(weights)
+    network.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     uniform = kind == "duo" or said.get("graph", {}).get("type") == "uniform"
     graph: Graph = Uniform(config.num_states)
     if not uniform:

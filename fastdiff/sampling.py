@@ -153,7 +153,7 @@ def _canvas(network: Network, given: Tensor, graph: Absorbing | Uniform, start: 
     if network.lm_head is not None:
         device = network.lm_head.device
     elif isinstance(module, nn.Module):
-        device = next((p.device for p in module.parameters()), device)
+        device = next((p.device for p in module.parameters() if not p.is_meta), device)  # an offloaded one is nowhere
     given = given.to(device)
     if isinstance(graph, Uniform):
         noise = graph.sample_limit(*given.shape, seed=seed, device=device)

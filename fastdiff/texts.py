@@ -1,8 +1,10 @@
 """Texts as tokens, and their pieces: what is scored, given what."""
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -34,6 +36,36 @@ class Bytes:
 
     def decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
         return decode(torch.tensor([token for token in tokens if token < NUM_BYTES], device="cpu"))
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    """A tokenizer: "bytes", a tokenizer.json of `tokenizers`, or a folder or name as transformers takes it.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: there is no such tokenizer.
+    """
+    if name == "bytes":
+        return Bytes()
+    try:
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    except ImportError:
+        raise ImportError("tokenizers need transformers: pip install transformers") from None
+    try:
+        if name.endswith(".json"):
+            return PreTrainedTokenizerFast(tokenizer_file=name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # that of tokenizers is one itself
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"tokenizer: found none in {name} ({first}); name a folder that has one") from None
+
+
+def saved_hash(folder: Path) -> str:
+    """A hash of a tokenizer's files, as it has written them."""
+    digest = hashlib.sha256()
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        digest.update(repr((file.relative_to(folder).as_posix(), file.read_bytes())).encode())
+    return digest.hexdigest()
 
 
 class Tokens(NamedTuple):
@@ -138,7 +170,10 @@ def pieces(
         return
     whole = _joined(documents)
     if len(whole.ids) < length:
-        raise ValueError(f"data: expected at least the {length} tokens of a window, got {len(whole.ids)} of {name}")
+        raise ValueError(
+            f"data: expected at least the {length} tokens of a window, got {len(whole.ids)} of {name}; take a smaller "
+            "length, or cut documents"
+        )
     if cut == "sliding":
         yield from _spread(list(_one_by_one(name, whole, length, context)), most)
         return

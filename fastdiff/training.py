@@ -285,7 +285,8 @@ class _Trainer:
     def advance(self) -> list[Record]:
         """One optimiser step, and an evaluation where one is due: their records."""
         start = time.perf_counter()
-        x0 = self.source.batch(self.step, self.config.batch_size).to(self.device)
+        first, size = self.step * self.config.batch_size, self.config.batch_size
+        x0 = self.source.sequences(first, first + size).to(self.device)
         loss = self._backward(x0)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip).item()
         if not math.isfinite(loss + norm):

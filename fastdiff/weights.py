@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,8 @@ NAMES = ("model.safetensors", "pytorch_model.bin", "checkpoints-meta/checkpoint.
 
 def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a model by their names, the averaged ones (EMA) where a checkpoint has both.
+
+    They lie in the file until they are looked at, wherever its format allows that.
 
     Args:
         path: a file (.safetensors, or anything that torch.save wrote), or a folder with one.
@@ -60,7 +63,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
         return load_file(path)
     inert = SimpleNamespace(Unpickler=_Inert, load=_load, __name__="inert")
-    saved = torch.load(path, map_location="cpu", weights_only=False, pickle_module=inert)
+    mapped = zipfile.is_zipfile(path)  # read when it is looked at; what torch.save wrote before 1.6 is not
+    saved = torch.load(path, map_location="cpu", weights_only=False, pickle_module=inert, mmap=mapped)
     state = saved
     for name in ("state_dict", "model"):
         state = state[name] if isinstance(state, dict) and isinstance(state.get(name), dict) else state

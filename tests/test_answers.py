@@ -42,7 +42,9 @@ class Letters:
 
 def of(model, tokenizer, mask_index, length=LENGTH, front=()):
     graph = Absorbing(mask_index + 1)
-    return Loaded(model, None, graph, SCHEDULE, "logits", True, tokenizer, length, list(front), CPU)
+    return Loaded(
+        torch.nn.Identity(), model, None, graph, SCHEDULE, "logits", True, tokenizer, length, list(front), CPU
+    )
 
 
 def thin(num_states=NUM_BYTES + 1, length=24):

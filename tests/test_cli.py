@@ -132,15 +132,15 @@ def test_resume_equals_an_unbroken_run(folder):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_and_saves(folder, monkeypatch, number):
-    batch = data.Text.batch
+    sequences = data.Text.sequences
 
-    def interrupted(self, step, n):
-        if step == 2:
+    def interrupted(self, start, stop):
+        if start == 8:  # of the third step
             signal.raise_signal(number)
-        return batch(self, step, n)
+        return sequences(self, start, stop)
 
     with monkeypatch.context() as patch:
-        patch.setattr(data.Text, "batch", interrupted)
+        patch.setattr(data.Text, "sequences", interrupted)
         result = CliRunner().invoke(cli.app, f"train --data text.txt --out run {SMALL} --eval-every 0".split())
     assert result.exit_code == 128 + number
     assert "stopped and saved; go on with: fastdiff train --out run --resume" in result.stderr
@@ -295,7 +295,7 @@ def test_user_errors_are_one_line(folder, capsys, monkeypatch):
     expect("train --out run --resume", "trainer.pt: damaged or cut short")
     whole = (folder / "run" / "model.safetensors").read_bytes()
     (folder / "run" / "model.safetensors").write_bytes(b"half")
-    expect("sample run", "model.safetensors: damaged or cut short")
+    expect("sample run", "model.safetensors: not weights, damaged or cut short")
     (folder / "run" / "model.safetensors").write_bytes(whole)
     config = json.loads((folder / "run" / "config.json").read_text())
     (folder / "run" / "config.json").write_text(json.dumps({"model": config["model"]}))

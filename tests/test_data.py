@@ -17,22 +17,39 @@ def grams(windows: torch.Tensor, n: int = 8) -> set[bytes]:
     return {bytes(row[i : i + n].tolist()) for row in windows for i in range(len(row) - n + 1)}
 
 
-def test_batches_are_windows_of_the_text_and_functions_of_the_step():
+def test_sequences_are_windows_of_the_text_and_functions_of_the_index():
     source = Text(DOCUMENTS, 16, seed=3)
-    batch = source.batch(7, 5)
-    assert batch.shape == (5, 16)
-    assert batch.dtype == torch.int64
+    found = source.sequences(7, 12)
+    assert found.shape == (5, 16)
+    assert found.dtype == torch.int64
     text = bytes(source.train_bytes.tolist())
-    assert all(bytes(row.tolist()) in text for row in batch)
-    assert torch.equal(batch, Text(DOCUMENTS, 16, seed=3).batch(7, 5))
-    assert torch.equal(batch[:3], source.batch(7, 3))
-    assert not torch.equal(batch, source.batch(8, 5))
-    assert not torch.equal(batch, Text(DOCUMENTS, 16, seed=4).batch(7, 5))
+    assert all(bytes(row.tolist()) in text for row in found)
+    assert torch.equal(found, Text(DOCUMENTS, 16, seed=3).sequences(7, 12))
+    assert torch.equal(found[1:3], source.sequences(8, 10))
+    assert not torch.equal(found, source.sequences(12, 17))
+    assert not torch.equal(found, Text(DOCUMENTS, 16, seed=4).sequences(7, 12))
+    assert source.sequences(7, 7).shape == (0, 16)
+
+
+@pytest.mark.parametrize("far", [2**24, 2**32, 2**56, 2**63 - 11])
+def test_far_sequences_are_others(far):
+    for source in (Text(DOCUMENTS, 16), Table(torch.arange(10_000).view(-1, 1), num_tokens=10_000)):
+        there = source.sequences(far, far + 10)
+        assert torch.equal(there[3:5], source.sequences(far + 3, far + 5))
+        assert (there == source.sequences(0, 10)).all(1).sum() == 0
+
+
+@pytest.mark.parametrize("source", [Text(DOCUMENTS, 16), Table(TOKENS, num_tokens=6)])
+def test_bad_indices(source):
+    with pytest.raises(ValueError, match="start: expected at least 0, got -1"):
+        source.sequences(-1, 2)
+    with pytest.raises(ValueError, match="stop: expected at least 3, got 2"):
+        source.sequences(3, 2)
 
 
 def test_every_window_can_be_drawn():
     source = Text([bytes(range(200))], 8, held_out=0.1)  # 180 bytes to train on: 173 windows
-    starts = source.batch(0, 4000)[:, 0]
+    starts = source.sequences(0, 4000)[:, 0]
     assert starts.min() == 0
     assert starts.max() == 172
 
@@ -56,7 +73,7 @@ class Vast:
 def test_windows_of_a_text_of_any_size_are_drawn_everywhere(starts):
     source = Text(DOCUMENTS, 8)
     source.train_bytes = Vast(starts + 7)
-    drawn = source.batch(0, 20_000)[:, 0]
+    drawn = source.sequences(0, 20_000)[:, 0]
     assert drawn.min() >= 0
     assert drawn.max() < starts
     assert (torch.histc(drawn.double() / starts, 10, 0, 1) / 2000 - 1).abs().max() < 0.12
@@ -68,7 +85,7 @@ def test_the_last_window_of_a_vast_text_can_be_drawn(monkeypatch):
     source.train_bytes = Vast(5 * 2**32 + 7)
     for draw, start in ((0, 0), (2**32 - 1, 5 * 2**32 - 1)):
         monkeypatch.setattr("fastdiff.data.draw32", lambda *names, draw=draw: torch.full((2, 1), draw))
-        assert source.batch(0, 1)[0].tolist() == list(range(start, start + 8))
+        assert source.sequences(0, 1)[0].tolist() == list(range(start, start + 8))
 
 
 @pytest.mark.parametrize("documents", [DOCUMENTS, DOCUMENTS[:3], DOCUMENTS[:1]], ids=["many", "few", "one"])
@@ -77,7 +94,7 @@ def test_split_does_not_leak(documents):
     train, validation = bytes(source.train_bytes.tolist()), bytes(source.validation_bytes.tolist())
     assert sorted(train + validation) == sorted(b"".join(documents))
     assert 0.2 <= len(validation) / sum(map(len, documents)) <= 0.3
-    drawn, held_out = source.batch(0, 20_000), source.validation(1000)
+    drawn, held_out = source.sequences(0, 20_000), source.validation(1000)
     assert len(grams(drawn, 4)) > 0.9 * (len(train) - 4 * len(documents))
     assert not grams(drawn, 4) & grams(held_out, 4)
 
@@ -246,12 +263,12 @@ def test_encode_decode():
 
 def test_table_draws_by_probability():
     source = Table(TOKENS, num_tokens=6, probs=torch.tensor([2.0, 0.0, 6.0]), seed=1)
-    batch = source.batch(0, 4000)
-    assert set(map(tuple, batch.tolist())) == {(0, 1), (4, 5)}
-    assert abs((batch[:, 0] == 0).double().mean().item() - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
-    assert torch.equal(batch[:10], source.batch(0, 10))
-    assert not torch.equal(batch, source.batch(1, 4000))
-    assert set(Table(TOKENS, num_tokens=6).batch(0, 100)[:, 0].tolist()) == {0, 2, 4}
+    drawn = source.sequences(0, 4000)
+    assert set(map(tuple, drawn.tolist())) == {(0, 1), (4, 5)}
+    assert abs((drawn[:, 0] == 0).double().mean().item() - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
+    assert torch.equal(drawn[:10], source.sequences(0, 10))
+    assert not torch.equal(drawn, source.sequences(4000, 8000))
+    assert set(Table(TOKENS, num_tokens=6).sequences(0, 100)[:, 0].tolist()) == {0, 2, 4}
 
 
 def test_table_validation():

@@ -179,10 +179,10 @@ CALLS = {
     "noise": lambda: [noise(X0, loss, V, seed=1, step=2) for loss in ("dce-t", "dce-lambda", "dce-k", "dse-absorb")],
     "train": trained,
     "text": lambda: (
-        TEXT.batch(2, 3),
+        TEXT.sequences(2, 5),
         TEXT.validation(1),
         data.encode("to be"),
-        data.Table(X0, num_tokens=M).batch(1, 2),
+        data.Table(X0, num_tokens=M).sequences(1, 3),
     ),
     "radd": lambda: [radd.Batch_Uniform_Sampler(5, type, "cpu") for type in ("naive", "vdm", "decoupled")],
     "dream": lambda: (dream.cart_weight(MASK, 0.3), dream.sft_loss(LastLayer(), XT, X0, MASK, P, DREAM)),

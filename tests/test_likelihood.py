@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ import torchrun
 from test_published import hub_folder, made, sedd_folder
 from typer.testing import CliRunner
 
-from fastdiff import cli, ordered_nll
-from fastdiff.loading import Loaded, load
+from fastdiff import cli, loading, ordered_nll
+from fastdiff.loading import Loaded, load, of_config
 from fastdiff.texts import Bytes, pieces, tokens_of
 
 CPU = torch.device("cpu")
@@ -227,6 +228,81 @@ def test_models_of_transformers(tmp_path, monkeypatch):
     invoke("eval hf:bert --data text.txt --length 12 --num-samples 8 --num-sequences 4 --json out.json")
     (row,) = rows().values()
     assert (row["pieces"], row["tokens"]) == (4, 48)
+
+
+CONFIGS = {  # what those of published models say: mask, longest sequence, whether logits are shifted
+    "LLaDA": (dict(model_type="llada", mask_token_id=126336, max_sequence_length=4096), 126336, 4096, False),
+    "LLaDA-MoE": (dict(model_type="lladamoe", max_position_embeddings=4096), None, 4096, False),
+    "Dream": (dict(model_type="Dream", mask_token_id=151666, max_position_embeddings=131072), 151666, 131072, True),
+    "A2D": (dict(model_type="a2d-qwen3", max_position_embeddings=40960), None, 40960, False),
+    "BERT": (dict(model_type="bert", max_position_embeddings=512), None, 512, False),
+    "no length": (dict(model_type="other", mask_token_id=3), 3, None, False),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_configs_say(name):
+    said, mask_index, length, shift = CONFIGS[name]
+    found = of_config(SimpleNamespace(**said))
+    assert found == dict(mask_index=mask_index, max_length=length, shift=shift, exclude_mask=False)
+
+
+def test_what_is_asked_for(tmp_path, monkeypatch):
+    """Lengths, shift, the mask: of learned positions (BERT) and of rotary ones (ModernBERT)."""
+    import transformers
+
+    monkeypatch.chdir(tmp_path)
+    shape = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    special = dict(pad_token_id=0, bos_token_id=0, eos_token_id=0, cls_token_id=0, sep_token_id=0)
+    for kind in ("Bert", "ModernBert"):
+        tokenizer = tokenizer_folder(tmp_path / kind)
+        config = dict(vocab_size=len(tokenizer) + 1, max_position_embeddings=8, **shape, **special)
+        model = getattr(transformers, f"{kind}ForMaskedLM")(getattr(transformers, f"{kind}Config")(**config))
+        model.save_pretrained(tmp_path / kind)
+    mask = dict(mask_index=len(tokenizer))
+    with pytest.raises(ValueError, match="mask_index: expected an id, for neither model nor tokenizer of Bert has"):
+        load("hf:Bert", CPU)
+    loaded = load("hf:Bert", CPU, **mask)
+    assert (loaded.length, loaded.exclude_mask, loaded.conditionals) == (8, False, loaded.network)
+    assert load("hf:Bert", CPU, exclude_mask=True, **mask).exclude_mask
+    with pytest.raises(ValueError, match="length: expected 1 to 8 tokens, got 9"):
+        load("hf:Bert", CPU, length=9, **mask)
+    with pytest.warns(UserWarning, match="length: ModernBert was made for 8 tokens, got 9"):
+        assert load("hf:ModernBert", CPU, length=9, **mask).length == 9
+    with pytest.raises(ValueError, match="expected a tokenizer with a BOS"):
+        load("hf:Bert", CPU, shift=True, **mask)
+    tokenizer.add_special_tokens(dict(bos_token="<end>"))
+    tokenizer.save_pretrained(tmp_path / "Bert")
+    loaded = load("hf:Bert", CPU, shift=True, **mask)
+    assert (loaded.length, loaded.front) == (7, [tokenizer.bos_token_id])
+    xt = torch.randint(9, (2, 5))
+    assert torch.equal(loaded.conditionals(xt)[:, 1:], loaded.network(xt).logits[:, :-1])
+    with pytest.raises(ValueError, match="shift: expected none for mdlm:x"):
+        load("mdlm:x", CPU, shift=True)
+    monkeypatch.setattr(loading, "of_config", lambda config: of_config(config) | dict(max_length=None))
+    with pytest.raises(ValueError, match="length: expected one, for Bert does not say how many tokens it takes"):
+        load("hf:Bert", CPU, **mask)
+    assert load("hf:Bert", CPU, length=5, **mask).length == 5
+    with pytest.raises(ValueError, match="length: expected at least 1, got 0"):
+        load("hf:Bert", CPU, length=0, **mask)
+
+
+def test_models_of_transformers_that_are_refused(tmp_path, monkeypatch):
+    from safetensors.torch import load_file, save_file
+    from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    sizes = dict(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained("causal")
+    with pytest.raises(ValueError, match="causal: expected a masked model whose output has logits, got a LlamaModel"):
+        load("hf:causal", CPU)
+    BertForMaskedLM(BertConfig(**sizes)).save_pretrained("cut")
+    weights = load_file("cut/model.safetensors")
+    name = next(name for name in weights if "query.weight" in name)
+    del weights[name]
+    save_file(weights, "cut/model.safetensors", metadata=dict(format="pt"))
+    with pytest.raises(ValueError, match=f"cut: 1 tensors of the model are not in its files; {name} is missing"):
+        load("hf:cut", CPU)
 
 
 def test_texts_of_a_published_model(published):

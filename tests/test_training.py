@@ -184,10 +184,10 @@ def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
 @pytest.mark.parametrize("where", ["callback", "within the step"])
 def test_a_signal_saves_and_resumes(tmp_path, where, number):
     class Interrupted(Table):
-        def batch(self, step, n):
-            if where == "within the step" and step == 2:
+        def sequences(self, start, stop):
+            if where == "within the step" and start == 2 * SETTINGS["batch_size"]:
                 signal.raise_signal(number)
-            return super().batch(step, n)
+            return super().sequences(start, stop)
 
     def interrupt(record):
         if where == "callback" and record["step"] == 3:

@@ -1,4 +1,4 @@
-"""The `fastdiff` command: train, eval, table, answers, sample, doctor."""
+"""The `fastdiff` command: tokenize, train, eval, table, answers, sample, doctor."""
 
 import sys
 import warnings
@@ -17,6 +17,7 @@ from fastdiff.cli.doctor import doctor
 from fastdiff.cli.evaluate import evaluate
 from fastdiff.cli.sample import sample
 from fastdiff.cli.table import table
+from fastdiff.cli.tokenize import tokenize
 from fastdiff.cli.train import train
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("tokenize")(tokenize)
 app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("table")(table)
@@ -32,7 +34,7 @@ app.command("answers")(answers)
 app.command("sample")(sample)
 app.command("doctor")(doctor)
 
-_USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, BackendUnavailable)
+_USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, MemoryError, BackendUnavailable)
 
 
 def main() -> None:

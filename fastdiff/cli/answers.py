@@ -12,19 +12,22 @@ from rich.table import Table
 from rich.text import Text
 
 from fastdiff.answers import RANKINGS, read_questions, records, summary
+from fastdiff.cli.models import load_named, no_room
 from fastdiff.cli.options import (
-    Device,
+    BatchSize,
+    Dtype,
+    ExcludeMask,
     MaskIndex,
     Named,
+    Place,
+    Shift,
     TokenizerOf,
     Trust,
     check_json,
     check_seed,
-    device_of,
     versions,
 )
 from fastdiff.likelihood import forget, likelihoods, ranks
-from fastdiff.loading import load
 from fastdiff.model import write_atomically
 
 _SHOWN = 10  # lines of the file in the table
@@ -47,8 +50,12 @@ def answers(
     ] = None,
     tokenizer: TokenizerOf = None,
     mask_index: MaskIndex = None,
+    batch_size: BatchSize = None,
+    dtype: Dtype = None,
+    shift: Shift = None,
+    exclude_mask: ExcludeMask = None,
     trust_remote_code: Trust = False,
-    device: Device = None,
+    device: Place = None,
 ) -> None:
     """Likelihood of answers given their prompts, which is the likeliest, and how sure that is.
 
@@ -60,8 +67,9 @@ def answers(
     if json_file is not None and json_file.resolve() == data.resolve():
         raise ValueError(f"json: expected another file than the data's, got {json_file}")
     with ranks() as (rank, local):
-        place = device_of(device or (f"cuda:{local}" if torch.cuda.is_available() else None))
-        loaded = load(model, place, tokenizer=tokenizer, mask_index=mask_index, trust_remote_code=trust_remote_code)
+        place = device or (f"cuda:{local}" if torch.cuda.is_available() else None)
+        named = dict(tokenizer=tokenizer, mask_index=mask_index, shift=shift, exclude_mask=exclude_mask)
+        loaded = load_named(model, place, dtype, trust_remote_code=trust_remote_code, **named)
         if loaded.graph.mask_index is None:
             raise ValueError(
                 f"{model}: expected a model with a mask, for the uniform graph has none to give a prompt by"
@@ -69,9 +77,11 @@ def answers(
         loaded = loaded.in_chats() if chat else loaded
         questions = read_questions(data, loaded, chat=chat)
         pieces = [piece for question in questions for piece in question.pieces]
-        settings = dict(model=model, files=versions(model), mask_index=loaded.graph.mask_index)
-        options: dict[str, Any] = dict(num_samples=num_samples, seed=seed, tolerance=tolerance)
-        estimate = likelihoods(loaded, pieces, settings, json_file, **options)
+        settings = named | dict(model=model, files=versions(model), mask_index=loaded.graph.mask_index)
+        settings |= dict(dtype=str(loaded.dtype), device=loaded.device.type)
+        options: dict[str, Any] = dict(num_samples=num_samples, seed=seed, tolerance=tolerance, batch_size=batch_size)
+        with no_room(loaded.device, loaded.num_bytes, "a smaller --batch-size"):
+            estimate = likelihoods(loaded, pieces, settings, json_file, **options)
         if rank == 0:
             found = records(questions, estimate)
             numbers = summary(questions, estimate, found)

@@ -13,26 +13,32 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fastdiff.cli.models import load_named, no_room
 from fastdiff.cli.options import (
-    Device,
+    BatchSize,
+    Dtype,
+    ExcludeMask,
     MaskIndex,
     Named,
+    Place,
+    Shift,
     TokenizerOf,
     Trust,
     check_json,
     check_seed,
-    device_of,
     half_of,
     read_run,
     versions,
 )
-from fastdiff.data import Text, load_documents, load_named_documents
+from fastdiff.data import Text, TokenSource, load_documents, load_named_documents
 from fastdiff.estimators.orders import ORDERS
 from fastdiff.likelihood import forget, likelihoods, ranks, row
-from fastdiff.loading import Loaded, load
+from fastdiff.loading import Loaded
 from fastdiff.model import write_atomically
+from fastdiff.shards import Shards, TokenFolder, is_tokens
 from fastdiff.texts import CUTS, Piece, pieces, tokens_of
 
+_MOST_TEXT = 2**26  # bytes of the held-out documents of a folder of tokens, evenly spread
 _TITLES = {
     "time-free": "time-free likelihood",
     "bound": "the bound of the uniform graph",
@@ -52,7 +58,8 @@ def evaluate(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="'stdlib', a text file or a folder; may be given several times", show_default="the run's own"
+            help="'stdlib', a text file or a folder, of tokens too (their held-out texts); may be given several times",
+            show_default="the run's own",
         ),
     ] = None,
     whole: Annotated[
@@ -89,8 +96,12 @@ def evaluate(
     tokenizer: TokenizerOf = None,
     mask_index: MaskIndex = None,
     length: Annotated[int | None, typer.Option(help="tokens in a piece", show_default="all the model takes")] = None,
+    batch_size: BatchSize = None,
+    dtype: Dtype = None,
+    shift: Shift = None,
+    exclude_mask: ExcludeMask = None,
     trust_remote_code: Trust = False,
-    device: Device = None,
+    device: Place = None,
 ) -> None:
     """Likelihood of texts: nats, bits and perplexity, with 95% intervals of what masking leaves open.
 
@@ -99,13 +110,12 @@ def evaluate(
     """
     check_json(json_file)
     with ranks() as (rank, local):
-        place = device_of(device or (f"cuda:{local}" if torch.cuda.is_available() else None))
-        scored = load(
-            model, place, tokenizer=tokenizer, mask_index=mask_index, length=length, trust_remote_code=trust_remote_code
-        )
+        place = device or (f"cuda:{local}" if torch.cuda.is_available() else None)
+        named = dict(tokenizer=tokenizer, mask_index=mask_index, length=length, shift=shift, exclude_mask=exclude_mask)
+        scored = load_named(model, place, dtype, trust_remote_code=trust_remote_code, **named)
         rows, how = rows_of(
             scored,
-            model,
+            named | dict(model=model),
             _texts(model, data, whole),
             json_file,
             cut=cut,
@@ -113,6 +123,7 @@ def evaluate(
             num_sequences=num_sequences,
             likelihood=likelihood,
             seed=seed,
+            batch_size=batch_size,
             num_samples=num_samples,
             proposal=proposal,
             tolerance=tolerance,
@@ -132,7 +143,7 @@ def evaluate(
 
 def rows_of(
     scored: Loaded,
-    model: str,
+    named: dict[str, Any],
     texts: Iterable[tuple[str, list[bytes]]],
     kept: Path | None,
     *,
@@ -141,10 +152,15 @@ def rows_of(
     num_sequences: int = 64,
     likelihood: str = "time-free",
     seed: int = 0,
+    batch_size: int | None = None,
     tolerance: float | None = None,
     **asked: Any,
 ) -> tuple[dict[str, dict[str, Any]], str]:
-    """Numbers of each text, by its name, and what they are in words; the options are those of `fastdiff eval`."""
+    """Numbers of each text, by its name, and what they are in words; the options are those of `fastdiff eval`.
+
+    Args:
+        named: model, and what it was loaded with; kept numbers of others are not used.
+    """
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance: expected a positive number of bits per byte, got {tolerance}")
     check_seed(seed)
@@ -158,13 +174,15 @@ def rows_of(
         tokens = {name: documents for name, documents in tokens.items() if name not in short}
         warnings.warn(f"shorter than a window of {scored.length} tokens, left out: {', '.join(short)}", stacklevel=2)
     rows, drawn = {}, kind not in ORDERS
-    options = own | dict(likelihood=likelihood, **(dict(seed=seed) if drawn else {}))
-    settings = dict(model=model, files=versions(model), mask_index=scored.graph.mask_index)
+    options = own | dict(likelihood=likelihood, batch_size=batch_size, **(dict(seed=seed) if drawn else {}))
+    settings = named | dict(files=versions(named["model"]), mask_index=scored.graph.mask_index)
+    settings |= dict(dtype=str(scored.dtype), device=scored.device.type)
     for name, documents in tokens.items():
         found = list(pieces(name, documents, scored.length, cut=cut, context=context, most=num_sequences or None))
         if kind == "time-free":
             options["tolerance"] = _nats(tolerance, found)
-        estimate = likelihoods(scored, found, settings, kept, **options)
+        with no_room(scored.device, scored.num_bytes, "a smaller --batch-size"):
+            estimate = likelihoods(scored, found, settings, kept, **options)
         rows[name] = dict(likelihood=kind) | ({} if drawn else own) | row(estimate, found, drawn=drawn)
     return rows, f"{cut} of {scored.length} tokens, {_TITLES[kind]}{_how(own)}"
 
@@ -190,19 +208,27 @@ def _texts(model: str, data: list[str] | None, whole: bool) -> Iterator[tuple[st
     if config is None and not data:
         raise ValueError(f"data: expected texts, for {model} has none of its own")
     for name in data or [config["data"]["path"]]:  # type: ignore[index]
-        if config is not None and not whole:
+        own = config is not None and config["data"]["path"] in (name, str(Path(name).resolve()))
+        if is_tokens(name):
+            if config is not None and own:
+                source = Shards(name, config["model"]["max_length"], seed=config["training"]["seed"])
+                _check_same(name, source, run, config)
+            yield f"held-out part of {name}", list(TokenFolder(name).held_out_documents(_MOST_TEXT))
+        elif config is not None and not whole:
             text = Text(load_documents(name, run), config["model"]["max_length"], seed=config["training"]["seed"])
-            own = config["data"]["path"] in (name, str(Path(name).resolve()))
-            if own and text.fingerprint != config["source"]["fingerprint"]:
-                raise ValueError(
-                    f"data: {name} has changed since {run} was trained on it, and so has its held-out part"
-                )
+            if own:
+                _check_same(name, text, run, config)
             yield f"held-out part of {name}", [bytes(text.validation_bytes.tolist())]
         else:
             parts: dict[str, list[bytes]] = {}
             for part, document in load_named_documents(name, run):
                 parts.setdefault(part, []).append(document)
             yield from parts.items()
+
+
+def _check_same(name: str, source: TokenSource, run: Path | None, config: dict[str, Any]) -> None:
+    if source.fingerprint != config["source"]["fingerprint"]:
+        raise ValueError(f"data: {name} has changed since {run} was trained on it, and so has its held-out part")
 
 
 def _nats(tolerance: float | None, found: list[Piece]) -> float | None:

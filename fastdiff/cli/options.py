@@ -13,13 +13,34 @@ from fastdiff.model import ModelConfig, read_config
 from fastdiff.published import KINDS
 from fastdiff.training import TrainConfig
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 Named = Annotated[str, typer.Argument(help=f"run folder, or KIND:PATH of a published model: {', '.join(KINDS)}, hf")]
 TokenizerOf = Annotated[
     str | None, typer.Option(help="its folder or name, as transformers takes it", show_default="the model's folder")
 ]
 MaskIndex = Annotated[int | None, typer.Option(help="the mask's id", show_default="what the model says")]
+Shift = Annotated[
+    bool | None, typer.Option(help="of hf: the logits at i predict token i + 1", show_default="yes for Dream, else no")
+]
+ExcludeMask = Annotated[
+    bool | None, typer.Option(help="leave the mask out of the softmax", show_default="no for hf, else yes")
+]
+BatchSize = Annotated[
+    int | None, typer.Option(help="sequences in a network pass", show_default="what 256 MB of logits hold")
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")]
 Device = Annotated[str | None, typer.Option(help="torch device", show_default="cuda if there is one, else cpu")]
+Place = Annotated[
+    str | None,
+    typer.Option(
+        "--device", help="torch device; auto: all GPUs together", show_default="cuda if there is one, else cpu"
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help=f"of the weights: {', '.join(DTYPES)}", show_default="float32; of hf what the model says"),
+]
 
 
 def device_of(name: str | None) -> torch.device:

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from fastdiff.cli.options import Device, MaskIndex, Named, TokenizerOf, Trust, check_seed, device_of
-from fastdiff.loading import load
+from fastdiff.cli.models import load_named, no_room
+from fastdiff.cli.options import Dtype, MaskIndex, Named, Place, Shift, TokenizerOf, Trust, check_seed
 from fastdiff.sampling import sample as draw_samples
 from fastdiff.texts import Tokenizer, chat_text
 from fastdiff.unmasking import SAMPLERS, TIMED
@@ -36,43 +36,45 @@ def sample(
     show: Annotated[bool, typer.Option("--show", help="also how each text came about")] = False,
     tokenizer: TokenizerOf = None,
     mask_index: MaskIndex = None,
+    dtype: Dtype = None,
+    shift: Shift = None,
     trust_remote_code: Trust = False,
-    device: Device = None,
+    device: Place = None,
 ) -> None:
     """Draw texts: whole ones, after a prompt, or where an infill leaves room."""
     check_seed(seed)
-    options: dict[str, Any] = dict(tokenizer=tokenizer, mask_index=mask_index, trust_remote_code=trust_remote_code)
-    loaded = load(model, device_of(device), **options)
+    options: dict[str, Any] = dict(tokenizer=tokenizer, mask_index=mask_index, length=length, shift=shift)
+    loaded = load_named(model, device, dtype, trust_remote_code=trust_remote_code, **options)
     if chat:
         loaded, prompt = loaded.in_chats(), chat_text(loaded.tokenizer, prompt)
-    graph, most = loaded.graph, loaded.length
+    graph, most = loaded.graph, length or loaded.length
     given = loaded.front + loaded.tokenizer.encode(prompt, add_special_tokens=False)
-    if length is not None:
-        _check_number("length", length, most)
     if prompt:
-        _check_number("prompt", len(given) - len(loaded.front), length or most)
+        _check_number("prompt", len(given) - len(loaded.front), most)
     # scores of the absorbing graph hold its conditionals, for the samplers that ask for these
     by_score = loaded.conditionals is None or (loaded.score is not None and sampler in TIMED)
     network: Any = loaded.score if by_score else loaded.conditionals
-    room = None if infill is None else torch.tensor(loaded.front + _blanks(infill, loaded.tokenizer, most))
-    drawn = draw_samples(
-        network,
-        num_samples=num_samples,
-        length=None if infill is not None else len(loaded.front) + (length or most),
-        steps=steps,
-        graph=graph,
-        parametrization=loaded.parametrization if by_score else "logits",
-        sampler=sampler,
-        prompt=torch.tensor(given) if given else None,
-        infill=room,
-        block_length=block_length,
-        guidance=guidance,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        return_trajectory=True,
-    )
+    begun = given if infill is None else loaded.front + _blanks(infill, loaded.tokenizer, most)
+    tokens = torch.tensor(begun, dtype=torch.int64, device=loaded.device)
+    with no_room(loaded.device, loaded.num_bytes, "fewer --num-samples"):
+        drawn = draw_samples(
+            network,
+            num_samples=num_samples,
+            length=None if infill is not None else len(loaded.front) + most,
+            steps=steps,
+            graph=graph,
+            parametrization=loaded.parametrization if by_score else "logits",
+            sampler=sampler,
+            prompt=tokens if prompt or infill is None else None,
+            infill=None if infill is None else tokens,
+            block_length=block_length,
+            guidance=guidance,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            return_trajectory=True,
+        )
     for text, trajectory in zip(drawn.tokens, drawn.trajectory.unbind(1), strict=True):
         if show:
             for step in torch.linspace(0, len(trajectory) - 1, min(_FRAMES, len(trajectory))).round().int().tolist():

@@ -12,15 +12,15 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdiff.cli.evaluate import rows_of
-from fastdiff.cli.options import Device, check_json, device_of
+from fastdiff.cli.models import load_named
+from fastdiff.cli.options import Place, check_json
 from fastdiff.data import load_documents
 from fastdiff.likelihood import forget, ranks
-from fastdiff.loading import load
 from fastdiff.model import write_atomically
 
-_LOADING = {"tokenizer", "mask_index", "length", "trust_remote_code"}
+_LOADING = {"tokenizer", "mask_index", "length", "shift", "exclude_mask"}
 _SCORING = {"cut", "context", "num_sequences", "likelihood", "seed", "num_samples", "proposal", "tolerance"}
-_SCORING |= {"tokens_per_step", "block_length"}
+_SCORING |= {"batch_size", "tokens_per_step", "block_length"}
 
 
 def table(
@@ -29,7 +29,7 @@ def table(
         Path | None, typer.Option("--json", help="file for the numbers; a killed table goes on where it was")
     ] = None,
     markdown: Annotated[Path | None, typer.Option(help="file for the table")] = None,
-    device: Device = None,
+    device: Place = None,
 ) -> None:
     """Perplexities per token of several models on several texts, with 95% intervals, beside published ones.
 
@@ -39,16 +39,20 @@ def table(
     check_json(json_file)
     check_json(markdown)
     with ranks() as (rank, local):
-        place = device_of(device or (f"cuda:{local}" if torch.cuda.is_available() else None))
+        place = device or (f"cuda:{local}" if torch.cuda.is_available() else None)
         found: dict[str, Any] = {}
         for name, said in asked["models"].items():
-            scored = load(said["model"], place, **{key: said[key] for key in _LOADING & said.keys()})
+            named = {key: said.get(key) for key in sorted(_LOADING)}
+            trust = said.get("trust_remote_code", False)
+            scored = load_named(said["model"], place, said.get("dtype"), trust_remote_code=trust, **named)
             numbers, source = _published(said.get("published"))
             cells: dict[str, Any] = {}
             for text, of in asked["texts"].items():
                 options = {key: value for key, value in (asked | of | said).items() if key in _SCORING}
                 documents = [document for path in of["data"] for document in load_documents(path)]
-                rows, how = rows_of(scored, said["model"], [(text, documents)], json_file, **options)
+                rows, how = rows_of(
+                    scored, named | dict(model=said["model"]), [(text, documents)], json_file, **options
+                )
                 cells[text] = rows[text] | dict(how=how, published=numbers.get(text))
             found[name] = dict(model=said["model"], source=source, texts=cells)
         if rank == 0:
@@ -67,7 +71,7 @@ def _read(file: Path) -> dict[str, Any]:
         asked = json.loads(file.read_text())
         sections: list[tuple[dict[str, Any], set[str], set[str]]] = [(asked, {"models", "texts"} | _SCORING, set())]
         sections += [(text, {"data"} | _SCORING, {"data"}) for text in asked["texts"].values()]
-        known = {"model", "published"} | _LOADING | _SCORING
+        known = {"model", "published", "dtype", "trust_remote_code"} | _LOADING | _SCORING
         sections += [(said, known, {"model"}) for said in asked["models"].values()]
         for section, known, needed in sections:
             if wrong := sorted(section.keys() - known | needed - section.keys()):

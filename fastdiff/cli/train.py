@@ -1,7 +1,9 @@
 """`fastdiff train`."""
 
 import dataclasses
+import os
 import shlex
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,15 +11,16 @@ import torch
 import typer
 
 from fastdiff.cli.options import Device, device_of, half_of, read_run, show
-from fastdiff.data import NUM_BYTES, Text, load_documents
+from fastdiff.data import NUM_BYTES, Text, TokenSource, load_documents
 from fastdiff.model import DiffusionTransformer, ModelConfig
+from fastdiff.shards import Shards, is_tokens
 from fastdiff.training import LOSSES, Record, Stopped, TrainConfig
 from fastdiff.training import train as run_training
 
 _RESULTS = {
-    "loss": "training loss, nats per byte",
-    "bits_per_token": "held-out bits per byte, ± 95%",
-    "validation_loss": "held-out loss, nats per byte, ± 95%",
+    "loss": "training loss, nats per {unit}",
+    "bits_per_token": "held-out bits per {unit}, ± 95%",
+    "validation_loss": "held-out loss, nats per {unit}, ± 95%",
 }
 _LENGTH = 128
 _COND_DIM = 128  # as SEDD's
@@ -31,9 +34,11 @@ def _setting(name: str, text: str) -> Any:
 
 def train(
     out: Annotated[Path, typer.Option(help="run folder to write")],
-    data: Annotated[str | None, typer.Option(help="'stdlib', a text file or a folder", show_default="stdlib")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="'stdlib', a text file or a folder; one of `tokenize` too", show_default="stdlib")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
-    length: Annotated[int | None, typer.Option(help="bytes in a sequence", show_default=str(_LENGTH))] = None,
+    length: Annotated[int | None, typer.Option(help="tokens in a sequence", show_default=str(_LENGTH))] = None,
     dim: Annotated[int | None, _setting("dim", "width of the model")] = None,
     depth: Annotated[int | None, _setting("depth", "blocks of the model")] = None,
     heads: Annotated[int | None, _setting("heads", "attention heads")] = None,
@@ -54,7 +59,10 @@ def train(
     seed: Annotated[int | None, _setting("seed", "of weights, batches and noise")] = None,
     device: Device = None,
 ) -> None:
-    """Train a model on bytes. Ctrl-C and SIGTERM save; --resume goes on to the numbers of an unbroken run."""
+    """Train a model on bytes, or on tokens that `fastdiff tokenize` wrote.
+
+    Ctrl-C and SIGTERM save; --resume goes on to the numbers of an unbroken run.
+    """
     given = {name: value for name, value in locals().items() if value is not None}
     place = device_of(device)
     saved = read_run(out) if resume else {"model": {}, "training": {}, "data": {"path": "stdlib"}}
@@ -64,12 +72,12 @@ def train(
     if given.get("length", length) != length:
         raise ValueError(f"length: the run in {out} has {length}, got {given['length']}")
 
-    source = Text(load_documents(data, out), length, seed=config.seed)
+    source, sections = _source(data, out, length, config.seed)
     absorbing, conditioned = config.loss != "dse-uniform", config.loss.startswith("dse")
-    shape = {"num_states": NUM_BYTES + absorbing, "max_length": length, "cond_dim": _COND_DIM * conditioned}
+    shape = {"num_states": source.num_tokens + absorbing, "max_length": length, "cond_dim": _COND_DIM * conditioned}
     torch.manual_seed(config.seed)
     model = DiffusionTransformer(ModelConfig(**{**saved["model"], **shape, **_pick(given, ModelConfig)}))
-    sections = {"data": {"path": data if data == "stdlib" else str(Path(data).resolve())}}
+    _keep_tokenizer(source, out)
     last: Record = {}
     model.to(place)
     try:
@@ -78,13 +86,33 @@ def train(
         command = shlex.join(["fastdiff", "train", "--out", str(out), "--resume"])
         typer.echo(f"stopped and saved; go on with: {command}", err=True)
         raise typer.Exit(128 + stopped.args[0]) from None
+    unit = "byte" if source.num_tokens == NUM_BYTES else "token"
     rows = {"steps": f"{config.steps}", "parameters": f"{sum(p.numel() for p in model.parameters()):,}"}
-    for name, title in _RESULTS.items():
+    for name, form in _RESULTS.items():
+        title = form.format(unit=unit)
         if name in last:
             rows[title] = f"{last[name]:.3f}"
         if name + "_stderr" in last:
             rows[title] += f" ± {half_of(last[name + '_stderr'], len(source.validation(config.eval_sequences))):.3f}"
     show(f"run in {out}", rows)
+
+
+def _source(data: str, out: Path, length: int, seed: int) -> tuple[TokenSource, dict[str, dict[str, Any]]]:
+    """What to train on, and what config.json says of it."""
+    path = data if data == "stdlib" else str(Path(data).resolve())
+    sections: dict[str, dict[str, Any]] = {"data": {"path": path}}
+    if not is_tokens(path):
+        return Text(load_documents(data, out), length, seed=seed), sections
+    source = Shards(path, length, seed=seed)
+    return source, sections | {"tokenizer": source.tokens.settings["tokenizer"] | {"num_tokens": source.num_tokens}}
+
+
+def _keep_tokenizer(source: TokenSource, out: Path) -> None:
+    """The tokenizer's files into the run, so that it can be evaluated wherever it is moved."""
+    files = source.tokens.tokenizer_folder if isinstance(source, Shards) else None
+    if files is not None and not (out / "config.json").exists() and os.environ.get("RANK", "0") == "0":
+        shutil.rmtree(out / "tokenizer", ignore_errors=True)
+        shutil.copytree(files, out / "tokenizer")
 
 
 def _pick(given: dict[str, Any], config: type) -> dict[str, Any]:

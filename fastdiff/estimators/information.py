@@ -132,7 +132,7 @@ def mutual_information(
         score = Scorer(model, x0, graph.mask_index, exclude_mask=exclude_mask, batch_size=batch_size, backend=backend)
         rate = _masked_rates(score, level, seed, sample_ids).unflatten(1, (-1, num_samples)).mean(2)
     else:
-        scores = EntropyScorer(model, x0, graph, schedule, parametrization, batch_size, backend)
+        scores = EntropyScorer(model, x0, graph, schedule, parametrization, batch_size, backend=backend)
         level = level[:, num_samples:]  # a score has no meaning without noise
         sigma, dsigma = schedule(level)
         if not sigma.isfinite().all():

@@ -35,6 +35,7 @@ def dse_nll(
     batch_size: int | None = None,
     seed: int | Tensor | None = 0,
     sample_ids: Tensor | None = None,
+    differentiable: bool = False,
     backend: str | None = None,
 ) -> NLLEstimate:
     """NLL of a score model, the integral of its denoising score entropy over the noise, in nats (Lou et al. 2024):
@@ -75,7 +76,7 @@ def dse_nll(
         batch_size: rows in a forward pass; None bounds log scores to 256 MB in float32.
         seed: of all draws; None takes one from torch's generator.
         sample_ids: [B] int64, names of the sequences in the draws; None means 0..B-1.
-        backend: as in `dse_loss`.
+        differentiable, backend: as in `time_free_nll`.
 
     Raises:
         TypeError: graph, schedule, model, x0, sample_ids or what the model returns is of a wrong type.
@@ -85,7 +86,9 @@ def dse_nll(
     check_choice("density", density, ("sqrt", "schedule"))
     if eps is not None and not 0 <= eps < 1:
         raise ValueError(f"eps: expected None or a number in [0, 1), got {eps}")
-    score = EntropyScorer(model, x0, graph, schedule, parametrization, batch_size, backend)
+    score = EntropyScorer(
+        model, x0, graph, schedule, parametrization, batch_size, differentiable=differentiable, backend=backend
+    )
     seed, sample_ids = draw_names(x0, seed, sample_ids)
     u = draw_times(num_samples, times, seed, sample_ids)
     if eps is None:
@@ -102,13 +105,13 @@ def dse_nll(
         first, last = schedule.total_noise(u.new_tensor([0.0, 1.0]))
         end = x0.shape[1] * _kl_to_uniform(last, graph.num_states)
         if first > 0:
-            bias = -first * _loss_below(first, sigma, loss, x0.shape[1], graph.num_states)
+            bias = -first * _loss_below(first, sigma, loss.detach(), x0.shape[1], graph.num_states)
     return NLLEstimate(
         nll=nll + end,
-        stderr=stderr,
+        stderr=stderr.detach(),
         num_tokens=score.num_tokens,
         num_forwards=torch.full_like(score.num_tokens, num_samples),
-        degrees_of_freedom=freedom,
+        degrees_of_freedom=freedom.detach(),
         bias=bias,
     )
 
@@ -124,6 +127,8 @@ class EntropyScorer(Scorer):
         schedule: Schedule,
         parametrization: str,
         batch_size: int | None,
+        *,
+        differentiable: bool = False,
         backend: str | None,
     ) -> None:
         if not isinstance(graph, Absorbing | Uniform):
@@ -138,13 +143,16 @@ class EntropyScorer(Scorer):
             raise ValueError(f"x0: expected ids in [0, {graph.num_states}), got {int(x0.max())}")
         no_mask = graph.num_states  # no token of the uniform graph is one
         mask_index = no_mask if graph.mask_index is None else graph.mask_index
-        super().__init__(model, x0, mask_index, batch_size=batch_size, backend=backend)
+        super().__init__(model, x0, mask_index, batch_size=batch_size, differentiable=differentiable, backend=backend)
         self.model: ScoreModel = model
         self.graph, self.parametrization = graph, parametrization
         self._largest_id = graph.num_states - 1
 
     def entropy(self, which: Tensor, xt: Tensor, sigma: Tensor) -> Tensor:
         """Per unit of sigma [b], summed over each of the sequences `which` [b]: [b] float64."""
+        return self.in_one_pass(lambda: self._entropy(which, xt, sigma))
+
+    def _entropy(self, which: Tensor, xt: Tensor, sigma: Tensor) -> Tensor:
         output: Any = self.model(xt, sigma)
         log_score = getattr(output, "logits", output)
         num_states = self.graph.num_states

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.checks import check_bool, check_tensor, check_tokens, check_values
+from fastdiff.estimators.replay import replayed
 from fastdiff.evaluating import Model, evaluating, model_parts
 from fastdiff.linear_losses import linear_dce_loss
 from fastdiff.losses import dce_loss
@@ -79,7 +80,11 @@ class Scorer:
 
     def __call__(self, which: Tensor, masked: Masked) -> Tensor:
         """Losses [b, L], float64, of the sequences `which` [b] masked as given; 0 where nothing is masked."""
-        return self.losses(self.output(masked.xt), which, masked.mask)
+        return self.in_one_pass(lambda: self.losses(self.output(masked.xt), which, masked.mask))
+
+    def in_one_pass(self, losses: Callable[[], Tensor]) -> Tensor:
+        """What `losses` gives; if differentiable, what backward needs of it is made anew there, not kept."""
+        return replayed(losses) if self.differentiable and torch.is_grad_enabled() else losses()
 
     def output(self, xt: Tensor) -> Tensor:
         """Logits [b, L, V] of xt [b, L], or hidden states [b, L, D] where the last layer is apart."""

@@ -132,8 +132,9 @@ def time_free_nll(
         batch_size: rows in a forward pass; None bounds logits, or hidden states, to 256 MB in float32.
         seed: of all draws; None takes one from torch's generator.
         sample_ids: [B] int64, names of the sequences in the draws; None means 0..B-1.
-        differentiable: keep the graph of all passes, so that nll has a gradient, unbiased as well; the model stays
-            in the mode it is in. Activation checkpointing in the model bounds what is kept.
+        differentiable: nll has a gradient, unbiased as well, in the memory of one batch of passes: backward runs each
+            again, on the masks and with the dropout that it had. The model stays in the mode it is in; its weights
+            must stay as they are until backward.
         backend: as in `dce_loss`.
 
     Raises:

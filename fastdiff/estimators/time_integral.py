@@ -31,6 +31,7 @@ def time_integral_nll(
     batch_size: int | None = None,
     seed: int | Tensor | None = 0,
     sample_ids: Tensor | None = None,
+    differentiable: bool = False,
     backend: str | None = None,
 ) -> NLLEstimate:
     """The time integral of masked cross-entropies, cut at lambda = eps, in nats, with its standard error:
@@ -50,8 +51,8 @@ def time_integral_nll(
     the whole integral, is then not estimated: NaN.
 
     Args:
-        model, x0, mask_index, target, lengths, exclude_mask, batch_size, seed, sample_ids, backend: as in
-            `time_free_nll`.
+        model, x0, mask_index, target, lengths, exclude_mask, batch_size, seed, sample_ids, differentiable, backend: as
+            in `time_free_nll`.
         num_samples: network passes for each sequence, at least 2.
         times: "stratified", one lambda in each of num_samples equal parts of [eps, 1]; the standard error comes from
             neighbouring parts, and its square is on average no smaller than the variance. Or "iid".
@@ -71,6 +72,7 @@ def time_integral_nll(
         lengths=lengths,
         exclude_mask=exclude_mask,
         batch_size=batch_size,
+        differentiable=differentiable,
         backend=backend,
     )
     seed, sample_ids = draw_names(x0, seed, sample_ids)
@@ -81,13 +83,13 @@ def time_integral_nll(
         level, weight = -torch.expm1(-sigma), dsigma / torch.expm1(sigma)
     loss, counts = masked_losses(score, level, seed, sample_ids)
     nll, stderr, freedom = mean_over_times(weight * loss, times)
-    bias = -eps * score.num_tokens.double() * _loss_of_few(level, loss, counts)
+    bias = -eps * score.num_tokens.double() * _loss_of_few(level, loss.detach(), counts)
     return NLLEstimate(
         nll=nll,
-        stderr=stderr,
+        stderr=stderr.detach(),
         num_tokens=score.num_tokens,
         num_forwards=torch.full_like(score.num_tokens, num_samples),
-        degrees_of_freedom=freedom,
+        degrees_of_freedom=freedom.detach(),
         bias=bias if schedule is None else torch.full_like(bias, math.nan),
     )
 

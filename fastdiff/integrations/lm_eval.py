@@ -303,9 +303,10 @@ def _parsed(kind: Any, least: int, **options: Any) -> dict[str, Any]:
 
 
 def _place(pretrained: Any, device: str | None) -> torch.device:
-    own = next(pretrained.parameters(), None) if isinstance(pretrained, nn.Module) else None
+    parameters = pretrained.parameters() if isinstance(pretrained, nn.Module) else ()
+    own = next((p.device for p in parameters if not p.is_meta), None)  # an offloaded one is nowhere
     if device is None and own is not None:
-        return own.device
+        return own
     if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):  # the harness's default
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)

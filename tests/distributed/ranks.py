@@ -1,5 +1,6 @@
 """Run by torchrun on a few ranks with names of functions: each holds the losses of all ranks against one process's."""
 
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -10,9 +11,11 @@ from cases import assert_near, linear_problem, loss_and_grads, loss_of, problem
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.utils.checkpoint import checkpoint
 
 import fastdiff.ops.linear_loss as op
-from fastdiff import BackendUnavailable, dce_loss, linear_dce_loss
+from fastdiff import BackendUnavailable, dce_loss, linear_dce_loss, time_free_nll
+from fastdiff.model import DiffusionTransformer, ModelConfig
 
 LEAVES = ("hidden", "lm_head", "bias")
 SHARDED = ["dce", "dce_all", "dce_z", "absorb", "absorb_logits", "absorb_scaled", "uniform", "uniform_scaled"]
@@ -213,6 +216,33 @@ def fsdp_with_a_last_layer_of_its_own():
     fully_shard(model)
     with pytest.raises(ValueError, match="Under FSDP, call the loss in the forward"):
         model(mine, "sum")
+
+
+def likelihoods_with_gradients():
+    """Passes that backward runs again, under DDP, FSDP2 and checkpointing: the mean of the ranks' gradients."""
+    torch.manual_seed(0)
+    x0 = torch.randint(8, (2 * dist.get_world_size(), 6))
+    network = DiffusionTransformer(ModelConfig(9, 6, 16, 2, 2)).double()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    options = dict(mask_index=8, num_samples=8, batch_size=3, differentiable=True)
+    time_free_nll(network, x0, **options).nll.sum().backward()
+    expected = {name: parameter.grad / dist.get_world_size() for name, parameter in network.named_parameters()}
+    network.zero_grad()
+    sharded, checkpointed = deepcopy(network), deepcopy(network)
+    for block in sharded.blocks:
+        fully_shard(block)
+    for block in checkpointed.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    wrapped = {"DDP": nn.parallel.DistributedDataParallel(network), "FSDP2": fully_shard(sharded)}
+    wrapped |= {"checkpointed": nn.parallel.DistributedDataParallel(checkpointed)}
+    for how, model in wrapped.items():
+        for times in (1, 2):  # gradients of several backwards add up
+            time_free_nll(model, own(x0), sample_ids=own(torch.arange(len(x0))), **options).nll.sum().backward()
+            for name, parameter in model.named_parameters():
+                grad = parameter.grad.full_tensor() if how == "FSDP2" else parameter.grad
+                wanted = times * expected[name.removeprefix("module.")]
+                assert (grad - wanted).abs().max() < 1e-10, f"{name}, {how}"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ CASES = {
         "double_backward_is_an_error",
         "data_parallel",
         "vocabulary_parallel",
+        "likelihoods_with_gradients",
         "fsdp_with_a_last_layer_of_its_own",
     ],
     3: ["dtensors", "sharded_logits", "what_one_rank_refuses_raises_on_every_rank"],
