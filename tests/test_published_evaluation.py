@@ -192,7 +192,7 @@ def test_of_models_of_transformers_it_is_what_llada_prints():
     network, states = made("radd", 23), 23
     prompt, answer = torch.tensor([3, 1, 4]), torch.tensor([1, 5, 9, 2, 6])
     graph = Absorbing(states, states - 1)
-    scored = Loaded(network, None, graph, LogLinear(), "logits", False, Bytes(), 8, [], CPU)
+    scored = Loaded(network, network, None, graph, LogLinear(), "logits", False, Bytes(), 8, [], CPU)
 
     class Model:
         device = CPU
