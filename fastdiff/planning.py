@@ -131,11 +131,12 @@ class Plan:
     @property
     def _at_the_end(self) -> dict[str, int]:
         """As backward ends, with what is in no block: whole weights, their gradients, and the sums of these, which
-        are made in float32 and in a second place."""
+        are made in float32 and in a second place; and a rank's part of them, if it is to be added to that of before."""
         if not self.sharded:
             return {}
-        outside = self._outside_blocks
-        return {"weights in use": self.size * outside, "gradients to be summed": (self.size + 8) * outside}
+        outside, held = self._outside_blocks, self._of_a_rank(self.network) - self._of_a_rank(self.network.blocks)
+        sums = (self.size + 8) * outside + (4 * held if self.training.accumulation > 1 else 0)
+        return {"weights in use": self.size * outside, "gradients to be summed": sums}
 
     @property
     def total(self) -> int:
