@@ -96,8 +96,7 @@ def most_memory():
     """Not above the plan, and not far below; without the logits, which are made inside an operator."""
     ranks = Ranks(dist.get_rank(), dist.get_world_size())
     for length, sequences, sharding, dtype, recompute, parts in (
-        (32, 2, "full", "bfloat16", False, 1),  # weights take most
-        (32, 2, "hybrid", "bfloat16", False, 2),
+        (32, 2, "hybrid", "bfloat16", False, 2),  # weights take most
         (32, 2, "none", "float32", True, 2),
         (128, 8, "none", "float32", False, 1),  # activations
         (128, 8, "none", "bfloat16", True, 2),
