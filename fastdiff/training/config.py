@@ -35,7 +35,8 @@ class TrainConfig:
             "dse-absorb", "dse-uniform": score entropy of a model that sees the noise level, log-linear schedule.
         steps: optimiser steps.
         batch_size: sequences in a step, of all ranks.
-        accumulation: parts that a rank's share of a batch is cut into to fit memory.
+        accumulation: parts that a rank's share of a batch is cut into to fit memory; ranks that share a copy of the
+            model sum gradients after each of them.
         lr: learning rate of AdamW, reached in proportion over the first `warmup` steps.
         weight_decay: AdamW's, on matrices.
         grad_clip: largest norm of the gradient.
