@@ -1,5 +1,6 @@
 """The run: steps, evaluations and checkpoints, until it is done or told to stop."""
 
+import dataclasses
 import os
 import signal
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastdiff.checkpoints import Checkpoints, agree
+from fastdiff.checkpoints import Checkpoints, agree, export, write_config
 from fastdiff.data import TokenSource
 from fastdiff.model import DiffusionTransformer
 from fastdiff.training.config import TrainConfig
@@ -85,15 +86,21 @@ def train(
         trainer = Trainer(config, model, source, ranks)
         if folder is not None and checkpoints is not None and latest is not None:
             trainer.load(checkpoints, latest, folder)
+        about = {"training": dataclasses.asdict(config), "source": {"fingerprint": trainer.fingerprint}}
+        about |= sections or {}
         with ranks.together():
             tell = stack.enter_context(telling(config, metrics, trainer.step, callback, ranks.first))
+            if folder is not None and ranks.first:  # what a run that is killed before its end is resumed with
+                write_config(model, folder, **about)
 
         def save() -> None:
-            if folder is not None and checkpoints is not None and trainer.step != latest:
-                trainer.save(checkpoints, folder, dict(sections or {}))
+            if checkpoints is not None and trainer.step != latest:
+                trainer.save(checkpoints)
 
         with blocks_as(config, model), _signals() as noted:
             _run(trainer, Readings(config, model, ranks, tell), noted, tell, save)
+            if folder is not None:
+                export(trainer.averaged, folder, **about)
         if number := max(agree(ranks.group, lambda: noted[0] if noted else 0)):
             raise Stopped(number)
     return trainer.averaged
