@@ -247,7 +247,6 @@ def export(
 
     def put(file: str, content: bytes) -> None:
         if writes:
-            folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / file, content)
 
     def put_weights(file: str, names: list[str]) -> None:
@@ -267,11 +266,17 @@ def export(
             if file.name not in files:
                 file.unlink()
 
-    config = {"model": dataclasses.asdict(model.config), **sections}  # type: ignore[call-overload]
-    agree(group, lambda: put("config.json", json.dumps(config, indent=2).encode() + b"\n"))
+    agree(group, lambda: write_config(model, folder, **sections) if writes else None)
     for file, names in zip(files, parts, strict=True):
         agree(group, partial(put_weights, file, names))
     agree(group, finish)
+
+
+def write_config(model: nn.Module, folder: Path, **sections: Mapping[str, Any]) -> None:
+    """The config.json of `export`, on one rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model": dataclasses.asdict(model.config), **sections}  # type: ignore[call-overload]
+    write_atomically(folder / "config.json", json.dumps(config, indent=2).encode() + b"\n")
 
 
 def _split(sizes: dict[str, int], most: int) -> list[list[str]]:

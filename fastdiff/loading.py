@@ -164,6 +164,11 @@ def load(
 def _of_run(
     folder: str, device: torch.device | None, dtype: torch.dtype | None, length: int | None, trust_remote_code: bool
 ) -> Loaded:
+    if (Path(folder) / "checkpoints").is_dir() and not any(Path(folder).glob("model*.safetensors*")):
+        raise FileNotFoundError(
+            f"{folder}: no weights yet, which a run writes when it ends or stops; go on with it, or with --steps of "
+            "its newest checkpoint end it"
+        )
     model = DiffusionTransformer.from_pretrained(folder).eval()
     n, timed, longest = model.config.num_states, model.config.cond_dim > 0, model.config.max_length
     tokens, num_tokens = _tokenizer_of_run(Path(folder), trust_remote_code)

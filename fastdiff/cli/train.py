@@ -94,17 +94,20 @@ def train(
     shape = {"num_states": source.num_tokens + absorbing, "max_length": length, "cond_dim": COND_DIM * conditioned}
     torch.manual_seed(config.seed)
     model = DiffusionTransformer(ModelConfig(**{**saved["model"], **shape, **_pick(given, ModelConfig)}))
-    if first:
-        _keep_tokenizer(source, out)
     last: Record = {}
     model.to(place)
+    stop: Stopped | None = None
     try:
         run_training(config, model, source, out=out, resume=resume, callback=last.update, sections=sections)
-    except Stopped as stopped:
+    except Stopped as signal:
+        stop = signal
+    if first:
+        _keep_tokenizer(source, out)
+    if stop is not None:
         if first:
             command = shlex.join(["fastdiff", "train", "--out", str(out), "--resume"])
             typer.echo(f"stopped and saved; go on with: {command}", err=True)
-        raise typer.Exit(128 + stopped.args[0]) from None
+        raise typer.Exit(128 + stop.args[0])
     if not first:
         return
     unit = "byte" if source.num_tokens == NUM_BYTES else "token"
@@ -139,7 +142,7 @@ def _source(data: str, out: Path, length: int, seed: int) -> tuple[TokenSource, 
 def _keep_tokenizer(source: TokenSource, out: Path) -> None:
     """The tokenizer's files into the run, so that it can be evaluated wherever it is moved."""
     files = source.tokens.tokenizer_folder if isinstance(source, Shards) else None
-    if files is not None and not (out / "config.json").exists():
+    if files is not None:
         shutil.rmtree(out / "tokenizer", ignore_errors=True)
         shutil.copytree(files, out / "tokenizer")
 

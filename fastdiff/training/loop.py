@@ -1,5 +1,6 @@
 """The run: steps, evaluations and checkpoints, until it is done or told to stop."""
 
+import dataclasses
 import os
 import signal
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastdiff.checkpoints import Checkpoints, agree
+from fastdiff.checkpoints import Checkpoints, agree, export, write_config
 from fastdiff.data import TokenSource
 from fastdiff.model import DiffusionTransformer
 from fastdiff.training.config import TrainConfig
@@ -76,7 +77,8 @@ def train(
             else Checkpoints(folder / "checkpoints", keep=config.keep, keep_every=config.keep_every)
         )
         latest = None if checkpoints is None else checkpoints.latest()
-        resume = resume or (latest is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")
+        restarts = agree(ranks.group, lambda: os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # as a node counts them
+        resume = resume or (latest is not None and restarts != ["0"] * ranks.size)
         if resume and latest is None:
             raise FileNotFoundError(f"out: expected a run folder to resume, but there is no checkpoint in {folder}")
         with ranks.together():
@@ -89,15 +91,21 @@ def train(
         trainer = Trainer(config, model, source, ranks)
         if folder is not None and checkpoints is not None and latest is not None:
             trainer.load(checkpoints, latest, folder)
+        about = {"training": dataclasses.asdict(config), "source": {"fingerprint": trainer.fingerprint}}
+        about |= sections or {}
         with ranks.together():
             tell = stack.enter_context(telling(config, metrics, trainer.step, callback, ranks.first))
+            if folder is not None and ranks.first:  # what a run that is killed before its end is resumed with
+                write_config(model, folder, **about)
 
         def save() -> None:
-            if folder is not None and checkpoints is not None and trainer.step != latest:
-                trainer.save(checkpoints, folder, dict(sections or {}))
+            if checkpoints is not None and trainer.step != latest:
+                trainer.save(checkpoints)
 
         with blocks_as(config, model), _signals() as noted:
             _run(trainer, Readings(config, model, ranks, tell), noted, tell, save)
+            if folder is not None:
+                export(trainer.averaged, folder, **about)
         if number := max(agree(ranks.group, lambda: noted[0] if noted else 0)):
             raise Stopped(number)
     return trainer.averaged

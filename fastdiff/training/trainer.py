@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from fastdiff.checkpoints import Checkpoints, export
+from fastdiff.checkpoints import Checkpoints
 from fastdiff.data import TokenSource
 from fastdiff.estimators import time_free_nll
 from fastdiff.model import DiffusionTransformer
@@ -50,6 +50,10 @@ class Trainer:
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         decay = config.weight_decay
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=decay, fused=True)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
 
     def batch(self, step: int) -> Tensor:
         """This rank's rows of a step's sequences, [n, L]."""
@@ -138,11 +142,9 @@ class Trainer:
         mask_index = num_states - 1
         return time_free_nll(time_free(self.averaged, mask_index), x0, mask_index=mask_index, **options).bits_per_token
 
-    def save(self, checkpoints: Checkpoints, folder: Path, sections: dict[str, dict]) -> None:
-        """Write a checkpoint, which is all that a resumed run reads, and the averaged weights."""
-        checkpoints.save(self.step, self._state(), {"settings": self._settings, "source": self._fingerprint})
-        own = {"training": dataclasses.asdict(self.config), "source": {"fingerprint": self._fingerprint}}
-        export(self.averaged, folder, **(own | sections))
+    def save(self, checkpoints: Checkpoints) -> None:
+        """Write a checkpoint, which holds all that the numbers of a resumed run come of."""
+        checkpoints.save(self.step, self._state(), {"settings": self._settings, "source": self.fingerprint})
 
     def load(self, checkpoints: Checkpoints, step: int, folder: Path) -> None:
         """Take up a checkpoint, if it was made under the same settings and is not beyond the last step."""
@@ -151,7 +153,7 @@ class Trainer:
         for name in sorted(now.keys() - MAY_CHANGE):
             if then.get(name) != now[name]:
                 raise ValueError(f"{name}: the run in {folder} has {then.get(name)!r}, got {now[name]!r}")
-        if extra["source"] != self._fingerprint:
+        if extra["source"] != self.fingerprint:
             raise ValueError(f"{folder}: this run was trained on other data, or on another split of it")
         if step > self.config.steps:
             raise ValueError(f"steps: the run in {folder} has done {step}, got {self.config.steps}")
@@ -172,10 +174,6 @@ class Trainer:
     @property
     def _settings(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self.config), **dataclasses.asdict(self.model.config)}
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        return self.source.fingerprint
 
     def _autocast(self) -> torch.autocast:
         cast = self.config.dtype != "float32" and not isinstance(self.model, FSDPModule)  # which casts by itself
