@@ -65,12 +65,18 @@ def interleave(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str,
     for _ in range(rounds):
         for name, call in calls.items():
             call()
-            _wait()
+            wait()
             start = time.perf_counter()
             call()
-            _wait()
+            wait()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def wait() -> None:
+    """Until the device is done."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def both_ways(loss: Callable[[], torch.Tensor], *leaves: torch.Tensor) -> None:
@@ -102,11 +108,6 @@ def peak_extra_bytes(call: Callable[[], object]) -> int:
     before = _status("VmRSS")
     call()
     return _status("VmHWM") - before
-
-
-def _wait() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _status(field: str) -> int:

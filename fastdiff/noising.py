@@ -4,6 +4,7 @@ Every draw is a pure function of (seed, step, sample_id, position): the same nam
 at any batch shape and on any number of ranks. `seed=None` draws one from torch's generator (or `generator`).
 """
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -25,6 +26,8 @@ from fastdiff.philox import Purpose, draw32, scaled, scaled_in_stratum, uniform
 
 if TYPE_CHECKING:
     from fastdiff.graphs import Graph
+
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class Masked(NamedTuple):
@@ -264,6 +267,12 @@ def sample_times(
         u = uniform(seed, Purpose.TIME, step, 0, 0, index)
         u = (index + u) / (n * world_size) if method == "stratified" else u
     return (eps + (1 - eps) * u).float()
+
+
+def spread(n: int, device: torch.device | None = None) -> Tensor:
+    """Which of n strata each of n rows of a batch takes, int64 [n]: rows that follow each other have strata of all
+    sizes, so that no rank and no part of a batch has more masks than another."""
+    return (torch.arange(n, dtype=torch.float64, device=device or "cpu") * _GOLDEN % 1).argsort().argsort()
 
 
 def resolve_seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device | None) -> Tensor:

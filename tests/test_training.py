@@ -5,7 +5,9 @@ import resource
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -283,6 +285,44 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     assert len(refused) == 4
     assert on_disk(tmp_path) == records
     assert same_weights(DiffusionTransformer.from_pretrained(tmp_path), first)
+
+
+def test_tensorboard_shows_the_records(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def interrupt(record):
+        if record["step"] == 3:
+            raise InterruptedError
+
+    settings = {"track": "tensorboard", "save_every": 2, "eval_every": 2, "eval_samples": 3}
+    with pytest.raises(InterruptedError):
+        run(tmp_path, callback=interrupt, **settings)
+    run(tmp_path, resume=True, **settings)
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    records = on_disk(tmp_path)
+    assert set(shown.Tags()["scalars"]) == {name for record in records for name in record} - {"step"}
+    for name in shown.Tags()["scalars"]:
+        expected = {record["step"]: record[name] for record in records if name in record}
+        events = shown.Scalars(name)
+        assert len(events) == len(expected)
+        assert {event.step: event.value for event in events} == pytest.approx(expected)
+
+
+def test_wandb_is_given_the_records(tmp_path, monkeypatch):
+    """By a stand-in of what is called."""
+    begun, given = {}, []
+
+    @contextmanager
+    def init(**options):
+        begun.update(options)
+        yield SimpleNamespace(log=lambda record, step: given.append((record, step)))
+        begun["over"] = True
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    _, records = run(tmp_path, track="wandb", eval_every=3, eval_samples=3)
+    assert given == [(record, record["step"]) for record in records]
+    assert (begun["config"]["steps"], begun["dir"], begun["over"]) == (6, tmp_path, True)
 
 
 @pytest.mark.parametrize("line", ["garbage", "[]", '{"loss": 1.0}', '{"step": "one"}', "\0\0"])

@@ -20,7 +20,7 @@ from torchtitan.models.common.decoder import Decoder
 from torchtitan.trainer import Trainer
 
 from fastdiff.linear_losses import linear_dce_loss
-from fastdiff.noising import mask_tokens, sample_times
+from fastdiff.noising import mask_tokens, sample_times, spread
 from fastdiff.schedules import LogLinear
 
 Batch = dict[str, Tensor]
@@ -111,7 +111,7 @@ class MaskedDiffusionLoss(ChunkedLossWrapper):
 
         Args:
             input_dict: input [B, L] int64, and more. labels: [B, L] int64, of input one ahead, or -100.
-            step, rank, world_size: which B rows of a step's batch these are.
+            step, rank, world_size: which B rows of a step's batch these are; the first step is 0.
 
         Returns:
             input_dict and labels [B, L] complex128: x0, or -100 where nothing is masked, and i times its weight. Labels
@@ -121,9 +121,9 @@ class MaskedDiffusionLoss(ChunkedLossWrapper):
         x0 = torch.where(known, labels, torch.cat([tokens[:, 1:], tokens[:, -1:]], 1))
         names: dict[str, Any] = dict(seed=self.seed + (not training), step=step)
         n = len(x0)
-        t = sample_times(n, rank=rank, world_size=world_size, device=x0.device, **names)
+        total, rows = n * world_size, rank * n + torch.arange(n, device=x0.device)
+        t = sample_times(total, device=x0.device, **names)[spread(total, x0.device)[rows]]
         sigma, dsigma = LogLinear()(t)
-        rows = rank * n + torch.arange(n, device=x0.device)
         options = dict(mask_index=self.mask_index, maskable=known, sample_ids=rows, **names)
         xt, mask = mask_tokens(x0, -torch.expm1(-sigma), **options)
         weight = (dsigma / torch.expm1(sigma)).unsqueeze(1).expand(x0.shape)
@@ -201,7 +201,7 @@ class MaskedDiffusionTrainer(Trainer):
     def post_dataloading_process(self, input_dict: Batch, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
         mesh = self.parallel_dims.get_optional_mesh("batch")
         rank, ranks = (0, 1) if mesh is None else (mesh.get_local_rank(), mesh.size())
-        at = self.step, self.part * ranks + rank, self.gradient_accumulation_steps * ranks
+        at = self.step - 1, self.part * ranks + rank, self.gradient_accumulation_steps * ranks
         self.part += 1
         return super().post_dataloading_process(*self.loss_fn.noised(input_dict, labels, *at))
 

@@ -15,13 +15,12 @@ from fastdiff.graphs import Absorbing, Uniform
 from fastdiff.integrations.loss_head import LossHead
 from fastdiff.losses import dce_loss, dse_loss
 from fastdiff.model import DiffusionTransformer
-from fastdiff.noising import corrupt, mask_exactly, mask_tokens, sample_mask_counts, sample_times
+from fastdiff.noising import corrupt, mask_exactly, mask_tokens, sample_mask_counts, sample_times, spread
 from fastdiff.schedules import LogLinear
 
 SCHEDULE = LogLinear()
 LARGE_VOCABULARY = 4096  # from where on the last layer is multiplied for the scored tokens only
 _PROPOSALS = {"dce-k": "stratified", "dce-harmonic": "harmonic"}
-_GOLDEN = (math.sqrt(5) - 1) / 2
 _DEVIATIONS = 8  # from its mean, beyond which the number of masks in a batch is once in 10^15
 
 
@@ -50,7 +49,7 @@ def noise(
     n, length = x0.shape
     total = n if batch_size is None else batch_size
     rows = torch.arange(first, first + n, device="cpu")
-    strata = _spread(total)[rows]
+    strata = spread(total)[rows]
     there = partial(Tensor.to, device=x0.device, non_blocking=True)
     names: dict[str, Any] = {"seed": seed, "step": step}
     named = {**names, "sample_ids": there(rows)}
@@ -72,12 +71,6 @@ def noise(
         return Noised(x0, corrupt(x0, sigma, Uniform(num_states), **named), sigma, dsigma, n * length)
     xt = corrupt(x0, sigma, Absorbing(num_states), **named)
     return Noised(x0, xt, sigma, dsigma / torch.expm1(sigma) if loss == "dce-t" else dsigma, capacity)
-
-
-def _spread(n: int) -> Tensor:
-    """Which of n strata each of n rows has: rows that follow each other have strata of all sizes, so that no rank and
-    no part of a batch has more masks than another."""
-    return (torch.arange(n, dtype=torch.float64, device="cpu") * _GOLDEN % 1).argsort().argsort()
 
 
 def _most(p: Tensor, length: int) -> int:

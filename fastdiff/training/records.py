@@ -69,7 +69,7 @@ def telling(
         return
     drop_after(step, metrics)
     folder = None if metrics is None else Path(metrics.name).parent
-    with progress(config, step) as show, tracker(config, folder) as track:
+    with progress(config, step) as show, tracker(config, folder, step) as track:
 
         def tell(record: Record) -> None:
             append(record, metrics)
@@ -82,12 +82,13 @@ def telling(
 
 
 @contextmanager
-def tracker(config: TrainConfig, folder: Path | None) -> Iterator[Tell]:
-    """Gives records to what config.track names."""
+def tracker(config: TrainConfig, folder: Path | None, step: int) -> Iterator[Tell]:
+    """Gives what config.track names the records after a step; TensorBoard no longer shows what was there of these."""
     if config.track == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(None if folder is None else str(folder / "tensorboard")) as writer:
+        logs = None if folder is None else str(folder / "tensorboard")
+        with SummaryWriter(logs, purge_step=step + 1) as writer:
 
             def write(record: Record) -> None:
                 for name in record.keys() - {"step"}:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastdiff import LogLinear, mask_tokens, sample_times
 from fastdiff.integrations import torchtitan
+from fastdiff.noising import spread
 
 M, B, L, V = 5, 8, 32, 50
 RANKS = Path(__file__).parent / "torchtitan_ranks.py"
@@ -40,7 +41,7 @@ def test_tokens_are_labels_and_only_those_are_masked():
     assert torch.equal(noised["input"][~mask], tokens[~mask])
     assert noised["positions"] is inputs["positions"]
     assert 0 < mask.sum() < (labels != -100).sum()
-    sigma, dsigma = LogLinear()(sample_times(B, seed=3, step=7))
+    sigma, dsigma = LogLinear()(sample_times(B, seed=3, step=7)[spread(B)])
     assert torch.equal(
         mask, mask_tokens(tokens, -torch.expm1(-sigma), mask_index=M, seed=3, step=7, maskable=labels != -100).mask
     )
@@ -177,3 +178,9 @@ def test_what_cannot_be_done_is_refused():
 )
 def test_steps_of_the_trainer_are_those_of_one_process(ranks, layouts):
     torchrun.launch(RANKS, ranks, *layouts)
+
+
+@with_torchtitan
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_losses_of_a_run_are_those_of_the_trainer_of_this_package(ranks):
+    torchrun.launch(RANKS.with_name("torchtitan_curve.py"), ranks, "same_curve")

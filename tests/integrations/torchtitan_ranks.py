@@ -1,5 +1,6 @@
 """Run by torchrun with names of functions: torchtitan's trainer on ranks, each step against one process."""
 
+import itertools
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,25 +21,25 @@ from torchtitan.trainer import dist_utils
 
 from fastdiff.integrations.torchtitan import MaskedDiffusionLoss, masked_diffusion
 
-V, M, L, BATCH, STEPS = 2048, 7, 16, 4, 2
+V, M, L, BATCH, STEPS = 2048, 2047, 16, 4, 2
 
 
-def rows(step):
+def rows(step, unlabelled=0.2):
     """input and labels of a step's global batch: labels are one token ahead, and some are not there."""
     g = torch.Generator().manual_seed(step)
-    tokens = torch.randint(8, V, (BATCH, L + 1), generator=g)
-    return tokens[:, :-1], tokens[:, 1:].masked_fill(torch.rand(BATCH, L, generator=g) < 0.2, -100)
+    tokens = torch.randint(M, (BATCH, L + 1), generator=g)
+    return tokens[:, :-1], tokens[:, 1:].masked_fill(torch.rand(BATCH, L, generator=g) < unlabelled, -100)
 
 
 class Rows(torch.utils.data.IterableDataset):
     """A rank's rows: those of all ranks make up the first part of a batch, then the next."""
 
-    def __init__(self, rank, world_size, size):
-        self.firsts, self.size = range(rank * size, BATCH, world_size * size), size
+    def __init__(self, rank, world_size, size, unlabelled):
+        self.firsts, self.size, self.unlabelled = range(rank * size, BATCH, world_size * size), size, unlabelled
 
     def __iter__(self):
-        for step in range(STEPS):
-            tokens, labels = rows(step)
+        for step in itertools.count():
+            tokens, labels = rows(step, self.unlabelled)
             for first in self.firsts:
                 for i in range(first, first + self.size):
                     yield {"input": tokens[i], "positions": torch.arange(L)}, labels[i]
@@ -48,16 +49,16 @@ class Loader(ParallelAwareDataloader):
     @dataclass(kw_only=True, slots=True)
     class Config(ParallelAwareDataloader.Config):
         infinite: bool = True
+        unlabelled: float = 0.2
 
     def __init__(self, config, *, dp_world_size, dp_rank, local_batch_size, **kwargs):
-        super().__init__(
-            Rows(dp_rank, dp_world_size, local_batch_size), dp_rank, dp_world_size, batch_size=local_batch_size
-        )
+        dataset = Rows(dp_rank, dp_world_size, local_batch_size, config.unlabelled)
+        super().__init__(dataset, dp_rank, dp_world_size, batch_size=local_batch_size)
 
 
-def published_loss(model, loss_fn, at, step, size=BATCH, **training):
+def published_loss(model, loss_fn, step, size=BATCH, **training):
     """Of a whole batch on one process: cross-entropy of the masked rows of logits, weighted, over all labels."""
-    tokens, labels = (tensor[:size] for tensor in rows(at))
+    tokens, labels = (tensor[:size] for tensor in rows(step))
     xt, noised = loss_fn.noised(dict(input=tokens), labels, step, 0, 1, **training)
     mask = noised.real != -100
     logits = model(xt["input"], positions=torch.arange(L).expand(size, L)).index_fill(-1, torch.tensor(M), -torch.inf)
@@ -65,7 +66,7 @@ def published_loss(model, loss_fn, at, step, size=BATCH, **training):
     return (nll * noised.imag[mask]).sum() / (labels != -100).sum()
 
 
-def config_of(folder, local_batch_size, parallelism):
+def config_of(folder, local_batch_size, parallelism, dtype="float64", steps=STEPS):
     Path(folder, "vocab.txt").write_text("\n".join(f"<{i}>" for i in range(V)))
     Path(folder, "tokenizer_config.json").write_text(f'{{"mask_token": "<{M}>"}}')
     config = masked_diffusion(config_registry.llama3_debugmodel(), seed=3)
@@ -74,8 +75,8 @@ def config_of(folder, local_batch_size, parallelism):
     config.validator.enable, config.validator.steps, config.validator.freq = True, 1, 1
     config.debug.enable_structured_logging, config.debug.seed = False, 0
     del config.model_spec.model.layers[2:]
-    training = dict(seq_len=L, steps=STEPS, global_batch_size=BATCH, local_batch_size=local_batch_size)
-    training |= dict.fromkeys(("dtype", "mixed_precision_param", "mixed_precision_reduce"), "float64")
+    training = dict(seq_len=L, steps=steps, global_batch_size=BATCH, local_batch_size=local_batch_size)
+    training |= dict.fromkeys(("dtype", "mixed_precision_param", "mixed_precision_reduce"), dtype)
     for part, values in ((config.training, training), (config.parallelism, parallelism)):
         for name, value in values.items():
             setattr(part, name, value)
@@ -110,7 +111,7 @@ def trained(local_batch_size, **parallelism):
         def clip_grad_norm_(*args, **kwargs):
             """Before the optimiser's step."""
             step = len(losses) // 2
-            one_process(step, step + 1).backward()
+            one_process(step).backward()
             for name, p in parameters.items():
                 grad, expected_grad = whole(p.grad, p), model.get_parameter(name).grad
                 torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-13, msg=f"{name}: {{}}".format)
@@ -120,7 +121,7 @@ def trained(local_batch_size, **parallelism):
 
         def log_validation(loss, step):
             assert {type(p) for p in trainer.model_parts[0].parameters()} == {type(p) for p in parameters.values()}
-            one_process(0, 0, local_batch_size * ranks, training=False)
+            one_process(0, local_batch_size * ranks, training=False)
             losses.append(loss)
 
         trainer.metrics_processor.log = lambda step, loss, *args, **kwargs: losses.append(loss)
