@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+import warnings
 import socket
 import time
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from fastdiff.checkpoints import agree
 from fastdiff.model import DiffusionTransformer
 from fastdiff.training.config import TrainConfig
+
+# Logits are one; nothing is done to them in place.
+warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(.*\) returned a view tensor")
 
 
 @dataclasses.dataclass(frozen=True)
