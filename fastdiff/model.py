@@ -199,6 +199,7 @@ class _Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = _parts(self.adaLN_modulation, c, 6)
         qkv = self.attn_qkv(_modulated(self.norm1(h), shift1, scale1)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, L, D / heads]
+        v = v.contiguous()  # a view would have autograd keep q and k whole, beside the turned ones
         a = F.scaled_dot_product_attention(_rotated(q, rotary), _rotated(k, rotary), v, attn_mask=sees)
         h = h + _gated(self.attn_out(a.transpose(1, 2).flatten(2)), gate1)
         return h + _gated(self.mlp(_modulated(self.norm2(h), shift2, scale2)), gate2)

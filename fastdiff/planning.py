@@ -6,36 +6,21 @@ They are those of `fastdiff.training` in eager mode, held against counts in test
 import dataclasses
 import math
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
+from fastdiff.cards import Card
 from fastdiff.checks import check_integer
 from fastdiff.model import DiffusionTransformer, ModelConfig
 from fastdiff.ops.linear_loss import TILE_BYTES
 from fastdiff.training.config import DTYPES, TrainConfig
 from fastdiff.training.objectives import LARGE_VOCABULARY
 from fastdiff.training.ranks import Ranks, check_topology
+from fastdiff.training.speed import operations_per_token
 
 USABLE = 0.9  # of a card's memory: the rest is for the context, libraries and fragments
-
-
-class Card(NamedTuple):
-    """Memory in bytes, and dense bfloat16 operations a second."""
-
-    memory: float
-    peak: float
-
-
-# From NVIDIA's data sheets, the SXM forms; what is said there "with sparsity" is halved.
-CARDS = {
-    "A100 40 GB": Card(40e9, 312e12),
-    "A100 80 GB": Card(80e9, 312e12),
-    "H100 80 GB": Card(80e9, 989e12),
-    "H200 141 GB": Card(141e9, 989e12),
-    "B200 192 GB": Card(192e9, 2250e12),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +131,12 @@ class Plan:
     @property
     def _at_the_end(self) -> dict[str, int]:
         """As backward ends, with what is in no block: whole weights, their gradients, and the sums of these, which
-        are made in float32 and in a second place."""
+        are made in float32 and in a second place; and a rank's part of them, if it is to be added to that of before."""
         if not self.sharded:
             return {}
-        outside = self._outside_blocks
-        return {"weights in use": self.size * outside, "gradients to be summed": (self.size + 8) * outside}
+        outside, held = self._outside_blocks, self._of_a_rank(self.network) - self._of_a_rank(self.network.blocks)
+        sums = (self.size + 8) * outside + (4 * held if self.training.accumulation > 1 else 0)
+        return {"weights in use": self.size * outside, "gradients to be summed": sums}
 
     @property
     def total(self) -> int:
@@ -162,10 +148,9 @@ class Plan:
         return sum(math.ceil(p.shape[0] / shards) * (p.numel() // p.shape[0]) for p in module.parameters())
 
     def _gradients(self, held: int) -> int:
-        """In float32. With more parts of a batch than one, whole ones wait for the last part to be summed over ranks:
-        beside FSDP2's share of them, or DDP's buckets."""
-        waiting = self.parameters if self.gpus > 1 and self.training.accumulation > 1 else 0
-        return 4 * (held + waiting)
+        """In float32. With more parts of a batch than one, DDP's wait for the last part beside its buckets."""
+        waits = self.gpus > 1 and not self.sharded and self.training.accumulation > 1
+        return 4 * held * (2 if waits else 1)
 
     def _weights_in_use(self) -> int:
         """Sharded: whole, of all that is in no block, and of two blocks, the one at work and the next. Otherwise
@@ -200,7 +185,7 @@ class Plan:
         wide = self.tokens * self.model.dim
         conditioned = bool(self.model.cond_dim)
         linear = 1 + 1 + 1 + 4  # inputs of attn_qkv, attn_out and the two of the MLP
-        attention = 2 + 3 + 1  # q and k turned by their positions; v, a view that keeps all of q, k, v; the output
+        attention = 2 + 1 + 1  # q and k turned by their positions; v; the output
         branches = 2 if conditioned else 0  # outputs of both, which gates multiply
         gelu = 4
         softmax = 4 * self.tokens * self.model.heads  # its logarithm, in float32
@@ -258,9 +243,9 @@ class Plan:
         sums = {
             "all-gather, forward": ring * parts * self.size * whole,
             "all-gather, backward": ring * parts * self.size * blocks,  # what is in no block stayed
-            "reduce-scatter": ring * 4 * whole,
+            "reduce-scatter": ring * parts * 4 * whole,
         }
-        if copies > 1:
+        if copies > 1:  # with the last part
             sums["all-reduce"] = 2 * (1 - 1 / copies) * 4 * whole / self.shards
         return {name: round(value) for name, value in sums.items()}
 
@@ -281,9 +266,8 @@ class Plan:
         return passes * (3 * (forward + last) + again)
 
     def tokens_per_second(self, card: Card, share: float) -> float:
-        """Of all GPUs, if they do a share of their peak."""
-        tokens = self.training.batch_size * self.length
-        return share * self.gpus * card.peak * tokens / self.operations
+        """Of all GPUs at a share of their peak, which is counted as a run tells it (mfu)."""
+        return share * self.gpus * card.peak / operations_per_token(self.network, self.length)
 
     def fits(self, card: Card) -> bool:
         return self.total <= USABLE * card.memory

@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from fastdiff import cli
+from fastdiff.cards import CARDS
 from fastdiff.model import DiffusionTransformer, ModelConfig
-from fastdiff.planning import CARDS, Plan
+from fastdiff.planning import Plan
 from fastdiff.presets import PRESETS
 from fastdiff.training import TrainConfig, diffusion_loss, noise
 from fastdiff.training.ranks import blocks_as

@@ -90,6 +90,19 @@ def test_outputs_are_the_published_formulas(kind):
     torch.testing.assert_close(network.float()(xt, *noise).double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["radd", "mdlm"])
+def test_bfloat16_is_as_near_as_its_weights_are(kind):
+    """The error under autocast, in units of what rounding the weights alone does to the published formulas."""
+    network, xt, sigma = made(kind), torch.randint(V, (64, L)), torch.rand(64) * 3
+    inputs = (xt,) if kind == "radd" else (xt, sigma)
+    exact = outputs(weights_of(network), xt, sigma.double())
+    rounded = {name: w.bfloat16() if w.dim() == 2 else w for name, w in weights_of(network).items()}
+    unit = (outputs(rounded, xt, sigma.double()) - exact).square().mean().sqrt()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        error = (network(*inputs).double() - exact).square().mean().sqrt()
+    assert unit / 2 < error < 2 * unit
+
+
 def test_two_halves_and_a_noise_level_for_each_token():
     """BD3-LM's noised and clean tokens, side by side."""
     network = made("bd3lm").double()

@@ -65,14 +65,20 @@ def network_of(name, network, monkeypatch, graph="absorb"):
     return made
 
 
+def network_like(name):
+    """A network of ours of the codebase's kind, with random weights."""
+    radd = name == "radd"
+    config = ModelConfig(V, None, D, DEPTH, HEADS, 0 if radd else C, radd, learned_positions=False)
+    made, g = DiffusionTransformer(config), torch.Generator().manual_seed(0)
+    for parameter in made.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=g) / 3
+    return made.eval()
+
+
 @pytest.mark.parametrize("name", [name for name in NETWORKS if (CHECKOUTS / name).is_dir()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_outputs_are_those_of_the_published_code(name, dtype, monkeypatch):
-    radd = name == "radd"
-    config = ModelConfig(V, None, D, DEPTH, HEADS, 0 if radd else C, radd, learned_positions=False)
-    ours, g = DiffusionTransformer(config), torch.Generator().manual_seed(0)
-    for parameter in ours.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=g) / 3
+    ours = network_like(name)
     theirs = network_of(name, ours, monkeypatch)
     if dtype == torch.float64:  # what they turn to float32 stays as it is
         widen, linear = torch.Tensor.float, F.linear
@@ -80,9 +86,36 @@ def test_outputs_are_those_of_the_published_code(name, dtype, monkeypatch):
         monkeypatch.setattr(F, "linear", lambda x, w, b=None: linear(x.to(w.dtype), w, b))
     xt, sigma = torch.randint(V, (2, L)), 3 * torch.rand(2)
     theirs, ours = theirs.to(dtype), ours.to(dtype)
-    expected = theirs.logits(xt) if radd else theirs(xt, sigma)
-    found = ours(xt) if radd else ours(xt, sigma)
+    inputs = (xt,) if name == "radd" else (xt, sigma)
+    expected, found = (theirs.logits if name == "radd" else theirs)(*inputs), ours(*inputs)
     if name == "sedd":  # which puts 0 at x_t
         found = found.scatter(-1, xt[..., None], 0)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if (CHECKOUTS / name).is_dir()])
+def test_bfloat16_is_no_further_from_float64_than_in_the_published_code(name, monkeypatch):
+    """Both under autocast, which the codebases ask of a GPU and here of the CPU."""
+
+    def autocast(*device, enabled=True, dtype=None):
+        return torch.autocast("cpu", torch.bfloat16, enabled)
+
+    monkeypatch.setattr(torch.cuda.amp, "autocast", autocast)
+    monkeypatch.setattr(torch.amp, "autocast", autocast)
+    ours = network_like(name)
+    theirs = network_of(name, ours, monkeypatch)
+    xt, sigma = torch.randint(V, (64, L)), 3 * torch.rand(64)
+    inputs = (xt,) if name == "radd" else (xt, sigma)
+    exact = DiffusionTransformer(ours.config).double()
+    exact.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        expected = exact(*inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            found, told = ours(*inputs), (theirs.logits if name == "radd" else theirs)(*inputs)
+    elsewhere = torch.ones_like(expected)
+    if name == "sedd":  # which puts 0 at x_t
+        elsewhere.scatter_(-1, xt[..., None], 0)
+    our_error, their_error = (((y.double() - expected) * elsewhere).square().mean().sqrt() for y in (found, told))
+    assert our_error / expected.std() > 1e-4  # it is not in float32
+    assert our_error < 2 * their_error

@@ -7,13 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from standins import bd3lm, duo, mdlm, radd, sedd
+from standins import bd3lm, duo, llada, mdlm, radd, sedd
 from test_likelihood import tokenizer_folder
 from test_published import hub_folder, made, sedd_folder
 from test_published_code import CHECKOUTS, network_of
 from torch import nn
 
-from fastdiff.loading import load
+from fastdiff.graphs import Absorbing
+from fastdiff.loading import Loaded, load
+from fastdiff.schedules import LogLinear
+from fastdiff.texts import Bytes
 
 CPU = torch.device("cpu")
 L, BATCH, REPEATS = 6, 25, 200  # of published evaluations, in batches over which their times are spread
@@ -164,3 +167,47 @@ def test_the_integral_is_what_published_code_prints(name, eps, monkeypatch, tmp_
     assert abs(ours - expected) < 4 * math.hypot(error, our_error)
     if eps > 0.1:  # where the published mean has no long tail, which would hide a wrong end
         assert math.hypot(error, our_error) < 0.03 * expected
+
+
+def test_a_first_token_that_is_given(monkeypatch, tmp_path):
+    """BD3-LM's ignore_bos: a context of one token."""
+    torch.manual_seed(0)
+    network, called = saved(tmp_path, "bd3lm")
+    states = network.config.num_states
+    scored = dataclasses.replace(load(called, CPU, mask_index=states - 1), eps=0.2)
+    x0 = torch.randint(states - 1, (L,))
+
+    def evaluation(*arguments):
+        return bd3lm_nll(*arguments, ignore_bos=True)
+
+    model = as_published("bd3lm", network, monkeypatch)
+    expected, error = printed(evaluation, model, states, x0.expand(BATCH, -1), 0.2)
+    given = x0[None].expand(500, -1)
+    found = scored.estimate(given[:, :1], given[:, 1:], torch.arange(500), likelihood="integral", num_samples=8)
+    ours, our_error = mean_and_stderr(found.nll)
+    assert abs(ours - expected) < 4 * math.hypot(error, our_error) < 0.15 * expected
+
+
+def test_of_models_of_transformers_it_is_what_llada_prints():
+    network, states = made("radd", 23), 23
+    prompt, answer = torch.tensor([3, 1, 4]), torch.tensor([1, 5, 9, 2, 6])
+    graph = Absorbing(states, states - 1)
+    scored = Loaded(network, network, None, graph, LogLinear(), "logits", False, Bytes(), 8, [], CPU)
+
+    class Model:
+        device = CPU
+
+        def __call__(self, x):
+            return SimpleNamespace(logits=network(x))
+
+    torch.manual_seed(0)
+    prints = [
+        -llada.get_log_likelihood(Model(), prompt, answer, mc_num=16, batch_size=16, mask_id=states - 1)
+        for _ in range(REPEATS)
+    ]
+    expected, error = mean_and_stderr(torch.tensor(prints))
+    found = scored.estimate(
+        prompt.expand(1000, -1), answer.expand(1000, -1), torch.arange(1000), likelihood="integral", num_samples=16
+    )
+    ours, our_error = mean_and_stderr(found.nll)
+    assert abs(ours - expected) < 4 * math.hypot(error, our_error) < 0.15 * expected

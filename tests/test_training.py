@@ -365,6 +365,12 @@ def test_a_checkpoint_that_was_not_written_is_an_error(tmp_path, monkeypatch):
         run(tmp_path, resume=True)
 
 
+def test_checkpoints_that_stay(tmp_path):
+    run(tmp_path, save_every=1, keep=2, keep_every=3)
+    steps = sorted(int(path.name.removeprefix("step-")) for path in (tmp_path / "checkpoints").iterdir())
+    assert steps == [3, 5, 6]
+
+
 def test_run_folder(tmp_path):
     averaged, _ = run(tmp_path / "run")
     names = {"config.json", "metrics.jsonl", "model.safetensors", "checkpoints"}

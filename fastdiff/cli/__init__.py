@@ -1,4 +1,4 @@
-"""The `fastdiff` command: tokenize, plan, train, eval, answers, sample, doctor."""
+"""The `fastdiff` command: tokenize, plan, train, eval, table, answers, sample, doctor."""
 
 import os
 import sys
@@ -20,6 +20,7 @@ from fastdiff.cli.doctor import doctor
 from fastdiff.cli.evaluate import evaluate
 from fastdiff.cli.plan import plan
 from fastdiff.cli.sample import sample
+from fastdiff.cli.table import table
 from fastdiff.cli.tokenize import tokenize
 from fastdiff.cli.train import train
 
@@ -33,6 +34,7 @@ app.command("tokenize")(tokenize)
 app.command("plan")(plan)
 app.command("train")(train)
 app.command("eval")(evaluate)
+app.command("table")(table)
 app.command("answers")(answers)
 app.command("sample")(sample)
 app.command("doctor")(doctor)

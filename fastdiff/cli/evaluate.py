@@ -3,7 +3,8 @@
 import json
 import math
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,7 @@ from fastdiff.cli.options import (
 from fastdiff.data import Text, TokenSource, load_documents, load_named_documents
 from fastdiff.estimators.orders import ORDERS
 from fastdiff.likelihood import forget, likelihoods, ranks, row
+from fastdiff.loading import Loaded
 from fastdiff.model import write_atomically
 from fastdiff.shards import Shards, TokenFolder, is_tokens
 from fastdiff.texts import CUTS, Piece, pieces, tokens_of
@@ -106,42 +108,30 @@ def evaluate(
     Along one order nothing is left open, and there is no interval. A model of the uniform graph, which has no
     time-free likelihood, gives the bound of its whole integral over noise. Under torchrun the ranks share the pieces.
     """
-    if tolerance is not None and not tolerance > 0:
-        raise ValueError(f"tolerance: expected a positive number of bits per byte, got {tolerance}")
-    check_seed(seed)
-    if num_sequences < 0:
-        raise ValueError(f"num_sequences: expected at least 1, or 0 for all, got {num_sequences}")
     check_json(json_file)
     with ranks() as (rank, local):
         place = device or (f"cuda:{local}" if torch.cuda.is_available() else None)
         named = dict(tokenizer=tokenizer, mask_index=mask_index, length=length, shift=shift, exclude_mask=exclude_mask)
         scored = load_named(model, place, dtype, trust_remote_code=trust_remote_code, **named)
-        kind = scored.name_of(likelihood)
-        asked = dict(num_samples=num_samples, proposal=proposal, tolerance=tolerance)
-        own = _options(kind, asked | dict(tokens_per_step=tokens_per_step, block_length=block_length))
-        texts = {
-            name: [tokens_of(scored.tokenizer, document) for document in documents]
-            for name, documents in _texts(model, data, whole)
-        }
-        short = [name for name, documents in texts.items() if sum(len(d.ids) for d in documents) < scored.length]
-        if cut == "windows" and 0 < len(short) < len(texts):
-            texts = {name: documents for name, documents in texts.items() if name not in short}
-            if rank == 0:
-                typer.echo(f"shorter than a window of {scored.length} tokens, left out: {', '.join(short)}", err=True)
-        rows, drawn = {}, kind not in ORDERS
-        options = own | dict(likelihood=likelihood, **(dict(seed=seed) if drawn else {}))
-        options["batch_size"] = batch_size
-        settings = named | dict(model=model, files=versions(model), mask_index=scored.graph.mask_index)
-        settings |= dict(dtype=str(scored.dtype), device=scored.device.type)
-        for name, documents in texts.items():
-            found = list(pieces(name, documents, scored.length, cut=cut, context=context, most=num_sequences or None))
-            if kind == "time-free":
-                options["tolerance"] = _nats(tolerance, found)
-            with no_room(scored.device, scored.num_bytes, "a smaller --batch-size"):
-                estimate = likelihoods(scored, found, settings, json_file, **options)
-            rows[name] = dict(likelihood=kind) | ({} if drawn else own) | row(estimate, found, drawn=drawn)
+        rows, how = rows_of(
+            scored,
+            named | dict(model=model),
+            _texts(model, data, whole),
+            json_file,
+            cut=cut,
+            context=context,
+            num_sequences=num_sequences,
+            likelihood=likelihood,
+            seed=seed,
+            batch_size=batch_size,
+            num_samples=num_samples,
+            proposal=proposal,
+            tolerance=tolerance,
+            tokens_per_step=tokens_per_step,
+            block_length=block_length,
+        )
         if rank == 0:
-            _show_rows(rows, f"{model}, {cut} of {scored.length} tokens, {_TITLES[kind]}{_how(own)}")
+            _show_rows(rows, f"{model}, {how}")
             missed = [name for name, found in rows.items() if tolerance is not None and _masking(found) > tolerance]
             if missed:
                 names = ", ".join(missed)
@@ -151,12 +141,58 @@ def evaluate(
                 forget(json_file)
 
 
+def rows_of(
+    scored: Loaded,
+    named: dict[str, Any],
+    texts: Iterable[tuple[str, list[bytes]]],
+    kept: Path | None,
+    *,
+    cut: str = "windows",
+    context: int = 0,
+    num_sequences: int = 64,
+    likelihood: str = "time-free",
+    seed: int = 0,
+    batch_size: int | None = None,
+    tolerance: float | None = None,
+    **asked: Any,
+) -> tuple[dict[str, dict[str, Any]], str]:
+    """Numbers of each text, by its name, and what they are in words; the options are those of `fastdiff eval`.
+
+    Args:
+        named: model, and what it was loaded with; kept numbers of others are not used.
+    """
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(f"tolerance: expected a positive number of bits per byte, got {tolerance}")
+    check_seed(seed)
+    if num_sequences < 0:
+        raise ValueError(f"num_sequences: expected at least 1, or 0 for all, got {num_sequences}")
+    kind = scored.name_of(likelihood)
+    own = _options(kind, asked | dict(tolerance=tolerance))
+    tokens = {name: [tokens_of(scored.tokenizer, document) for document in documents] for name, documents in texts}
+    short = [name for name, documents in tokens.items() if sum(len(d.ids) for d in documents) < scored.length]
+    if cut == "windows" and 0 < len(short) < len(tokens):
+        tokens = {name: documents for name, documents in tokens.items() if name not in short}
+        warnings.warn(f"shorter than a window of {scored.length} tokens, left out: {', '.join(short)}", stacklevel=2)
+    rows, drawn = {}, kind not in ORDERS
+    options = own | dict(likelihood=likelihood, batch_size=batch_size, **(dict(seed=seed) if drawn else {}))
+    settings = named | dict(files=versions(named["model"]), mask_index=scored.graph.mask_index)
+    settings |= dict(dtype=str(scored.dtype), device=scored.device.type)
+    for name, documents in tokens.items():
+        found = list(pieces(name, documents, scored.length, cut=cut, context=context, most=num_sequences or None))
+        if kind == "time-free":
+            options["tolerance"] = _nats(tolerance, found)
+        with no_room(scored.device, scored.num_bytes, "a smaller --batch-size"):
+            estimate = likelihoods(scored, found, settings, kept, **options)
+        rows[name] = dict(likelihood=kind) | ({} if drawn else own) | row(estimate, found, drawn=drawn)
+    return rows, f"{cut} of {scored.length} tokens, {_TITLES[kind]}{_how(own)}"
+
+
 def _options(kind: str, asked: dict[str, Any]) -> dict[str, Any]:
     """What the likelihood takes, as asked for or by default."""
     for name, value in asked.items():
         if value is not None and name not in _OPTIONS[kind]:
             raise ValueError(f"{name}: not for {_TITLES[kind]}, got {value}")
-    return {name: default if asked[name] is None else asked[name] for name, default in _OPTIONS[kind].items()}
+    return {name: default if asked.get(name) is None else asked[name] for name, default in _OPTIONS[kind].items()}
 
 
 def _how(options: dict[str, Any]) -> str:

@@ -9,9 +9,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fastdiff.cards import CARDS
 from fastdiff.checks import check_choice
 from fastdiff.model import write_atomically
-from fastdiff.planning import CARDS, USABLE, Plan
+from fastdiff.planning import USABLE, Plan
 from fastdiff.presets import COND_DIM, PRESETS
 from fastdiff.training import LOSSES
 

@@ -66,6 +66,8 @@ def train(
     eval_sequences: Annotated[int | None, _setting("eval_sequences", "held-out sequences in one")] = None,
     eval_samples: Annotated[int | None, _setting("eval_samples", "network passes for each of them")] = None,
     save_every: Annotated[int | None, _setting("save_every", "steps between checkpoints")] = None,
+    keep: Annotated[int | None, _setting("keep", "newest checkpoints that stay")] = None,
+    keep_every: Annotated[int | None, _setting("keep_every", "and those of every so many steps; 0 for none")] = None,
     track: Annotated[str | None, _setting("track", "records to: none, tensorboard or wandb")] = None,
     seed: Annotated[int | None, _setting("seed", "of weights, batches and noise")] = None,
     device: Device = None,

@@ -15,10 +15,10 @@ _CHOICES = {
     "sharding": ("none", "full", "hybrid"),
     "track": ("none", "tensorboard", "wandb"),
 }
-_LEAST = {"steps": 1, "batch_size": 1, "accumulation": 1, "warmup": 0, "save_every": 1, "seed": 0}
-_LEAST |= {"eval_every": 0, "eval_sequences": 2, "eval_samples": 3, "shards": 0}
+_LEAST = {"steps": 1, "batch_size": 1, "accumulation": 1, "warmup": 0, "save_every": 1, "keep": 1, "seed": 0}
+_LEAST |= {"eval_every": 0, "eval_sequences": 2, "eval_samples": 3, "shards": 0, "keep_every": 0}
 # What a resumed run may change: where it ends, what is written down, and how the same numbers are come by.
-MAY_CHANGE = {"steps", "save_every", "eval_every", "eval_sequences", "eval_samples", "track"}
+MAY_CHANGE = {"steps", "save_every", "keep", "keep_every", "eval_every", "eval_sequences", "eval_samples", "track"}
 MAY_CHANGE |= {"accumulation", "sharding", "shards", "recompute", "compile"}
 
 
@@ -35,7 +35,8 @@ class TrainConfig:
             "dse-absorb", "dse-uniform": score entropy of a model that sees the noise level, log-linear schedule.
         steps: optimiser steps.
         batch_size: sequences in a step, of all ranks.
-        accumulation: parts that a rank's share of a batch is cut into to fit memory.
+        accumulation: parts that a rank's share of a batch is cut into to fit memory; ranks that share a copy of the
+            model sum gradients after each of them.
         lr: learning rate of AdamW, reached in proportion over the first `warmup` steps.
         weight_decay: AdamW's, on matrices.
         grad_clip: largest norm of the gradient.
@@ -50,6 +51,8 @@ class TrainConfig:
         eval_every, eval_sequences, eval_samples: steps between evaluations (0: none), held-out sequences in
             one, and network passes for each of them.
         save_every: steps between checkpoints; the last step always saves.
+        keep: how many of the newest stay.
+        keep_every: those of every so many steps stay as well; 0: none.
         track: where records go beside metrics.jsonl: "none", "tensorboard" or "wandb".
         seed: the randomness of the noise.
 
@@ -75,6 +78,8 @@ class TrainConfig:
     eval_sequences: int = 64
     eval_samples: int = 32
     save_every: int = 500
+    keep: int = 2
+    keep_every: int = 0
     track: str = "none"
     seed: int = 0
 

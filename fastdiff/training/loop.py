@@ -70,7 +70,11 @@ def train(
     """
     folder = None if out is None else Path(out)
     with joined(model.lm_head.weight.device) as ranks, ExitStack() as stack:
-        checkpoints = None if folder is None else Checkpoints(folder / "checkpoints")
+        checkpoints = (
+            None
+            if folder is None
+            else Checkpoints(folder / "checkpoints", keep=config.keep, keep_every=config.keep_every)
+        )
         latest = None if checkpoints is None else checkpoints.latest()
         resume = resume or (latest is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")
         if resume and latest is None:

@@ -114,9 +114,12 @@ def over_ranks(
 
 
 def synchronising(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """Around a part of a batch: gradients are summed over ranks with those of the last part."""
+    """Around a part of a batch: copies of a model sum their gradients with those of the last part.
+
+    Ranks that share a copy sum them after each, or every rank would keep them whole until the last.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+        model.set_requires_all_reduce(last)
     elif isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
     return nullcontext()

@@ -11,7 +11,7 @@ from fastdiff.model import DiffusionTransformer
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.ranks import Ranks
 from fastdiff.training.records import Record
-from fastdiff.training.speed import Moment, memory, operations, peak
+from fastdiff.training.speed import Moment, memory, operations_per_token, peak
 
 LATE = {"cpu": 0, "cuda": 4}  # steps that a device is given before the first of them is waited for
 
@@ -69,5 +69,5 @@ class Readings:
         rate = self._config.batch_size * reading.length / reading.done.since(self._last)
         record = {"step": reading.step, "loss": loss, "grad_norm": norm, "lr": reading.lr, "tokens_per_second": rate}
         if self._peak is not None:
-            record["mfu"] = rate * operations(self._model, reading.length) / self._peak
+            record["mfu"] = rate * operations_per_token(self._model, reading.length) / self._peak
         return record | {"memory": memory(self._device)}

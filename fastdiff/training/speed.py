@@ -7,10 +7,8 @@ import time
 import torch
 from torch import nn
 
+from fastdiff.cards import peak_of
 from fastdiff.model import DiffusionTransformer
-
-# Dense bfloat16 operations a second, from NVIDIA's data sheets, by a part of the device's name; the first that fits.
-_PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 
 
 class Moment:
@@ -33,10 +31,11 @@ class Moment:
         return self._at - other._at
 
 
-def operations(model: DiffusionTransformer, length: int) -> int:
-    """Of a training step for each token: 6 for each weight but the embeddings', and attention's 12 L dim a layer.
+def operations_per_token(model: DiffusionTransformer, length: int) -> int:
+    """Of a training step: 6 for each weight but the embeddings', and attention's 12 L dim a layer.
 
-    The usual count: the last layer's are among them for every token, multiplied or not, and recomputed ones are not.
+    The usual count, of which the share of the peak is told (MFU), so that it compares with others': the last layer's
+    are among them for every token, multiplied or not, and recomputed ones are not. `Plan.operations` are those done.
     """
     config = model.config
     embedded = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding))
@@ -48,8 +47,7 @@ def peak(device: torch.device, dtype: str) -> float | None:
     """Operations that the device does in a second at most, where that is known."""
     if device.type != "cuda" or dtype != "bfloat16":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((rate for part, rate in _PEAKS.items() if part in name), None)
+    return peak_of(torch.cuda.get_device_name(device))
 
 
 def memory(device: torch.device) -> int:

@@ -96,7 +96,7 @@ def most_memory():
     """Not above the plan, and not far below; without the logits, which are made inside an operator."""
     ranks = Ranks(dist.get_rank(), dist.get_world_size())
     for length, sequences, sharding, dtype, recompute, parts in (
-        (32, 2, "full", "bfloat16", False, 1),  # weights take most
+        (32, 2, "hybrid", "bfloat16", False, 2),  # weights take most
         (32, 2, "none", "float32", True, 2),
         (128, 8, "none", "float32", False, 1),  # activations
         (128, 8, "none", "bfloat16", True, 2),
@@ -105,6 +105,7 @@ def most_memory():
     ):
         shape = ModelConfig(5001, length, 128, 4, 4, learned_positions=False)
         training = {"sharding": sharding, "dtype": dtype, "recompute": recompute, "accumulation": parts}
+        training["shards"] = 2 if sharding == "hybrid" else 0
         config = TrainConfig(batch_size=sequences * ranks.size * parts, **training)
         plan = Plan(shape, config, ranks.size, length)
         model = DiffusionTransformer(shape)

@@ -83,7 +83,7 @@ def two_ranks():
 
 def four_ranks():
     hybrid = dict(sharding="hybrid", shards=2)
-    _holds([("dce-k", hybrid | dict(large=True)), ("dse-absorb", hybrid)])
+    _holds([("dce-k", hybrid | dict(large=True)), ("dse-absorb", hybrid | dict(accumulation=2))])
     _holds([("dce-t", dict(sharding="full", accumulation=2)), ("dse-uniform", dict(large=True))])
 
 
