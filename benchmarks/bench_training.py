@@ -94,7 +94,7 @@ def test_share_of_the_trainer(tmp_path, benchmark, capsys):
         wait()
         moments.append(clock())
 
-    run = partial(train, TrainConfig("dce-k", steps, batch, eval_every=0), model, Table(x0, num_tokens=256))
+    run = partial(train, TrainConfig(steps=steps, batch_size=batch, eval_every=0), model, Table(x0, num_tokens=256))
     benchmark.pedantic(partial(run, out=tmp_path, callback=step), rounds=1)
     seconds = [end - begin for begin, end in pairwise(moments)]
     trainer, hand = seconds[::2][5:-5], seconds[1::2][5:-5]  # readings of the first and last are late on a GPU

@@ -55,7 +55,9 @@ def torchtitan_config(folder, run):
 
 def same_curve():
     """20 steps in two accumulated parts on one rank, or on two ranks: FSDP2's there, DDP's here."""
-    run = TrainConfig("dce-t", 20, BATCH, 2 // dist.get_world_size(), 3e-3, 5, weight_decay=0.1, eval_every=0, seed=3)
+    parts = 2 // dist.get_world_size()
+    settings = dict(lr=3e-3, warmup=5, weight_decay=0.1, seed=3)
+    run = TrainConfig("dce-t", steps=20, batch_size=BATCH, accumulation=parts, eval_every=0, **settings)
     theirs, ours = [], []
     with tempfile.TemporaryDirectory() as folder:
         config = torchtitan_config(folder, run)
