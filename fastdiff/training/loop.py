@@ -73,7 +73,9 @@ def train(
     with joined(model.lm_head.weight.device) as ranks, ExitStack() as stack:
         checkpoints = None if folder is None else Checkpoints(folder / "checkpoints")
         latest = None if checkpoints is None else checkpoints.latest()
-        restarts = agree(ranks.group, lambda: os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # as a node counts them
+        restarts = agree(
+            ranks.group, lambda: os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        )  # as a node counts them
         resume = resume or (latest is not None and restarts != ["0"] * ranks.size)
         if resume and latest is None:
             raise FileNotFoundError(f"out: expected a run folder to resume, but there is no checkpoint in {folder}")
