@@ -5,6 +5,7 @@ import dataclasses
 import os
 import socket
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -22,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from fastdiff.checkpoints import agree
 from fastdiff.model import DiffusionTransformer
 from fastdiff.training.config import TrainConfig
+
+warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # which gives a view; nothing is changed in place
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Ranks that are killed, signalled or given what does not fit: every one ends, and the run goes on where it was saved."""
+"""Ranks that are killed, signalled or given what does not fit: all end, and the run goes on where it was saved."""
 
 import json
 import os
@@ -14,6 +14,7 @@ import torchrun
 
 from fastdiff.checkpoints import Checkpoints
 from fastdiff.cli import app
+from fastdiff.loading import load
 from fastdiff.weights import read_weights
 
 FILE = Path(__file__).with_name("failing.py")
@@ -74,6 +75,7 @@ def test_a_killed_rank_is_started_again(tmp_path, whole):
     kill = [0, 13, [1], "self", SIGKILL]
     code, stderr = launch(tmp_path, f"{command(tmp_path)} --sharding full", kill, restarts=1)
     assert code == 0, stderr
+    assert stderr == ["fastdiff: rank 0 has lost another, which must have ended\n", ""]
     same(tmp_path / "run", whole)
 
 
@@ -82,7 +84,8 @@ def test_a_killed_job_and_a_killed_rank(tmp_path, whole):
     code, _ = launch(tmp_path, f"{command(tmp_path)} --sharding full", [0, 13, [0, 1], "job", SIGKILL])
     assert code == -SIGKILL
     assert saved(tmp_path) == 10
-    assert not list((tmp_path / "run").glob("*.safetensors"))
+    with pytest.raises(FileNotFoundError, match="no weights yet, which a run writes when it ends or stops"):
+        load(str(tmp_path / "run"), torch.device("cpu"))
     on = f"train --out {tmp_path / 'run'} --resume --sharding none"
     code, stderr = launch(tmp_path, on, [0, 23, [0], "self", SIGKILL])
     assert code == 1
