@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -89,7 +90,7 @@ def train(
         trainer = Trainer(config, model, source, ranks)
         if folder is not None and checkpoints is not None and latest is not None:
             trainer.load(checkpoints, latest, folder)
-        about = {"training": dataclasses.asdict(config), "source": {"fingerprint": trainer.fingerprint}}
+        about: dict[str, Any] = {"training": dataclasses.asdict(config), "source": {"fingerprint": trainer.fingerprint}}
         about |= sections or {}
         with ranks.together():
             tell = stack.enter_context(telling(config, metrics, trainer.step, callback, ranks.first))
