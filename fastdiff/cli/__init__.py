@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import warnings
 
 import torch.distributed as dist
@@ -39,7 +40,9 @@ app.command("answers")(answers)
 app.command("sample")(sample)
 app.command("doctor")(doctor)
 
+_TO_TELL = 10  # seconds
 _USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, MemoryError, BackendUnavailable)
+_OF_A_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 def main() -> None:
@@ -48,9 +51,16 @@ def main() -> None:
     try:
         app()
     except _USER_ERRORS as error:
-        if not _told_by_the_first(error):
+        if _told_by_the_first(error):
+            time.sleep(_TO_TELL)  # once a rank has left, torchrun ends the others, of which the first may be late
+        else:
             print("fastdiff:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _OF_A_LOST_RANK):
+            raise
+        print(f"fastdiff: rank {os.environ.get('RANK')} has lost another, which must have ended", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def _told_by_the_first(error: Exception) -> bool:

@@ -1,7 +1,8 @@
 """Training of a `DiffusionTransformer` on any number of ranks: losses, averaged weights, held-out likelihood.
 
-A run folder holds config.json and model.safetensors (the averaged weights, for `from_pretrained`), checkpoints/ (all
-that a resumed run needs) and metrics.jsonl (a record a line; locked while the run goes on).
+A run folder holds config.json, checkpoints/ (with it all that a resumed run needs), metrics.jsonl (a record a line;
+locked while the run goes on) and model.safetensors (the averaged weights, for `from_pretrained`), which is written when
+the run ends or stops: one that is killed keeps what it had, and a resumed one writes it.
 """
 
 from fastdiff.training.config import LOSSES, TrainConfig

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -77,7 +78,9 @@ def train(
             else Checkpoints(folder / "checkpoints", keep=config.keep, keep_every=config.keep_every)
         )
         latest = None if checkpoints is None else checkpoints.latest()
-        restarts = agree(ranks.group, lambda: os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # as a node counts them
+        restarts = agree(
+            ranks.group, lambda: os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        )  # as a node counts them
         resume = resume or (latest is not None and restarts != ["0"] * ranks.size)
         if resume and latest is None:
             raise FileNotFoundError(f"out: expected a run folder to resume, but there is no checkpoint in {folder}")
@@ -91,7 +94,7 @@ def train(
         trainer = Trainer(config, model, source, ranks)
         if folder is not None and checkpoints is not None and latest is not None:
             trainer.load(checkpoints, latest, folder)
-        about = {"training": dataclasses.asdict(config), "source": {"fingerprint": trainer.fingerprint}}
+        about: dict[str, Any] = {"training": dataclasses.asdict(config), "source": {"fingerprint": trainer.fingerprint}}
         about |= sections or {}
         with ranks.together():
             tell = stack.enter_context(telling(config, metrics, trainer.step, callback, ranks.first))

@@ -6,6 +6,7 @@ import os
 import warnings
 import socket
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -24,8 +25,12 @@ from fastdiff.checkpoints import agree
 from fastdiff.model import DiffusionTransformer
 from fastdiff.training.config import TrainConfig
 
+<<<<<<< HEAD
 # Logits are one; nothing is done to them in place.
 warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(.*\) returned a view tensor")
+=======
+warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # which gives a view; nothing is changed in place
+>>>>>>> 097ff44e13840aa24e6505f580d31d34fb0f358f
 
 
 @dataclasses.dataclass(frozen=True)
