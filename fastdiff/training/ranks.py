@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import os
-import warnings
 import socket
 import time
 import warnings
@@ -25,12 +24,8 @@ from fastdiff.checkpoints import agree
 from fastdiff.model import DiffusionTransformer
 from fastdiff.training.config import TrainConfig
 
-<<<<<<< HEAD
 # Logits are one; nothing is done to them in place.
 warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(.*\) returned a view tensor")
-=======
-warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # which gives a view; nothing is changed in place
->>>>>>> 097ff44e13840aa24e6505f580d31d34fb0f358f
 
 
 @dataclasses.dataclass(frozen=True)
