@@ -367,6 +367,17 @@ def test_a_checkpoint_that_was_not_written_is_an_error(tmp_path, monkeypatch):
         run(tmp_path, resume=True)
 
 
+def test_what_torchrun_starts_again_goes_on_by_itself(tmp_path, monkeypatch):
+    unbroken, _ = run(tmp_path / "a")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+    run(tmp_path / "b", steps=3)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert same_weights(run(tmp_path / "b")[0], unbroken)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        run(tmp_path / "b")
+
+
 def test_checkpoints_that_stay(tmp_path):
     run(tmp_path, save_every=1, keep=2, keep_every=3)
     steps = sorted(int(path.name.removeprefix("step-")) for path in (tmp_path / "checkpoints").iterdir())

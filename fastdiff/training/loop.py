@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from torch import Tensor
 
 from fastdiff.checkpoints import Checkpoints, agree, export, write_config
 from fastdiff.data import TokenSource
-from fastdiff.model import DiffusionTransformer
+from fastdiff.model import DiffusionTransformer, read_config
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.ranks import blocks_as, joined
 from fastdiff.training.readings import Readings
 from fastdiff.training.records import Record, Tell, open_metrics, telling
 from fastdiff.training.trainer import Trainer, check_fit
 
+_JOB = "TORCHELASTIC_RUN_ID"  # of torchrun, in its environment
 _AHEAD = 2  # batches made before they are asked for
 
 
@@ -72,16 +74,10 @@ def train(
     """
     folder = None if out is None else Path(out)
     with joined(model.lm_head.weight.device) as ranks, ExitStack() as stack:
-        checkpoints = (
-            None
-            if folder is None
-            else Checkpoints(folder / "checkpoints", keep=config.keep, keep_every=config.keep_every)
-        )
+        keep = {"keep": config.keep, "keep_every": config.keep_every}
+        checkpoints = None if folder is None else Checkpoints(folder / "checkpoints", **keep)
         latest = None if checkpoints is None else checkpoints.latest()
-        restarts = agree(
-            ranks.group, lambda: os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        )  # as a node counts them
-        resume = resume or (latest is not None and restarts != ["0"] * ranks.size)
+        resume = resume or (latest is not None and any(agree(ranks.group, partial(_restarted, folder))))
         if resume and latest is None:
             raise FileNotFoundError(f"out: expected a run folder to resume, but there is no checkpoint in {folder}")
         with ranks.together():
@@ -95,6 +91,7 @@ def train(
         if folder is not None and checkpoints is not None and latest is not None:
             trainer.load(checkpoints, latest, folder)
         about: dict[str, Any] = {"training": dataclasses.asdict(config), "source": {"fingerprint": trainer.fingerprint}}
+        about["job"] = {"id": os.environ.get(_JOB)}
         about |= sections or {}
         with ranks.together():
             tell = stack.enter_context(telling(config, metrics, trainer.step, callback, ranks.first))
@@ -112,6 +109,13 @@ def train(
         if number := max(agree(ranks.group, lambda: noted[0] if noted else 0)):
             raise Stopped(number)
     return trainer.averaged
+
+
+def _restarted(folder: Path | None) -> bool:
+    """Whether torchrun has started the ranks of this node again, for the run that they had begun."""
+    if folder is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return False
+    return read_config(folder).get("job") == {"id": os.environ.get(_JOB)}
 
 
 def _run(trainer: Trainer, readings: Readings, noted: list[int], tell: Tell, save: Callable[[], None]) -> None:
