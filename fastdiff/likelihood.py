@@ -19,6 +19,7 @@ import torch.distributed as dist
 from fastdiff.estimators import NLLEstimate
 from fastdiff.evaluating import progress
 from fastdiff.loading import Loaded
+from fastdiff.processes import join
 from fastdiff.texts import Piece
 
 TOGETHER = 8  # pieces of equal lengths in one estimate: what is kept, and what goes to a rank
@@ -33,7 +34,7 @@ def ranks() -> Iterator[tuple[int, int]]:
         return
     own = not dist.is_initialized()
     if own:
-        dist.init_process_group("gloo")
+        join("gloo")
     try:
         yield dist.get_rank(), int(os.environ["LOCAL_RANK"])
     finally:

@@ -3,8 +3,6 @@
 import copy
 import dataclasses
 import os
-import socket
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdiff.checkpoints import agree
 from fastdiff.model import DiffusionTransformer
+from fastdiff.processes import join
 from fastdiff.training.config import TrainConfig
 
 # Logits are one; nothing is done to them in place.
@@ -79,32 +78,10 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        shared, rank, size = next(dist.rendezvous("env://"))
-        dist.init_process_group(backend, store=_fresh(shared, rank), rank=rank, world_size=size)
+        join(backend)
     yield Ranks(dist.get_rank(), dist.get_world_size())
     if own:
         dist.destroy_process_group()
-
-
-def _fresh(shared: dist.Store, rank: int) -> dist.Store:
-    """A store for ranks to find each other in, which the first of them keeps.
-
-    That of torchrun outlives them, so those that it starts again would find the addresses of those that have died.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return shared
-    host, name = os.environ["MASTER_ADDR"], "fastdiff port"
-    if rank == 0:
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        shared.set(name, str(store.port))
-        return store
-    while True:
-        port = int(shared.get(name))
-        try:
-            socket.create_connection((host, port), timeout=10).close()
-            return dist.TCPStore(host, port, wait_for_workers=False)
-        except OSError:  # of a first rank that has died; the new one is on its way
-            time.sleep(0.1)
 
 
 def check_topology(config: TrainConfig, ranks: Ranks) -> None:
