@@ -1,6 +1,7 @@
 """Random cases, for the kernels of any backend. FASTDIFF_FUZZ_CASES sets how many the CPU kernels get.
 
-Losses and laws of reverse steps are held against exact.py, and so is the reference.
+Losses and laws of reverse steps are held against exact.py, and so is the reference. Cases are the same in every run; with
+FASTDIFF_FUZZ_ANEW=1 they are new ones.
 """
 
 import os
@@ -30,7 +31,11 @@ TYPES = {"cpu": list(TOLERANCE), "triton": GPU_TYPES, "cuda": GPU_TYPES}
 
 
 def fuzz(cases):
-    return settings(max_examples=cases, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+    anew = os.environ.get("FASTDIFF_FUZZ_ANEW", "0") == "1"
+    health = list(HealthCheck)
+    return settings(
+        max_examples=cases, deadline=None, suppress_health_check=health, print_blob=True, derandomize=not anew
+    )
 
 
 def with_poisoned_buffers(check):

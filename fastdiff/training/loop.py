@@ -90,9 +90,10 @@ def train(
         trainer = Trainer(config, model, source, ranks)
         if folder is not None and checkpoints is not None and latest is not None:
             trainer.load(checkpoints, latest, folder)
-        about: dict[str, Any] = {"training": dataclasses.asdict(config), "source": {"fingerprint": trainer.fingerprint}}
-        about["job"] = {"id": os.environ.get(_JOB)}
-        about |= sections or {}
+        about: dict[str, Any] = {}
+        if folder is not None:
+            about = {"training": dataclasses.asdict(config), "source": {"fingerprint": trainer.fingerprint}}
+            about |= {"job": {"id": os.environ.get(_JOB)}, **(sections or {})}
         with ranks.together():
             tell = stack.enter_context(telling(config, metrics, trainer.step, callback, ranks.first))
             if folder is not None and ranks.first:  # what a run that is killed before its end is resumed with
