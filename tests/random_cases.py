@@ -1,7 +1,7 @@
 """Random cases, for the kernels of any backend. FASTDIFF_FUZZ_CASES sets how many the CPU kernels get.
 
-Losses and laws of reverse steps are held against exact.py, and so is the reference. Cases are the same in every run; with
-FASTDIFF_FUZZ_ANEW=1 they are new ones.
+Losses and laws of reverse steps are held against exact.py, and so is the reference. Cases are the same in every run;
+FASTDIFF_FUZZ_ANEW=1 draws new ones.
 """
 
 import os
