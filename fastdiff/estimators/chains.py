@@ -105,8 +105,8 @@ def run_chains(
     weight = torch.cat([torch.ones_like(rho[:1]).expand(*counts.shape[:2], 1), 1 / rho[counts - 1]], 2)
     target = score.target[which, : loss.shape[2]]
     # The graph of the fits is larger than a pass of a small network: backward makes it anew.
-    options = dict(use_reentrant=False, preserve_rng_state=False)
-    return checkpoint(_replicates, _by_chain(loss, chains), _by_chain(mask, chains), weight, target, **options)
+    inputs = _by_chain(loss, chains), _by_chain(mask, chains), weight, target
+    return checkpoint(_replicates, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 @lru_cache(maxsize=256)

@@ -30,8 +30,8 @@ def upper_bound_nll(
 ) -> NLLEstimate:
     """Minus an upper bound of log p(x0), in nats, `(1 / beta) sum_i log E[(L / m) 1(i masked) c(x0_i | xt)^beta]`.
 
-    Of the L target tokens m are masked, m uniform on 1..L. The expectation is a mean of c^beta over random orders, so the whole rises with beta, and as beta goes to 0 its
-    negative becomes the NLL of `time_free_nll`. So it bounds log p(x0) from above, and nll bounds the NLL from below
+    Of the L target tokens m are masked, m uniform on 1..L. The expectation is a mean of c^beta over random orders, so
+    the bound rises with beta, from minus the NLL of `time_free_nll` as beta goes to 0. It holds
 
     - at every beta > 0 where the conditionals are consistent (Jensen);
     - at beta >= L, the number of target tokens, against log E_pi p_pi(x0) of any network (Hoelder). At a smaller beta a
