@@ -182,12 +182,12 @@ FASTDIFF_HD Acc<T> add_run(ExpSum<Acc<T>>& all, const T* z, Acc<T>* kept, int64_
   return shift;
 }
 
-// -sum p log p, from the row's log-sum-exp in two parts; of a part of a row, as if it were all.
+// -sum p log p, from the row's log-sum-exp, which is top + log_sum; of a part of a row, as if it were all.
 template <typename T>
-FASTDIFF_HD double entropy(const Row<T>& row, const ExpSum<Acc<T>>& all) {
+FASTDIFF_HD double entropy(const Row<T>& row, Acc<T> top, double log_sum) {
   using C = Acc<T>;
   const auto term = [&](C z) __attribute__((always_inline)) {
-    const C x = z - all.shift;
+    const C x = z - top;
     return x < C(-86) ? 0 : exp_(x) * x;
   };
   double sum = row.x0 < 0 ? 0 : term(load(row.z[row.x0]));
@@ -197,7 +197,7 @@ FASTDIFF_HD double entropy(const Row<T>& row, const ExpSum<Acc<T>>& all) {
     for (int64_t v = first; v < first + n; ++v) part += term(load(row.z[v]));
     sum += part;
   });
-  return std::log(all.sum) - sum / all.sum;
+  return log_sum - sum * std::exp(-log_sum);
 }
 
 // With x0 elsewhere, as if its number were 0 and its probability nothing: the loss is the log-sum-exp.
@@ -206,23 +206,28 @@ FASTDIFF_HD double dce_row(const Row<T>& row, double weight, double z_loss, Scra
   using C = Acc<T>;
   const bool here = row.x0 >= 0;
   const C at_x0 = here ? load(row.z[row.x0]) : -kInfinity<C>;
-  ExpSum<C> all{at_x0, here ? 1.0 : 0.0};
+  ExpSum<C> others{at_x0, 0};
   C max_before = -kInfinity<C>, max_after = max_before;
   C *kept = kGrad ? scratch.kept(row) : nullptr, *shift = scratch.shifts.data();
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
     C max;
-    *shift++ = add_run<kGrad>(all, row.z + first, kGrad ? kept + first : kept, n, max);
+    *shift++ = add_run<kGrad>(others, row.z + first, kGrad ? kept + first : kept, n, max);
     max_before = first < row.x0 && max > max_before ? max : max_before;
     max_after = first > row.x0 && max > max_after ? max : max_after;
   });
-  if (all.shift == kInfinity<C>) all.sum = NAN;  // inf - inf, as in PyTorch
-  // log p(x0). The shift is never added to log(sum): beside a large one the sum's digits would be lost.
-  const double logsumexp = all.shift + std::log(all.sum);
+  if (others.shift == kInfinity<C>) others.sum = NAN;  // inf - inf, as in PyTorch
+  ExpSum<C> all = others;
+  all.add(at_x0, here ? 1 : 0);
+  // Neither is 1 added to a small sum, nor the shift to log(sum): digits would be lost.
+  const double log_sum = here && all.shift == at_x0 ? std::log1p(others.sum) : std::log(all.sum);
+  const double logsumexp = all.shift + log_sum;
   const double drift = z_loss == 0 ? 0 : logsumexp;  // which may be infinite
   const double slope = 1 + 2 * z_loss * drift;
-  const double log_p = here ? (static_cast<double>(at_x0) - all.shift) - std::log(all.sum) : -logsumexp;
+  const double log_p = here ? (static_cast<double>(at_x0) - all.shift) - log_sum : -logsumexp;
+  const C top = std::max({at_x0, max_before, max_after});
   const bool correct = at_x0 > max_before && at_x0 >= max_after && !std::isnan(all.sum);
-  if (stats) *stats = {logsumexp, entropy(row, all), static_cast<double>(correct), -log_p};
+  const double above = static_cast<double>(top) - all.shift, h = stats ? entropy(row, top, log_sum - above) : 0;
+  if (stats) *stats = {logsumexp, h, static_cast<double>(correct), -log_p};
   if constexpr (kGrad) {
     shift = scratch.shifts.data();
     row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {

@@ -161,16 +161,17 @@ __device__ float number_at(const Work<T>& work, int id) {
   return id >= 0 ? work.number(id) : id == -1 ? -INFINITY : NAN;
 }
 
-// log p(x0), and the log-sum-exp. The shift is never added to log(sum), where digits would be lost.
+// log p(x0), and the log-sum-exp. Neither is 1 added to a small sum, nor the shift to log(sum): digits would be lost.
 struct LogP {
   double logsumexp, x0;
 
   __device__ LogP(const Online& others, float at_x0, bool elsewhere) {
     const double x = at_x0, other = others.m, shift = x > other ? x : other;
-    double total = others.s * std::exp(other - shift) + std::exp(x - shift);
-    if (shift == INFINITY) total = NAN;  // inf - inf, as in PyTorch
-    logsumexp = shift + std::log(total);
-    x0 = elsewhere ? -logsumexp : (x - shift) - std::log(total);
+    double rest = others.s * std::exp(other - shift);
+    if (shift == INFINITY) rest = NAN;  // inf - inf, as in PyTorch
+    const double log_sum = x == shift ? std::log1p(rest) : std::log(rest + std::exp(x - shift));
+    logsumexp = shift + log_sum;
+    x0 = elsewhere ? -logsumexp : (x - shift) - log_sum;
   }
 };
 
@@ -196,10 +197,12 @@ __device__ Results dce_row(const Work<T>& work, double z_loss) {
   // The same in float, for the others.
   const Target<T> grad(work.grad, work.row.head);
   const float shift = fmaxf(others.m, at_x0), e_x0 = exp_(at_x0 - shift);
-  const float all = others.s * exp_(others.m - shift) + e_x0;
-  const float drift = z_loss == 0 ? 0.0f : shift + logf(all);
-  const float slope = static_cast<float>(weight * (1 + 2 * z_loss * drift));
-  const float scale = elsewhere && all == 0 ? 0.0f : slope / all;
+  const float rest = others.s * exp_(others.m - shift), all = rest + e_x0;
+  const float log_all = at_x0 == shift ? log1pf(rest) : logf(all);
+  const double slope = weight * (z_loss == 0 ? 1 : 1 + 2 * z_loss * (shift + log_all));
+  const double excess = fmax(fabs(slope) * 1e-36, 1.0);  // what float has no room for
+  const auto size = static_cast<float>(excess);
+  const float scale = elsewhere && all == 0 ? 0.0f : static_cast<float>(slope / excess) / all;
   float dot = 0;
   int ahead = 0;
   work.row.each([&](auto& few) {
@@ -210,14 +213,14 @@ __device__ Results dce_row(const Work<T>& work, double z_loss) {
         dot += x < -86 ? 0.0f : e * x;
         ahead += z > at_x0 || (z == at_x0 && few.first + i < work.x0);
       }
-      few.x[i] = scale * e;
+      few.x[i] = scale * e * size;
     }
     if constexpr (kGrad) grad.put(few);
   });
   if constexpr (kStats) {
     const Pair sums = reduce_cluster(Pair{dot, static_cast<double>(ahead)}, work.shared.pair, Add());
     const double dots = sums.a + (e_x0 > 0 ? e_x0 * (at_x0 - shift) : 0);
-    results.entropy = logf(all) - dots / all;
+    results.entropy = log_all - dots / all;
     results.correct = sums.b == 0 && all == all;
   }
   if constexpr (kGrad) {

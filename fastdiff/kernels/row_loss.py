@@ -238,11 +238,11 @@ def sum_exp(row, BLOCK: tl.constexpr, VEC: tl.constexpr):
 def dce_visit(part, row, constants, WITH_GRAD: tl.constexpr, WITH_STATS: tl.constexpr):
     """Stores gradients; for the statistics, exp(x) x with x = z - shift, and which numbers stand before x0's."""
     _, grad, ids, exists = part
-    shift, x_x0, scale = constants
+    shift, x_x0, scale, size = constants
     x = (load_others(part, row) if WITH_STATS else load_part(part)) - shift
     e = tl.exp2(x * LOG2_E)
     if WITH_GRAD:
-        tl.store(grad, scale * e, mask=exists)
+        tl.store(grad, scale * e * size, mask=exists)
     ahead = (x > x_x0) | ((x == x_x0) & (ids < row[7]))
     return tl.where(x < -86.0, 0.0, e * x), tl.where(ahead, 1, 0)
 
@@ -258,20 +258,23 @@ def dce_row(
     if WITH_GRAD:
         tl.debug_barrier()  # as in dse_row
     shift = tl.where(at_x0 > top, at_x0, top)
-    total = others * tl.exp(top - shift) + tl.exp(at_x0 - shift)
-    total = tl.where(shift == float("inf"), float("nan"), total)  # inf - inf, as in PyTorch
-    log_p = (at_x0 - shift) - tl.log(total)  # the shift is never added to log(sum), where digits would be lost
-    logsumexp = shift + tl.log(total)
+    others = tl.where(shift == float("inf"), float("nan"), others * tl.exp(top - shift))  # inf - inf, as in PyTorch
+    total = others + tl.exp(at_x0 - shift)
+    # Neither is 1 added to a small sum, nor the shift to log(sum): digits would be lost.
+    log_total = tl.where(at_x0 == shift, log1p_(others), tl.log(total))
+    log_p = (at_x0 - shift) - log_total
+    logsumexp = shift + log_total
     log_p = tl.where(elsewhere, -logsumexp, log_p)
     drift = tl.where(z_loss == 0, 0.0, logsumexp)  # which may be infinite
     slope = 1 + 2 * z_loss * drift
     entropy, correct = tl.zeros_like(total), tl.zeros_like(total)
     if WITH_GRAD or WITH_STATS:
         f32 = tl.float32
-        scale = tl.where(elsewhere & (total == 0), 0.0, weight * slope / total).to(f32)
+        scale = tl.where(elsewhere & (total == 0), 0.0, weight * slope / total)
+        size = tl.maximum(tl.abs(scale) * 1e-36, 1.0)  # what float32 has no room for
         x_x0 = at_x0.to(f32) - shift.to(f32)
         grad_x0 = (weight * (expm1_(log_p) + (slope - 1) * tl.exp(log_p))).to(f32)
-        constants = (shift.to(f32), x_x0, scale)
+        constants = (shift.to(f32), x_x0, (scale / size).to(f32), size.to(f32))
         dots, aheads = tl.zeros((BLOCK,), f32), tl.zeros((BLOCK,), tl.int32)
         for i in range(num_blocks(row, BLOCK, VEC)):
             dot, ahead = dce_visit(block_of(row, i, BLOCK, VEC), row, constants, WITH_GRAD, WITH_STATS)
@@ -283,7 +286,7 @@ def dce_row(
             store_apart(row, grad_x0, 0.0)
         if WITH_STATS:
             dot_x0 = tl.where(x_x0 < -86.0, 0.0, tl.exp(x_x0) * x_x0)
-            entropy = tl.log(total) - (tl.sum(dots, 0) + tl.sum(dot, 0) + dot_x0).to(tl.float64) / total
+            entropy = log_total - (tl.sum(dots, 0) + tl.sum(dot, 0) + dot_x0).to(tl.float64) / total
             first = tl.sum(aheads, 0) + tl.sum(ahead, 0) == 0
             correct = tl.where(first & (total == total), 1.0, 0.0).to(tl.float64)
     return weight * (z_loss * drift * drift - log_p), logsumexp, entropy, correct, -log_p

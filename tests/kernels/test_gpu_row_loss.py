@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from cases import LOSSES, assert_near, large_scores, largest_logits, loss_and_grad, loss_of, problem
+from cases import (
+    LOSSES,
+    assert_near,
+    large_scores,
+    largest_drift,
+    largest_logits,
+    loss_and_grad,
+    loss_of,
+    problem,
+    tiny_loss,
+)
 
 from fastdiff import dce_loss, dse_loss, linear_dse_loss
 
@@ -140,6 +150,16 @@ def test_logits_as_large_as_the_type(dtype, backend, device):
         loss = dce_loss(z.requires_grad_(), x0, weight=0.25, exclude_mask=False, backend=b)
         results.append((loss.detach(), torch.autograd.grad(loss.sum(), z)[0]))
     torch.testing.assert_close(*results)
+
+
+def test_digits_of_a_tiny_loss(backend, device):
+    loss, expected = tiny_loss(backend, device)
+    assert loss.item() == pytest.approx(expected, rel=1e-6, abs=0)
+
+
+def test_weights_and_logits_as_large_as_float32(backend, device):
+    grad, expected = largest_drift(backend, device)
+    assert torch.equal(grad, expected)
 
 
 def test_statistics(backend, device):
