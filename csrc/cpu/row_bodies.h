@@ -200,9 +200,28 @@ FASTDIFF_HD double entropy(const Row<T>& row, Acc<T> top, double log_sum) {
   return log_sum - sum * std::exp(-log_sum);
 }
 
-// With x0 elsewhere, as if its number were 0 and its probability nothing: the loss is the log-sum-exp.
+// The gradient p (slope - e (log p + H)) of a run, from the exponentials kept of it: p is share times one of them, and
+// log p is z - top - log_sum. In parts of the larger factor, so that the others fit the working type.
+template <typename T>
+FASTDIFF_HD void dce_entropy_grad(const T* z, const Acc<T>* kept, T* grad, int64_t n, Acc<T> top, double share,
+                                  double constant, double entropy_weight) {
+  using C = Acc<T>;
+  const double size = std::max(std::fabs(constant), std::fabs(entropy_weight));
+  const C a = static_cast<C>(constant / size), b = static_cast<C>(entropy_weight / size);
+  C out[kBlock];
+#pragma omp simd
+  for (int64_t v = 0; v < n; ++v) {
+    const C x = load(z[v]) - top;
+    out[v] = kept[v] * (a - b * (x < C(-1000) ? C(-1000) : x));  // no NaN where p is 0
+  }
+  store_scaled(grad, out, n, share * size);
+}
+
+// weight (nll + z_loss logsumexp^2) + entropy_weight H. With x0 elsewhere, as if its number were 0 and its probability
+// nothing: its nll is the log-sum-exp.
 template <bool kGrad, typename T>
-FASTDIFF_HD double dce_row(const Row<T>& row, double weight, double z_loss, Scratch<T>& scratch, RowStats* stats) {
+FASTDIFF_HD double dce_row(const Row<T>& row, double weight, double entropy_weight, double z_loss, Scratch<T>& scratch,
+                           RowStats* stats) {
   using C = Acc<T>;
   const bool here = row.x0 >= 0;
   const C at_x0 = here ? load(row.z[row.x0]) : -kInfinity<C>;
@@ -226,19 +245,26 @@ FASTDIFF_HD double dce_row(const Row<T>& row, double weight, double z_loss, Scra
   const double log_p = here ? (static_cast<double>(at_x0) - all.shift) - log_sum : -logsumexp;
   const C top = std::max({at_x0, max_before, max_after});
   const bool correct = at_x0 > max_before && at_x0 >= max_after && !std::isnan(all.sum);
-  const double above = static_cast<double>(top) - all.shift, h = stats ? entropy(row, top, log_sum - above) : 0;
+  const bool with_entropy = entropy_weight != 0;
+  const double log_sum_top = log_sum - (static_cast<double>(top) - all.shift);
+  const double h = stats || with_entropy ? entropy(row, top, log_sum_top) : 0;
   if (stats) *stats = {logsumexp, h, static_cast<double>(correct), -log_p};
   if constexpr (kGrad) {
     shift = scratch.shifts.data();
     row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-      double scale = weight * slope / all.sum * std::exp(static_cast<double>(*shift++) - all.shift);
-      if (!here && all.sum == 0) scale = 0;  // a part of the row without weight
-      store_scaled(row.grad + first, kept + first, n, scale);
+      double share = std::exp(static_cast<double>(*shift++) - all.shift) / all.sum;
+      if (!here && all.sum == 0) share = 0;  // a part of the row without weight
+      if (with_entropy && share != 0)
+        dce_entropy_grad(row.z + first, kept + first, row.grad + first, n, top, share,
+                         weight * slope - entropy_weight * (h - log_sum_top), entropy_weight);
+      else
+        store_scaled(row.grad + first, kept + first, n, share == 0 ? 0 : weight * slope * share);
     });
-    if (here) store(row.grad + row.x0, static_cast<C>(weight * (std::expm1(log_p) + (slope - 1) * std::exp(log_p))));
+    const double p = std::exp(log_p), pull = with_entropy && p > 0 ? entropy_weight * p * (log_p + h) : 0;
+    if (here) store(row.grad + row.x0, static_cast<C>(weight * (std::expm1(log_p) + (slope - 1) * p) - pull));
     if (row.excluded >= 0) store(row.grad + row.excluded, C(0));
   }
-  return weight * (z_loss * drift * drift - log_p);
+  return weight * (z_loss * drift * drift - log_p) + (with_entropy ? entropy_weight * h : 0);
 }
 
 // ---------------------------------------------------------------------------------------------------------
