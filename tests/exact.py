@@ -78,6 +78,22 @@ def dce_stats(z, x0, excluded):
     return np.stack([(top + log_sum)[:, 0], entropy, z.argmax(1) == x0, -at(log_p, x0)[:, 0]])
 
 
+def logps(z, x0, excluded, of_logp, of_entropy):
+    """of_logp log softmax(z)_x0 + of_entropy H, H = -sum p log p, both [R], over the ids that are not excluded."""
+    left_out = is_id(z, excluded)
+    z = np.where(left_out, -np.inf, z)
+    log_p = z - z.max(1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
+    p, of_logp, of_entropy = np.exp(log_p), of_logp[:, None], of_entropy[:, None]
+    surprise = np.where(p == 0, 0, p * -log_p)
+    entropy = surprise.sum(1, keepdims=True)
+    grad = of_logp * (is_id(z, x0) - p) - of_entropy * (p * entropy - surprise)
+    size = abs(of_logp) * (p + is_id(z, x0) * (1 - p)) + abs(of_entropy) * (p * (1 + entropy) + surprise)
+    loss_size = abs(of_logp * at(log_p, x0)) + abs(of_entropy) * (1 + entropy)
+    loss = of_logp * at(log_p, x0) + of_entropy * entropy
+    return Loss(loss[:, 0], np.where(left_out, 0, grad), loss_size[:, 0], size.max(1, keepdims=True))
+
+
 def dse(score, log_score, ratio, excluded, rate, rounded=0.0):
     """rate sum_y s_y - a_y log s_y + a_y (log a_y - 1) over y != excluded, and its derivative for log s.
 
