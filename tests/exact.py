@@ -90,7 +90,7 @@ def logps(z, x0, excluded, of_logp, of_entropy):
     grad = of_logp * (is_id(z, x0) - p) - of_entropy * (p * entropy - surprise)
     size = abs(of_logp) * (p + is_id(z, x0) * (1 - p)) + abs(of_entropy) * (p * (1 + entropy) + surprise)
     loss_size = abs(of_logp * at(log_p, x0)) + abs(of_entropy) * (1 + entropy)
-    loss = of_logp * at(log_p, x0) + of_entropy * entropy
+    loss = sum(np.where(f == 0, 0, f * x) for f, x in ((of_logp, at(log_p, x0)), (of_entropy, entropy)))
     return Loss(loss[:, 0], np.where(left_out, 0, grad), loss_size[:, 0], size.max(1, keepdims=True))
 
 

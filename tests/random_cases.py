@@ -215,17 +215,18 @@ def check_dce(draw, backend, device="cpu"):
 @with_poisoned_buffers
 def check_logps(draw, backend, device="cpu"):
     z, x0, masked, mask_index, g = rows(draw, draw(st.booleans()), backend, device)
-    factors = [one_of(draw, [[1.0], [0.0, 1.0, -0.3], [1.0, 1e20]], x0.shape, g) for _ in range(2)]
     options = dict(x0=x0, mask=masked, mask_index=mask_index, exclude_mask=draw(st.booleans()), reduction="none")
+    choices = [[1.0], [0.0, 1.0, -1.0], [1.0, 1e20]]
+    options |= {name: one_of(draw, choices, x0.shape, g) for name in ("of_logp", "of_entropy")}
 
-    def both(z, reduction, **given):
+    def both(z, reduction, of_logp, of_entropy, **given):
         logps, entropy = token_logps(z, return_entropy=True, **given)
-        return sum(factor.to(x) * x for factor, x in zip(factors, (logps, entropy), strict=True))
+        return sum(torch.where(f == 0, 0, f.to(x) * x) for f, x in ((of_logp, logps), (of_entropy, entropy)))
 
     target = x0[masked].numpy()
     excluded = np.full_like(target, mask_index if options["exclude_mask"] else -1)
-    given = {name: extended(x, masked) for name, x in zip(("of_logp", "of_entropy"), factors, strict=True)}
-    of_rows = partial(exact.logps, x0=target, excluded=excluded, **given)
+    factors = {name: extended(options[name], masked) for name in ("of_logp", "of_entropy")}
+    of_rows = partial(exact.logps, x0=target, excluded=excluded, **factors)
     agree(both, z, backend, options, 1.0, masked, of_rows)
 
 
