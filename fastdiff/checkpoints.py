@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from fastdiff.checks import check_integer
-from fastdiff.model import import_safetensors, naming, write_atomically
+from fastdiff.files import import_safetensors, naming, write_atomically
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # one process is meant
 

@@ -14,8 +14,9 @@ from fastdiff.data import NUM_BYTES
 from fastdiff.estimators import NLLEstimate, conditional_nll, dse_nll, ordered_nll, time_integral_nll
 from fastdiff.estimators.orders import ORDERS
 from fastdiff.evaluating import Model
+from fastdiff.files import read_config
 from fastdiff.graphs import Absorbing, Graph, Uniform
-from fastdiff.model import DiffusionTransformer, ModelConfig, read_config
+from fastdiff.model import DiffusionTransformer, ModelConfig
 from fastdiff.placing import placed, spread
 from fastdiff.published import KINDS, Published, load_published
 from fastdiff.schedules import LogLinear, Schedule
