@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -114,6 +115,17 @@ class DiffusionTransformer(nn.Module):
         for block in self.blocks:
             h = block(h, rotary, c, sees)
         return self.output_layer(h, c)
+
+    def conditionals(
+        self, mask_index: int, total_noise: Callable[[Tensor], Tensor]
+    ) -> tuple[Callable[[Tensor], Tensor], nn.Linear]:
+        """For the estimators: (body, last layer) of p(x0 | xt), of the absorbing graph.
+
+        A model that sees the noise level is asked at the noise that m masks in L tokens suggest, total_noise(m / L).
+        """
+        if self.sigma_map is None:
+            return self.body, self.lm_head
+        return lambda xt: self.body(xt, total_noise((xt == mask_index).double().mean(1)).float()), self.lm_head
 
     def save_pretrained(self, folder: str | os.PathLike, **sections: dict) -> None:
         """Write config.json and model.safetensors into a folder, each whole or not at all.
