@@ -144,7 +144,7 @@ class DiffusionTransformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> "DiffusionTransformer":
-        """Load what `save_pretrained` or `checkpoints.export` wrote, in float32 on the CPU.
+        """Load what `save_pretrained` or `exporting.export` wrote, in float32 on the CPU.
 
         Raises:
             FileNotFoundError: the folder or one of its files is missing.
