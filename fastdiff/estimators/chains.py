@@ -57,7 +57,12 @@ class Replicates(NamedTuple):
         own = group == torch.arange(self.values.shape[1], device=device).unsqueeze(1)
         share = _slope(self.values.detach(), self.controls, ~own).clamp(0, 1).nan_to_num(0.0)
         mean, stderr, freedom = mean_of_independent(torch.where(own, self.values - share * self.controls, 0).sum(1))
-        return mean, stderr * math.sqrt(1 + _SHARED / (chains - 1)), freedom
+        return mean, stderr * math.sqrt(allowance(chains)), freedom
+
+
+def allowance(chains: int) -> float:
+    """By how much the variance is larger than the spread of chains that share fits tells."""
+    return 1 + _SHARED / (chains - 1)
 
 
 def plan(num_samples: int, length: int) -> tuple[int, int]:
