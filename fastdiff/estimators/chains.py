@@ -64,7 +64,7 @@ class Replicates(NamedTuple):
         """
         own, share = self._own_and_share()
         mean, stderr, freedom = mean_of_independent(torch.where(own, self.values - share * self.controls, 0).sum(1))
-        return mean, stderr * math.sqrt(1 + _SHARED / (self.values.shape[2] - 1)), freedom
+        return mean, stderr * math.sqrt(allowance(self.values.shape[2])), freedom
 
     def _own_and_share(self) -> tuple[Tensor, Tensor]:
         """Which replicates [G, R] are of each group, and the share of their controls that is subtracted [K, G, 1]."""
@@ -72,6 +72,11 @@ class Replicates(NamedTuple):
         at = torch.arange(chains, device=self.values.device)
         own = at % _FOLDS % _GROUPS % groups == at[:groups].unsqueeze(1)  # all of them, of one group
         return own, _slope(self.values.detach(), self.controls.detach(), ~own).clamp(0, 1).nan_to_num(0.0)
+
+
+def allowance(chains: int) -> float:
+    """By how much the variance is larger than the spread of chains that share fits tells."""
+    return 1 + _SHARED / (chains - 1)
 
 
 def plan(num_samples: int, length: int) -> tuple[int, int]:
@@ -96,8 +101,8 @@ def run_chains(
     weight = torch.cat([torch.ones_like(rho[:1]).expand(*counts.shape[:2], 1), 1 / rho[counts - 1]], 2)
     target = score.target[which, : loss.shape[2]]
     # The graph of the fits is larger than a pass of a small network: backward makes it anew.
-    options = dict(use_reentrant=False, preserve_rng_state=False)
-    return checkpoint(_replicates, _by_chain(loss, chains), _by_chain(mask, chains), weight, target, **options)
+    by_chain = _by_chain(loss, chains), _by_chain(mask, chains), weight, target
+    return checkpoint(_replicates, *by_chain, use_reentrant=False, preserve_rng_state=False)
 
 
 @lru_cache(maxsize=256)

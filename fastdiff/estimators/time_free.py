@@ -139,8 +139,9 @@ def time_free_nll(
         seed: of all draws; None takes one from torch's generator.
         sample_ids: [B] int64, names of the sequences in the draws; None means 0..B-1.
         differentiable: nll and token_nll have a gradient, unbiased as well, whose variance the controls reduce as they
-            do the value's, in the memory of one batch of passes: backward runs each again, on the masks and with the dropout that it had. The model stays in the mode it is in; its weights
-            must stay as they are until backward.
+            do the value's. It takes the memory of one batch of passes: backward runs each again, on the masks and with
+            the dropout that it had. The model stays in the mode it is in; its weights must stay as they are until
+            backward.
         backend: as in `dce_loss`.
 
     Raises:
