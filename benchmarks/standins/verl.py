@@ -37,7 +37,7 @@ def _losses(actor: Any, batch: dict[str, Tensor], i: int) -> Tensor:
 def _micro_batch(made: Callable[..., Tensor], actor: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     size, masked = batch["responses"].shape[1], batch["mask_indices"]
     logps = -torch.stack([_losses(actor, batch, i) for i in range(masked.shape[1])], 1)
-    weighted = torch.where(masked, logps / batch["p_mask"], 0)
+    weighted = torch.where(masked, logps, 0) / batch["p_mask"].where(masked, 1)
     per_sample = weighted.sum(-1, keepdim=True) / size
     return made(logps, weighted, masked, size), per_sample.expand(-1, -1, size)
 
@@ -120,7 +120,10 @@ def cases(p: Problem) -> dict[str, Case]:
         def loss(function: Callable[..., Any], network: Network) -> Tensor:
             one = {key: value[:1] for key, value in micro_batch(p).items()}
             log_prob, per_sample = function(actor(network, config), one)
-            answers = log_prob * weight[-log_prob.shape[-1] :]
+            size = log_prob.shape[-1]
+            answers = log_prob * weight[-size:]
+            if name == "d1":  # whose loss is of masked tokens
+                answers = answers * one["mask_indices"][..., -size:]
             return answers.sum() + per_sample.mean()
 
         return partial(loss, STANDINS[name]), partial(loss, partial(ours, name))

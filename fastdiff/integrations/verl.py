@@ -78,7 +78,7 @@ def _found(actor: Any, micro_batch: Any, log_probs: Callable[[Tensor, Tensor, in
         raise ValueError("ulysses_sequence_parallel_size: expected 1, for the last layer must see whole sequences")
     passes, size = micro_batch["mask_indices"].shape[1], micro_batch["responses"].shape[-1]
     logps = torch.stack([_logps(actor, micro_batch, i) for i in range(passes)], 1)
-    weighted = (logps / micro_batch["p_mask"]).where(micro_batch["mask_indices"], 0)
+    weighted = logps / micro_batch["p_mask"].where(micro_batch["mask_indices"], 1)
     log_prob = log_probs(logps, weighted, size)
     loss_per_sample = (weighted.sum(-1, keepdim=True) / size).expand(-1, -1, size).contiguous()
     return -log_prob.exp() * log_prob if with_entropy else None, log_prob, loss_per_sample
