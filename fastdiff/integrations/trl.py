@@ -3,7 +3,9 @@
 undo = apply_to_trl(mask_index=126336)  # and then the trainer
 """
 
+import dataclasses
 import functools
+import importlib
 import types
 from collections.abc import Callable
 from typing import Any
@@ -19,31 +21,32 @@ from fastdiff.integrations.transformers import logits_are_shifted
 
 _TRAINERS = ("dpo", "grpo", "kto", "rloo")
 _MULTIPLIER = 6364136223846793005  # of a multiplicative hash
+Estimate = Callable[..., Any]
 
 
 def apply_to_trl(
     mask_index: int,
     *,
-    estimate: Callable[..., Any] | None = None,
+    estimate: Estimate | None = None,
     shift: bool | None = None,
     exclude_mask: bool = False,
     seed: int = 0,
 ) -> Callable[[], None]:
     """Replaces `add_fused_lm_head`, which trainers call when they are made, and returns what puts TRL's own back.
 
-    A trainer asks a model for log p of each token of the answers. It then gets
+    A trainer asks its model for log p of each token of the answers. It then gets
 
-    - by default, that of one pass where all answers are masked, as d1's: biased, for each token is scored alone;
-    - with an estimate, what each token adds to the estimated log-likelihood of its answer, so that sums over tokens,
-      as in DPO, are unbiased. Logits are made for it, as many at once as the estimator's batch_size says.
+    - by default, that of one pass in which all answers are masked: biased, for each token is scored alone;
+    - with an estimate, what each token adds to the estimated log-likelihood of its answer, so that a sum over tokens,
+      as in DPO, is that estimate. As many logits are made at once as the estimator's batch_size says.
 
-    Draws are named by seed and the tokens of a sequence: policy, reference and old policy meet the same masks, and
-    another epoch does, too. Entropies, with gradient, and mean_token_accuracy are of the masked answers in either case,
-    which with an estimate is one pass more; the mean logits that TRL logs are NaN.
+    An estimate's draws are named by seed and the tokens of a sequence: policy, reference and old policy meet the same
+    masks, and so does another epoch. Entropies, with gradient, and mean_token_accuracy are those of masked answers in
+    either case, for which an estimate needs one pass more. The mean logits that TRL logs are NaN.
 
     Args:
         mask_index: the mask's id.
-        estimate: one of fastdiff's that fills token_nll, with its options: `partial(time_free_nll, num_samples=8)`.
+        estimate: one of fastdiff's that gives token_nll, with its options: `partial(time_free_nll, num_samples=8)`.
         shift: the logits at i predict token i + 1; None means yes for Dream, by the model's config.
         exclude_mask: leave the mask out of the softmax.
         seed: of an estimate's masks.
@@ -52,8 +55,23 @@ def apply_to_trl(
         ImportError, RuntimeError: as `patch`.
         ValueError, TypeError: mask_index is no id.
     """
+    output = importlib.import_module("trl.trainer.utils").FusedCausalLMOutput
+    said = dict(estimate=estimate, shift=shift, exclude_mask=exclude_mask, seed=seed)
+    modules: dict[str, tuple[Any, ...]] = {f"trl.trainer.{name}_trainer": () for name in _TRAINERS}
+    return patch("TRL", modules | {"trl.trainer.utils": (masked_lm_head(output, mask_index, **said),)})
+
+
+def masked_lm_head(
+    output: Callable[..., Any],
+    mask_index: int,
+    *,
+    estimate: Estimate | None = None,
+    shift: bool | None = None,
+    exclude_mask: bool = False,
+    seed: int = 0,
+) -> Callable[..., None]:
+    """An `add_fused_lm_head`; arguments are those of `apply_to_trl`, and what its models' outputs are made by."""
     check_integer("mask_index", mask_index, 0)
-    options = dict(mask_index=mask_index, exclude_mask=exclude_mask)
 
     def add_fused_lm_head(
         model: Any,
@@ -61,8 +79,9 @@ def apply_to_trl(
         cast_lm_head_to_fp32: bool = False,
         outputs: tuple[str, ...] = ("log_probs",),
     ) -> None:
-        """For TRL's: `model(..., labels=labels, fused_lm_head=True)` gives what is asked of the labels. Sums are of
-        float32 whether or not the last layer is cast.
+        """For TRL's: `model(..., labels=labels, fused_lm_head=True)` then scores the answers, where labels are not -100.
+
+        The last layer's sums are float32 as it is, so that cast_lm_head_to_fp32 changes nothing here.
 
         Raises:
             ValueError: log_sum_sq_probs is asked for.
@@ -71,107 +90,95 @@ def apply_to_trl(
             raise ValueError("use_weighting: expected False, for log_sum_sq_probs is not made")
         original = model.forward
         shifted = logits_are_shifted(model.config) if shift is None else shift
-        answers = functools.partial(_Answers, original, LossHead(model, logits=_logits(original)), options, shifted)
+        head = LossHead(model, logits=lambda tokens: original(input_ids=tokens).logits)
+        scorer = _Scorer(original, head, temperature, outputs, mask_index, shifted, exclude_mask, estimate, seed)
 
         @functools.wraps(type(model).forward)  # generate looks at its arguments
         def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-            if not fused_lm_head:
-                return original(*args, **kwargs)
-            return _scored(answers(temperature, **kwargs), outputs, estimate, seed)
+            return output(**scorer(*args, **kwargs)) if fused_lm_head else original(*args, **kwargs)
 
         model.forward = types.MethodType(forward, model)
 
-    modules: dict[str, tuple[Any, ...]] = {f"trl.trainer.{name}_trainer": () for name in _TRAINERS}
-    return patch("TRL", modules | {"trl.trainer.utils": (add_fused_lm_head,)})
+    return add_fused_lm_head
 
 
-def _logits(forward: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
-    return lambda tokens: forward(input_ids=tokens).logits
+@dataclasses.dataclass(frozen=True)
+class _Scorer:
+    """Of the answers in a batch, by a model's forward."""
 
+    forward: Callable[..., Any]
+    head: LossHead
+    temperature: float
+    outputs: tuple[str, ...]
+    mask_index: int
+    shift: bool
+    exclude_mask: bool
+    estimate: Estimate | None
+    seed: int
 
-def _scored(answers: "_Answers", outputs: tuple[str, ...], estimate: Callable[..., Any] | None, seed: int) -> Any:
-    """TRL's output, of the tokens from the second on.
-
-    Raises:
-        ValueError: a preference's answer of no tokens, a token that the model makes impossible, or as the estimate.
-        ValueError, TypeError, RuntimeError: as `LossHead`.
-    """
-    from trl.trainer.utils import FusedCausalLMOutput
-
-    if "mean_logits" in outputs:  # of preferences; a truncated answer of GRPO may have no token that counts
-        check_values("labels", answers.mask, ~answers.mask.any(1, keepdim=True), "an answer of at least one token")
-    found: dict[str, Tensor] = {}
-    if estimate is None or "entropy" in outputs:
-        found = answers.all_masked(outputs)
-    if estimate is not None:
-        found["log_probs"] = answers.estimated(estimate, seed)
-    check_values("log-probabilities", found["log_probs"], found["log_probs"].isinf(), "finite numbers")
-    if "mean_logits" in outputs:
-        found["mean_logits"] = torch.full_like(found["log_probs"], torch.nan)
-    found = {name: of_tokens[:, 1:] for name, of_tokens in found.items()}
-    return FusedCausalLMOutput(**found, label_mask=answers.mask[:, 1:])
-
-
-class _Answers:
-    """A batch whose answers are scored. Attributes: mask [B, L] bool, the tokens of answers."""
-
-    def __init__(
+    def __call__(
         self,
-        forward: Callable[..., Any],
-        head: LossHead,
-        options: dict[str, Any],
-        shift: bool,
-        temperature: float,
-        *,
         input_ids: Tensor,
         labels: Tensor,
         attention_mask: Tensor | None = None,
         output_router_logits: bool = False,
         **inputs: Any,
-    ) -> None:
+    ) -> dict[str, Tensor]:
+        """What TRL's output holds, of the tokens from the second on, [B, L - 1] each.
+
+        Raises:
+            ValueError: a preference's answer of no tokens, (on the CPU) a token that the model makes impossible, router
+                logits are asked for, or as the estimate.
+            ValueError, TypeError, RuntimeError: as `LossHead`.
+        """
         if output_router_logits:
             raise ValueError("router_aux_loss_coef: expected 0, for no loss of a router is made")
-        self.forward, self.head, self.options, self.shift, self.temperature = forward, head, options, shift, temperature
-        self.x0, self.inputs = input_ids, inputs
-        self.seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        self.mask = labels != -100
-        self.mask[:, 0] = False  # TRL has no place for it
+        mask, seen = labels != -100, torch.ones_like(labels) if attention_mask is None else attention_mask
+        mask[:, 0] = False
+        if "mean_logits" in self.outputs:  # of preferences; a truncated answer of GRPO may have no token that counts
+            check_values("labels", mask, ~mask.any(1, keepdim=True), "an answer of at least one token")
+        found: dict[str, Tensor] = {}
+        if self.estimate is None or "entropy" in self.outputs:
+            found = self._all_masked(input_ids, mask, dict(inputs, attention_mask=attention_mask))
+        if self.estimate is not None:
+            found["log_probs"] = self._estimated(self.estimate, input_ids, mask, seen)
+        logps = found["log_probs"]
+        check_values("log-probabilities", logps, logps.isinf(), "finite numbers, for ratios are made of them")
+        if "mean_logits" in self.outputs:
+            found["mean_logits"] = torch.full_like(logps, torch.nan)
+        return {name: of_tokens[:, 1:] for name, of_tokens in dict(found, label_mask=mask).items()}
 
-    def all_masked(self, outputs: tuple[str, ...]) -> dict[str, Tensor]:
-        """Log-probabilities where all answers are masked, and what else is asked for: [B, L] each."""
-        x0, mask = (self._at_logits(tokens) for tokens in (self.x0, self.mask))
-        options, xt = self.options | dict(mask=mask), self.x0.masked_fill(self.mask, self.options["mask_index"])
-        inputs = dict(self.inputs, input_ids=xt, attention_mask=self.seen)
-        if "is_top1" in outputs:  # the entropy is then to be logged
-            with self.head.dce_loss(x0, return_stats=True, **options) as loss_of:
+    def _all_masked(self, x0: Tensor, mask: Tensor, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Log-probabilities and what else is asked for, [B, L] each, where all answers are masked."""
+
+        def at_logits(tokens: Tensor) -> Tensor:
+            return F.pad(tokens[:, 1:], (0, 1)) if self.shift else tokens
+
+        inputs["input_ids"] = x0.masked_fill(mask, self.mask_index)
+        options = dict(mask=at_logits(mask), mask_index=self.mask_index, exclude_mask=self.exclude_mask)
+        if "is_top1" in self.outputs:  # an entropy beside it is for the log
+            with self.head.dce_loss(at_logits(x0), return_stats=True, **options) as loss_of:
                 loss, stats = loss_of(self.forward(**inputs).logits)
             found = dict(log_probs=-loss, entropy=stats.entropy, is_top1=stats.correct)
         else:
             options |= dict(temperature=self.temperature, return_entropy=True)
-            with self.head.token_logps(x0, **options) as logps_of:
+            with self.head.token_logps(at_logits(x0), **options) as logps_of:
                 found = dict(zip(("log_probs", "entropy"), logps_of(self.forward(**inputs).logits), strict=True))
-        return {name: F.pad(number[:, :-1], (1, 0)) if self.shift else number for name, number in found.items()}
+        return {name: F.pad(number[:, :-1], (1, 0)) for name, number in found.items()} if self.shift else found
 
-    def estimated(self, estimate: Callable[..., Any], seed: int) -> Tensor:
-        """What each token adds to the estimated log-likelihood of its answer: [B, L] float32, 0 elsewhere.
-
-        Padding goes to the right, where the estimator leaves it out.
-        """
-        which = self.mask.any(1)
-        order = (self.seen[which] == 0).long().argsort(1, stable=True)
-        x0, target, seen = (t[which].gather(1, order) for t in (self.x0, self.mask, self.seen))
+    def _estimated(self, estimate: Estimate, tokens: Tensor, mask: Tensor, seen: Tensor) -> Tensor:
+        """What each token adds to the estimated log-likelihood of its answer, [B, L] float32, 0 elsewhere."""
+        rows = mask.any(1).nonzero()
+        at = (seen[rows[:, 0]] == 0).long().argsort(1, stable=True)  # padding last: the estimator leaves it out
+        x0, target, inside = tokens[rows, at], mask[rows, at], seen[rows, at]
         powers = torch.full_like(x0[0], _MULTIPLIER).cumprod(0)
-        names = (((x0 + 1) * seen * powers).sum(1) >> 32) & 0xFFFFFFFF
-        options = dict(target=target, lengths=seen.sum(1), seed=seed, sample_ids=names, **self.options)
-        found = estimate(self._logits, x0, differentiable=torch.is_grad_enabled(), **options).token_nll
-        return self.mask.new_zeros(self.mask.shape, dtype=torch.float32).index_put(
-            (which.nonzero(), order), -found.float()
-        )
+        names = (((x0 + 1) * inside * powers).sum(1) >> 32) & 0xFFFFFFFF
+        options = dict(mask_index=self.mask_index, exclude_mask=self.exclude_mask, seed=self.seed, sample_ids=names)
+        options |= dict(target=target, lengths=inside.sum(1), differentiable=torch.is_grad_enabled())
+        token_nll = estimate(self._logits, x0, **options).token_nll
+        return torch.zeros_like(tokens, dtype=torch.float32).index_put((rows, at), -token_nll.float())
 
     def _logits(self, xt: Tensor) -> Tensor:
         logits = self.forward(input_ids=xt).logits
         logits = logits if self.temperature == 1 else logits / self.temperature
         return torch.cat([logits[:, :1], logits[:, :-1]], 1) if self.shift else logits
-
-    def _at_logits(self, tokens: Tensor) -> Tensor:
-        return F.pad(tokens[:, 1:], (0, 1)) if self.shift else tokens
