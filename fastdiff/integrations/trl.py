@@ -30,7 +30,6 @@ def apply_to_trl(
     estimate: Estimate | None = None,
     shift: bool | None = None,
     exclude_mask: bool = False,
-    seed: int = 0,
 ) -> Callable[[], None]:
     """Replaces `add_fused_lm_head`, which trainers call when they are made, and returns what puts TRL's own back.
 
@@ -40,8 +39,8 @@ def apply_to_trl(
     - with an estimate, what each token adds to the estimated log-likelihood of its answer, so that a sum over tokens,
       as in DPO, is that estimate. As many logits are made at once as the estimator's batch_size says.
 
-    An estimate's draws are named by seed and the tokens of a sequence: policy, reference and old policy meet the same
-    masks, and so does another epoch. Entropies, with gradient, and mean_token_accuracy are those of masked answers in
+    An estimate's draws are named by its seed and the tokens of a sequence: policy, reference and old policy meet the
+    same masks, and so does another epoch. Entropies, with gradient, and mean_token_accuracy are those of masked answers in
     either case, for which an estimate needs one pass more. The mean logits that TRL logs are NaN.
 
     Args:
@@ -49,14 +48,13 @@ def apply_to_trl(
         estimate: one of fastdiff's that gives token_nll, with its options: `partial(time_free_nll, num_samples=8)`.
         shift: the logits at i predict token i + 1; None means yes for Dream, by the model's config.
         exclude_mask: leave the mask out of the softmax.
-        seed: of an estimate's masks.
 
     Raises:
         ImportError, RuntimeError: as `patch`.
         ValueError, TypeError: mask_index is no id.
     """
     output = importlib.import_module("trl.trainer.utils").FusedCausalLMOutput
-    said = dict(estimate=estimate, shift=shift, exclude_mask=exclude_mask, seed=seed)
+    said = dict(estimate=estimate, shift=shift, exclude_mask=exclude_mask)
     modules: dict[str, tuple[Any, ...]] = {f"trl.trainer.{name}_trainer": () for name in _TRAINERS}
     return patch("TRL", modules | {"trl.trainer.utils": (masked_lm_head(output, mask_index, **said),)})
 
@@ -68,7 +66,6 @@ def masked_lm_head(
     estimate: Estimate | None = None,
     shift: bool | None = None,
     exclude_mask: bool = False,
-    seed: int = 0,
 ) -> Callable[..., None]:
     """An `add_fused_lm_head`; arguments are those of `apply_to_trl`, and what its models' outputs are made by."""
     check_integer("mask_index", mask_index, 0)
@@ -91,7 +88,7 @@ def masked_lm_head(
         original = model.forward
         shifted = logits_are_shifted(model.config) if shift is None else shift
         head = LossHead(model, logits=lambda tokens: original(input_ids=tokens).logits)
-        scorer = _Scorer(original, head, temperature, outputs, mask_index, shifted, exclude_mask, estimate, seed)
+        scorer = _Scorer(original, head, temperature, outputs, mask_index, shifted, exclude_mask, estimate)
 
         @functools.wraps(type(model).forward)  # generate looks at its arguments
         def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
@@ -114,7 +111,6 @@ class _Scorer:
     shift: bool
     exclude_mask: bool
     estimate: Estimate | None
-    seed: int
 
     def __call__(
         self,
@@ -169,12 +165,12 @@ class _Scorer:
     def _estimated(self, estimate: Estimate, tokens: Tensor, mask: Tensor, seen: Tensor) -> Tensor:
         """What each token adds to the estimated log-likelihood of its answer, [B, L] float32, 0 elsewhere."""
         rows = mask.any(1).nonzero()
-        at = (seen[rows[:, 0]] == 0).long().argsort(1, stable=True)  # padding last: the estimator leaves it out
+        at = (seen[rows[:, 0]] == 0).long().argsort(dim=1, stable=True)  # padding last: the estimator leaves it out
         x0, target, inside = tokens[rows, at], mask[rows, at], seen[rows, at]
         powers = torch.full_like(x0[0], _MULTIPLIER).cumprod(0)
         names = (((x0 + 1) * inside * powers).sum(1) >> 32) & 0xFFFFFFFF
-        options = dict(mask_index=self.mask_index, exclude_mask=self.exclude_mask, seed=self.seed, sample_ids=names)
-        options |= dict(target=target, lengths=inside.sum(1), differentiable=torch.is_grad_enabled())
+        options = dict(mask_index=self.mask_index, exclude_mask=self.exclude_mask, target=target, sample_ids=names)
+        options |= dict(lengths=inside.sum(1), differentiable=torch.is_grad_enabled())
         token_nll = estimate(self._logits, x0, **options).token_nll
         return torch.zeros_like(tokens, dtype=torch.float32).index_put((rows, at), -token_nll.float())
 
