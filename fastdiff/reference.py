@@ -72,7 +72,7 @@ def dce_stats(logits: Tensor, x0: Tensor, mask_index: int | None) -> Tensor:
     """The log-sum-exp, the entropy -sum_v p_v log p_v, whether x0 is the argmax (1 or 0), and -log p_x0: [4, ...]."""
     z = _without_mask(logits, mask_index)
     log_p = torch.log_softmax(z, -1)
-    entropy = -torch.special.xlogy(log_p.exp(), log_p.exp()).sum(-1)
+    entropy = -(log_p.exp() * torch.where(log_p == -torch.inf, 0, log_p)).sum(-1)
     nll = -log_p.gather(-1, x0.unsqueeze(-1)).squeeze(-1)
     return torch.stack([torch.logsumexp(z, -1), entropy, (z.argmax(-1) == x0).double(), nll])
 

@@ -20,7 +20,7 @@ from fastdiff.checks import check_tensor
 from fastdiff.integrations.shim_logps import linear_token_logps, token_logps
 from fastdiff.integrations.tail import Tail, fitted, numbers
 from fastdiff.linear_losses import linear_dce_loss, linear_dse_loss
-from fastdiff.losses import RowStats, dce_rows, dse_rows
+from fastdiff.losses import RowStats, dce_rows, dse_rows, row_stats
 from fastdiff.ops.linear_loss import TILE_BYTES
 from fastdiff.ops.parallel import shard_of
 from fastdiff.ops.row_loss import Rows, loss_dtype, row_loss, scored_tokens
@@ -181,7 +181,7 @@ class _Scoring:
             return loss
         found = torch.cat(stats, 1)
         every = found.new_zeros(len(found), shape.numel()).index_copy(1, index, found).view(-1, *shape)
-        return loss, RowStats(every[0], every[1], every[2] == 1, *every[3:])
+        return loss, row_stats(every)
 
 
 _NOT_OF_ROWS = ("return_stats", "backend", "capacity", "summed", "temperature", "return_entropy")
