@@ -4,6 +4,7 @@ Given a folder of their checkouts in FASTDIFF_CHECKOUTS, each under the name of 
 """
 
 import __future__
+
 import ast
 import importlib
 import os
@@ -118,9 +119,9 @@ def published(name: str, *modules: str) -> dict[str, ModuleType]:
 
 
 def functions(file: str, *names: str, **known: Any) -> dict[str, Callable[..., Any]]:
-    """Functions of a file among the checkouts, also those inside of others, with what they know of; {} if it is not there.
+    """Functions of a file among the checkouts, also those inside of others, with all that they know of.
 
-    For what cannot be imported: nothing else of the file runs.
+    For what cannot be imported: nothing else of the file runs. {} if it is not there.
     """
     path = Path(os.environ.get("FASTDIFF_CHECKOUTS", os.devnull)) / file
     if not path.is_file():

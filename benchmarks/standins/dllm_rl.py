@@ -18,7 +18,9 @@ def _token_logps(logits: Tensor, labels: Tensor) -> Tensor:
     return F.log_softmax(logits, dim=-1).gather(-1, labels[..., None]).squeeze(-1)
 
 
-def _surrogate(new: Tensor, old: Tensor, mask: Tensor, adv: Any, count: Tensor | int, clip: float = torch.inf) -> Tensor:
+def _surrogate(
+    new: Tensor, old: Tensor, mask: Tensor, adv: Any, count: Tensor | int, clip: float = torch.inf
+) -> Tensor:
     """The clipped surrogate over `count` tokens of a sequence, and the k3 estimate of a KL, over B."""
     training = CONFIG.training
     adv, ratio = torch.as_tensor(adv)[:, None], (new - old).where(mask, 0).clamp(-clip, clip).exp()
@@ -71,10 +73,10 @@ def real(script: str, **known: Any) -> Callable[..., Tensor] | None:
 
 
 def cases(p: Problem) -> dict[str, Case]:
-    (batch, length), start = p.x0.shape, 2
+    start = 2
     mask = p.xt == p.mask_index
     mask[:, :start], mask[:, start] = False, True
-    labels, adv, old = p.x0.where(mask, -100), torch.linspace(-1, 1, batch), torch.full(p.x0.shape, -3.0).double()
+    labels, adv, old = p.x0.where(mask, -100), torch.linspace(-1, 1, len(p.x0)), torch.full(p.x0.shape, -3.0).double()
     twice = torch.cat([p.x0, p.xt[:, start:]], 1)
 
     def pair(published: Any, xt: Tensor, labels: Tensor, old: Tensor, said: dict[str, Any], **options: Any) -> Case:

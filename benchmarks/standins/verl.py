@@ -22,7 +22,7 @@ def _get_logits(self, model, packed_input, cu_seqlens, max_seqlen, **_):
 
 
 def _losses(actor: Any, batch: dict[str, Tensor], i: int) -> Tensor:
-    """Cross-entropy of every token in pass i, [B, L]: logits go back to where their tokens were, one sequence at a time."""
+    """Cross-entropy of every token in pass i, [B, L]: logits go back to where their tokens were, row by row."""
     seen, x0, losses = batch["attention_mask"] == 1, batch["input_ids"], []
     ends = F.pad(seen.sum(1).cumsum(0), (1, 0)).int()
     xt = torch.cat([row[where] for row, where in zip(batch["perturbed_seq"][:, i], seen, strict=True)])[None]

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff import token_logps
 from fastdiff.checks import check_values
 from fastdiff.integrations.loss_head import LossHead
 from fastdiff.integrations.patching import patch
-from fastdiff.integrations.shim_logps import token_logps
 
 
 def apply_to_d1() -> Callable[[], None]:
@@ -27,9 +27,7 @@ def apply_to_d1() -> Callable[[], None]:
 class DiffuGRPOTrainer:
     """For `diffu_grpo_trainer.DiffuGRPOTrainer`."""
 
-    def _get_per_token_logps(
-        self: Any, model: Any, input_ids: Tensor, logits_to_keep: int, mask_seeds: Any
-    ) -> Tensor:
+    def _get_per_token_logps(self: Any, model: Any, input_ids: Tensor, logits_to_keep: int, mask_seeds: Any) -> Tensor:
         """log p of each answer token where the whole answer is masked, and some of the prompt: [I, B, R], in nats.
 
         Masks are those of the published method, drawn by the trainer's `forward_process`. Only rows of answers are
@@ -44,8 +42,8 @@ class DiffuGRPOTrainer:
             float32 (float64 for float64 weights).
 
         Raises:
-            ValueError: answers of no tokens, not one seed for each iteration, or (on the CPU) a token that the model makes
-                impossible, of which no ratio can be made.
+            ValueError: answers of no tokens, not one seed for each iteration, or (on the CPU) a token that the model
+                makes impossible, of which no ratio can be made.
             ValueError, TypeError, RuntimeError: as `LossHead`.
         """
         count, batch, length = input_ids.shape

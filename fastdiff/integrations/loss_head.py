@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 from fastdiff.checks import check_tensor
-from fastdiff.integrations.shim_logps import linear_token_logps, token_logps
 from fastdiff.integrations.tail import Tail, fitted, numbers
 from fastdiff.linear_losses import linear_dce_loss, linear_dse_loss
+from fastdiff.logps import linear_token_logps, token_logps
 from fastdiff.losses import RowStats, dce_rows, dse_rows, row_stats
 from fastdiff.ops.linear_loss import TILE_BYTES
 from fastdiff.ops.parallel import shard_of
@@ -192,8 +192,8 @@ def _losses_of(rows: Rows, return_stats: bool = False, backend: str | None = Non
 
 
 def _logps_of(rows: Rows, capacity: int | None = None, **options: Any) -> tuple[Tensor, None]:
-    said = dict(mask_index=rows.mask_index, exclude_mask=rows.exclude_mask)
-    return _stacked(token_logps(rows.z, rows.x0, **said, **options)), None
+    options |= dict(mask_index=rows.mask_index, exclude_mask=rows.exclude_mask)
+    return _stacked(token_logps(rows.z, rows.x0, **options)), None
 
 
 def _linear_logps(*arguments: Any, **options: Any) -> Tensor:

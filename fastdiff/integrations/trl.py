@@ -1,4 +1,4 @@
-"""TRL: DPO, KTO, GRPO and RLOO of a masked diffusion model, whose log-probabilities are of masked answers, without logits.
+"""TRL: DPO, KTO, GRPO and RLOO of a masked diffusion model: log-probabilities of masked answers, without logits.
 
 undo = apply_to_trl(mask_index=126336)  # and then the trainer
 """
@@ -45,7 +45,7 @@ def apply_to_trl(
 
     Args:
         mask_index: the mask's id.
-        estimate: one of fastdiff's that gives token_nll, with its options: `partial(time_free_nll, num_samples=8)`.
+        estimate: one of fastdiff's that gives token_nll, and its options: `partial(time_free_nll, num_samples=8)`.
         shift: the logits at i predict token i + 1; None means yes for Dream, by the model's config.
         exclude_mask: leave the mask out of the softmax.
 
@@ -54,9 +54,9 @@ def apply_to_trl(
         ValueError, TypeError: mask_index is no id.
     """
     output = importlib.import_module("trl.trainer.utils").FusedCausalLMOutput
-    said = dict(estimate=estimate, shift=shift, exclude_mask=exclude_mask)
+    made = masked_lm_head(output, mask_index, estimate=estimate, shift=shift, exclude_mask=exclude_mask)
     modules: dict[str, tuple[Any, ...]] = {f"trl.trainer.{name}_trainer": () for name in _TRAINERS}
-    return patch("TRL", modules | {"trl.trainer.utils": (masked_lm_head(output, mask_index, **said),)})
+    return patch("TRL", modules | {"trl.trainer.utils": (made,)})
 
 
 def masked_lm_head(
@@ -76,7 +76,7 @@ def masked_lm_head(
         cast_lm_head_to_fp32: bool = False,
         outputs: tuple[str, ...] = ("log_probs",),
     ) -> None:
-        """For TRL's: `model(..., labels=labels, fused_lm_head=True)` then scores the answers, where labels are not -100.
+        """For TRL's: `model(..., labels=labels, fused_lm_head=True)` then scores the answers, whose labels are not -100.
 
         The last layer's sums are float32 as it is, so that cast_lm_head_to_fp32 changes nothing here.
 

@@ -56,7 +56,9 @@ class DLLMDataParallelPPOActor:
         return _found(self, micro_batch, _mean_of_a_token, calculate_entropy)
 
 
-def _found(actor: Any, micro_batch: Any, log_probs: Callable[[Tensor, Tensor, int], Tensor], with_entropy: bool) -> Found:
+def _found(
+    actor: Any, micro_batch: Any, log_probs: Callable[[Tensor, Tensor, int], Tensor], with_entropy: bool
+) -> Found:
     """What an actor's `_forward_micro_batch` gives, from passes that are there already.
 
     Args:

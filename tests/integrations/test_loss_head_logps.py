@@ -3,7 +3,6 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from rows import largest_rows
 from test_loss_head import MASK, PLAIN, Network, Scaled, V, batch, low, near, with_layer
 
 import fastdiff.integrations.loss_head as loss_head
@@ -79,14 +78,3 @@ def test_nothing_to_score(layer):
     model, (_, x0, options) = with_layer(KINDS[layer]), batch()
     for number in from_layer(model, x0, options["mask"] & False, 1.0, False, return_entropy=True):
         assert not number.any()
-
-
-def test_only_scored_rows_are_multiplied():
-    _, x0, options = batch()
-    model = Network()
-
-    def step():
-        from_layer(model, x0, options["mask"], 0.7, False, return_entropy=True)[0].sum().backward()
-
-    step()  # which finds out what is behind the layer
-    assert largest_rows(step, V)[1] <= options["mask"].sum() + 1

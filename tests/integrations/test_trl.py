@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from standins import problem
 from standins import trl as standin
 from torch import nn
 
@@ -60,7 +59,7 @@ def scored(model, batch, *, temperature=1.0, outputs=standin.GRPO, **options):
 def moved(batch, right):
     """The same sequences, with all of their padding on one side."""
     order = (batch["attention_mask"] * (-1 if right else 1)).argsort(dim=1, stable=True)
-    return {name: tokens.gather(1, order) for name, tokens in batch.items()}, order
+    return {name: tokens.gather(1, order) for name, tokens in batch.items()}
 
 
 @pytest.mark.parametrize("shift", [False, True])
@@ -115,7 +114,7 @@ def test_all_who_score_a_sequence_meet_the_same_masks(batch):
     """Wherever its padding is, whatever stands beside it; and others with another seed."""
     estimate, found = partial(time_free_nll, num_samples=3, proposal="uniform"), []
     for right in (False, True):
-        given, order = moved(batch, right)
+        given = moved(batch, right)
         given = {name: tokens.flip(0) for name, tokens in given.items()} if right else given
         _, outputs = scored(Model(), given, estimate=estimate)
         found.append(outputs.log_probs.sum(1).flip(0) if right else outputs.log_probs.sum(1))
@@ -168,7 +167,8 @@ def from_logits_instead(model, temperature=1.0, cast_lm_head_to_fp32=False, outp
 
 
 from_logits_instead.__name__ = "add_fused_lm_head"
-MASK_ID, WORDS = 3, [f"w{i}" for i in range(12)]
+MASK_ID = 3
+WORDS = ["[PAD]", "[EOS]", "[UNK]", "[MASK]", *(f"w{i}" for i in range(12))]
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,9 @@ def made(tmp_path_factory):
     from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("bert")
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["[PAD]", "[EOS]", "[UNK]", "[MASK]", *WORDS])}, "[UNK]"))
+    backend = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(["[PAD]", "[EOS]", "[UNK]", "[MASK]", *WORDS])}, "[UNK]")
+    )
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     names = dict(pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]", mask_token="[MASK]")
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
@@ -239,7 +241,8 @@ def grpo(made, tmp_path):
 def test_a_run_of_trl_ends_where_logits_end(trainer, made, tmp_path):
     """Three steps of SGD; DPO's reference and GRPO's are models of their own, and GRPO uses its answers twice."""
     ends = []
-    for apply in (partial(patch, "TRL", {"trl.trainer.utils": (from_logits_instead,)}), partial(apply_to_trl, MASK_ID)):
+    published = partial(patch, "TRL", {"trl.trainer.utils": (from_logits_instead,)})
+    for apply in (published, partial(apply_to_trl, MASK_ID)):
         undo = apply()
         run = trainer(made, tmp_path)
         undo()

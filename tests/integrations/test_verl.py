@@ -27,7 +27,7 @@ def network():
 
 def gradients(found, network, mask):
     """Numbers of masked tokens, and gradients under random weights."""
-    *rest, log_prob, per_sample = found
+    log_prob, per_sample = found[-2:]
     log_prob = log_prob * mask
     g = torch.Generator().manual_seed(0)
     numbers = [torch.randn(t.shape, generator=g) for t in (log_prob, per_sample)]
@@ -60,9 +60,7 @@ def test_stand_ins_are_the_actors(name, config, p, network):
     if (function := standin.real(name)) is None:
         pytest.skip("no checkout of DARE in FASTDIFF_CHECKOUTS")
     batch, actor = standin.micro_batch(p), standin.actor(network.float(), config)
-    ours, published = (
-        [*inspect.signature(f).parameters] for f in (verl.ACTORS[name]._forward_micro_batch, function)
-    )
+    ours, published = ([*inspect.signature(f).parameters] for f in (verl.ACTORS[name]._forward_micro_batch, function))
     assert ours == published
     mask, arguments = mask_of(name, batch), (1, 3) if name == "vrpo" else (1.0, 1, 3)
     theirs = function(actor, batch, *arguments, calculate_entropy=True)
