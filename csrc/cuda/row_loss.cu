@@ -226,7 +226,8 @@ __device__ Results dce_row(const Work<T>& work, double z_loss) {
   const bool is_nothing = elsewhere && all == 0;  // a part of the row without weight
   double slope = weight * (z_loss == 0 ? 1 : 1 + 2 * z_loss * (shift + log_all)), pull = entropy_weight;
   slope = is_nothing ? 0 : slope / all, pull = is_nothing ? 0 : pull / all;
-  Pair sums = dce_pass < kGrad && !kEntropy, kStats, false > (work, at_x0, shift, slope, 0);
+  constexpr bool kAtOnce = kGrad && !kEntropy;
+  Pair sums = dce_pass<kAtOnce, kStats, false>(work, at_x0, shift, slope, 0);
   if constexpr (kStats) {
     sums = reduce_cluster(sums, work.shared.pair, Add());
     const double mean = (sums.a + (e_x0 > 0 ? e_x0 * (at_x0 - shift) : 0)) / all;
@@ -330,11 +331,8 @@ __device__ Results nelbo_row(const Work<T>& work) {
 // The kernel.
 
 __device__ Constants constants_of(const RowLoss& op, int64_t r, bool moved) {
-  Constants constants{op.weight ? op.weight[r] * *op.scale : *op.scale,
-                      op.entropy_weight ? op.entropy_weight[r] * *op.scale : 0,
-                      0,
-                      0,
-                      {}};
+  const double scale = *op.scale;
+  Constants constants{op.weight ? op.weight[r] * scale : scale, op.entropy_weight ? op.entropy_weight[r] * scale : 0};
   if (!op.sigma) return constants;
   const Noise noise(op.sigma[r]);
   const double states = static_cast<double>(op.all_states);

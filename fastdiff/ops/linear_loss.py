@@ -261,7 +261,8 @@ class _Chunks:
 
     def _sums_suffice(self) -> bool:
         """Whether a kernel makes what is asked for from tiles of logits that are never stored."""
-        sums = self.rows.functor in ("dce", "dse_absorb") and not self.with_grad and not self.with_stats
+        more = self.with_grad or self.with_stats or self.rows.entropy_weight is not None
+        sums = self.rows.functor in ("dce", "dse_absorb") and not more
         return sums and self.head.dtype.itemsize == 2 and self.backend == "triton" and not self.head.shard.group
 
     def _from_sums(self, lm_head: Tensor, index: Tensor, count: Tensor) -> Tensor:

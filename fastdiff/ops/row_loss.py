@@ -79,7 +79,8 @@ def row_loss(rows: Rows, backend: str | None, with_stats: bool = False) -> tuple
     """
     backend = resolve(backend, rows.z.device, "row_loss", rows.z.shape[-1])
     if backend == "reference" or (backend != "cpu" and rows.z.dtype == torch.float64):
-        return reference_loss(rows), reference_stats(rows, with_stats)
+        dtype, rows.z = loss_dtype(rows.z.dtype), rows.z.double()  # once: to it both gradients come unrounded
+        return reference_loss(rows).to(dtype), reference_stats(rows, with_stats).to(dtype)
     no_forward_mode("row_loss", rows.arguments())
     if backend != "cpu":  # whose kernel checks values itself
         check_row_values(rows)

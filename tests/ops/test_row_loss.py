@@ -440,8 +440,9 @@ def test_loss_scaling_keeps_small_float16_gradients():
     assert abs(lost[0] - lost[1]) < 1e-3
 
 
-def test_digits_of_a_tiny_loss():
-    loss, expected = tiny_loss("cpu")
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_digits_of_a_tiny_loss(backend):
+    loss, expected = tiny_loss(backend)
     assert loss.item() == pytest.approx(expected, rel=1e-6, abs=0)
 
 
