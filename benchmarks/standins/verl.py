@@ -118,13 +118,9 @@ def cases(p: Problem) -> dict[str, Case]:
 
     def pair(name: str, config: Any = None) -> Case:
         def loss(function: Callable[..., Any], network: Network) -> Tensor:
-            one = {key: value[:1] for key, value in micro_batch(p).items()}
-            log_prob, per_sample = function(actor(network, config), one)
-            size = log_prob.shape[-1]
-            answers = log_prob * weight[-size:]
-            if name == "d1":  # whose loss is of masked tokens
-                answers = answers * one["mask_indices"][..., -size:]
-            return answers.sum() + per_sample.mean()
+            batch = micro_batch(p, 3 if name == "coupled_grpo" else 1)
+            log_prob, per_sample = function(actor(network, config), {key: value[:1] for key, value in batch.items()})
+            return (log_prob * weight[-log_prob.shape[-1] :]).sum() + per_sample.mean()
 
         return partial(loss, STANDINS[name]), partial(loss, partial(ours, name))
 

@@ -45,7 +45,7 @@ def apply_to_trl(
 
     Args:
         mask_index: the mask's id.
-        estimate: one of fastdiff's that gives token_nll, and its options: `partial(time_free_nll, num_samples=8)`.
+        estimate: one of fastdiff's that gives token_nll, and options: `partial(time_free_nll, num_samples=8)`.
         shift: the logits at i predict token i + 1; None means yes for Dream, by the model's config.
         exclude_mask: leave the mask out of the softmax.
 

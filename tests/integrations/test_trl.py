@@ -201,7 +201,7 @@ def loaded(folder):
 
 def options(tmp_path, **more):
     steps = dict(max_steps=3, logging_steps=1, optim="sgd", learning_rate=0.1, per_device_train_batch_size=4)
-    quiet = dict(report_to="none", use_cpu=True, bf16=False, save_strategy="no", gradient_checkpointing=False)
+    quiet = dict(report_to="none", use_cpu=True, bf16=False, save_strategy="no")
     return dict(output_dir=tmp_path, disable_tqdm=True, **steps, **quiet, **more)
 
 
