@@ -11,9 +11,11 @@ from fastdiff.estimators import (
     exact_nll,
     log_likelihood_ratio,
     mutual_information,
+    one_pass_nll,
     ordered_nll,
     time_free_nll,
     time_integral_nll,
+    upper_bound_nll,
 )
 from fastdiff.graphs import Absorbing, Uniform
 from fastdiff.linear_losses import linear_dce_loss, linear_dse_loss
@@ -30,6 +32,7 @@ from fastdiff.noising import (
     sample_times,
 )
 from fastdiff.ops.scored_rows import scored_rows
+from fastdiff.preferences import DPOLoss, GRPOLoss, dpo_loss, grpo_loss
 from fastdiff.reverse import reverse_probs, reverse_step
 from fastdiff.sampling import Generated, sample
 from fastdiff.schedules import Cosine, Geometric, Linear, LogLinear, Polynomial
@@ -41,6 +44,8 @@ __all__ = [
     "Absorbing",
     "BackendUnavailable",
     "Cosine",
+    "DPOLoss",
+    "GRPOLoss",
     "Generated",
     "Geometric",
     "HarmonicMask",
@@ -58,9 +63,11 @@ __all__ = [
     "conditional_nll",
     "corrupt",
     "dce_loss",
+    "dpo_loss",
     "dse_loss",
     "dse_nll",
     "exact_nll",
+    "grpo_loss",
     "harmonic_mask",
     "linear_dce_loss",
     "linear_dse_loss",
@@ -70,6 +77,7 @@ __all__ = [
     "mask_exactly",
     "mask_tokens",
     "mutual_information",
+    "one_pass_nll",
     "ordered_nll",
     "reverse_probs",
     "reverse_step",
@@ -81,4 +89,5 @@ __all__ = [
     "time_free_nll",
     "time_integral_nll",
     "token_logps",
+    "upper_bound_nll",
 ]
