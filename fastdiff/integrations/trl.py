@@ -40,8 +40,8 @@ def apply_to_trl(
       as in DPO, is that estimate. As many logits are made at once as the estimator's batch_size says.
 
     An estimate's draws are named by its seed and the tokens of a sequence: policy, reference and old policy meet the
-    same masks, and so does another epoch. Entropies, with gradient, and mean_token_accuracy are those of masked answers in
-    either case, for which an estimate needs one pass more. The mean logits that TRL logs are NaN.
+    same masks, and so does another epoch. Entropies, with gradient, and mean_token_accuracy are those of masked answers
+    in either case, for which an estimate needs one pass more. The mean logits that TRL logs are NaN.
 
     Args:
         mask_index: the mask's id.
@@ -76,7 +76,7 @@ def masked_lm_head(
         cast_lm_head_to_fp32: bool = False,
         outputs: tuple[str, ...] = ("log_probs",),
     ) -> None:
-        """For TRL's: `model(..., labels=labels, fused_lm_head=True)` then scores the answers, whose labels are not -100.
+        """For TRL's: `model(..., labels=labels, fused_lm_head=True)` then scores the tokens whose labels are not -100.
 
         The last layer's sums are float32 as it is, so that cast_lm_head_to_fp32 changes nothing here.
 

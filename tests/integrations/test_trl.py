@@ -11,6 +11,7 @@ from standins import trl as standin
 from torch import nn
 
 from fastdiff import exact_nll, time_free_nll
+from fastdiff.integrations.llada import generate
 from fastdiff.integrations.patching import patch
 from fastdiff.integrations.trl import apply_to_trl, masked_lm_head
 
@@ -155,9 +156,9 @@ def from_logits_instead(model, temperature=1.0, cast_lm_head_to_fp32=False, outp
 
     original = model.forward
 
-    def forward(*args, fused_lm_head=False, labels=None, attention_mask=None, input_ids=None, **kwargs):
+    def forward(input_ids, attention_mask=None, *, fused_lm_head=False, labels=None, **kwargs):
         if not fused_lm_head:
-            return original(*args, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            return original(input_ids, attention_mask, **kwargs)
         network = partial(original, attention_mask=attention_mask)
         found = standin.from_logits(network, MASK_ID, input_ids, labels, temperature)
         found.is_top1 = found.is_top1.bool()
@@ -221,16 +222,16 @@ def grpo(made, tmp_path):
     from trl import GRPOConfig, GRPOTrainer
 
     folder, tokenizer = made
-    model, draws = loaded(folder), torch.Generator().manual_seed(0)
+    model = loaded(folder)
 
-    def generate(input_ids, attention_mask, generation_config):
-        answers = torch.randint(4, 16, (len(input_ids), 5), generator=draws)
-        return torch.cat([input_ids, answers.index_fill(1, torch.tensor([4]), 1)], 1)
+    def answers(input_ids, attention_mask, generation_config):
+        options = dict(steps=5, gen_length=5, block_length=5, temperature=generation_config.temperature)
+        return generate(model, input_ids, attention_mask, **options, mask_id=MASK_ID)
 
     def reward(completions, **_):
         return [text.count("w1") + text.count("w2") for text in completions]
 
-    model.generate = generate
+    model.generate = answers
     sizes = dict(num_generations=4, max_completion_length=5, num_iterations=2)
     args = GRPOConfig(**options(tmp_path, **sizes, beta=0.1, entropy_coef=0.1))
     prompts = Dataset.from_list([dict(prompt=f"w{i}" + " w2" * i) for i in range(4)])
