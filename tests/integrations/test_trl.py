@@ -158,6 +158,14 @@ def test_errors_name_the_argument(batch):
         scored(Model(), batch, outputs=standin.DPO)
 
 
+def test_dropout_that_backward_cannot_repeat_is_an_error(batch):
+    model, draws = Model(), torch.Generator().manual_seed(0)
+    model.embed.register_forward_hook(lambda embed, inputs, h: h * torch.rand(h.shape, generator=draws))
+    _, found = scored(model, batch, estimate=EXACT)
+    with pytest.raises(RuntimeError, match="dropout must draw from torch's generator"):
+        found.log_probs.sum().backward()
+
+
 def from_logits_instead(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log_probs",)):
     """For TRL's function of that name, by the logits of everything."""
     from trl.trainer.utils import FusedCausalLMOutput
