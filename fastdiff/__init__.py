@@ -32,6 +32,7 @@ from fastdiff.noising import (
     sample_times,
 )
 from fastdiff.ops.scored_rows import scored_rows
+from fastdiff.preferences import DPOLoss, GRPOLoss, dpo_loss, grpo_loss
 from fastdiff.reverse import reverse_probs, reverse_step
 from fastdiff.sampling import Generated, sample
 from fastdiff.schedules import Cosine, Geometric, Linear, LogLinear, Polynomial
@@ -43,6 +44,8 @@ __all__ = [
     "Absorbing",
     "BackendUnavailable",
     "Cosine",
+    "DPOLoss",
+    "GRPOLoss",
     "Generated",
     "Geometric",
     "HarmonicMask",
@@ -60,9 +63,11 @@ __all__ = [
     "conditional_nll",
     "corrupt",
     "dce_loss",
+    "dpo_loss",
     "dse_loss",
     "dse_nll",
     "exact_nll",
+    "grpo_loss",
     "harmonic_mask",
     "linear_dce_loss",
     "linear_dse_loss",
