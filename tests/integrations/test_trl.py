@@ -223,38 +223,63 @@ def options(tmp_path, **more):
 
 
 def dpo(made, tmp_path):
-    from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    folder, tokenizer = made
     pairs = [dict(prompt=f"w{i} w2", chosen=f" w{i} w3 w4", rejected=f" w5 w{i}") for i in range(8)]
     args = DPOConfig(**options(tmp_path))
-    data = dict(train_dataset=Dataset.from_list(pairs), processing_class=tokenizer)
-    return DPOTrainer(loaded(folder), loaded(folder), args=args, **data)
+    return DPOTrainer(loaded(made[0]), loaded(made[0]), args=args, **data(made, pairs))
+
+
+def kto(made, tmp_path):
+    from trl import KTOConfig, KTOTrainer
+
+    answers = [dict(prompt=f"w{i} w2", completion=f" w{i} w3 w4", label=i % 2 == 0) for i in range(8)]
+    args = KTOConfig(**options(tmp_path))
+    return KTOTrainer(loaded(made[0]), loaded(made[0]), args=args, **data(made, answers))
 
 
 def grpo(made, tmp_path):
-    from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    folder, tokenizer = made
-    model = loaded(folder)
+    model, more = sampled(made)
+    args = options(tmp_path, **SAMPLES, num_iterations=2, beta=0.1, entropy_coef=0.1)
+    return GRPOTrainer(model, reward, args=GRPOConfig(**args), **more)
 
-    def answers(input_ids, attention_mask, generation_config):
+
+def rloo(made, tmp_path):
+    from trl import RLOOConfig, RLOOTrainer
+
+    model, more = sampled(made)
+    args = options(tmp_path, **SAMPLES, num_iterations=2, beta=0.1)
+    return RLOOTrainer(model, reward, args=RLOOConfig(**args), **more)
+
+
+SAMPLES = dict(num_generations=4, max_completion_length=5)
+
+
+def reward(completions, **_):
+    return [float(len(set(text.split()))) for text in completions]
+
+
+def data(made, rows):
+    from datasets import Dataset
+
+    return dict(train_dataset=Dataset.from_list(rows), processing_class=made[1])
+
+
+def sampled(made):
+    """A model that draws its answers, and prompts of several lengths."""
+    model = loaded(made[0])
+
+    def answers(input_ids, attention_mask, generation_config, **_):
         options = dict(steps=5, gen_length=5, block_length=5, temperature=generation_config.temperature)
         return generate(model, input_ids, attention_mask, **options, mask_id=MASK_ID)
 
-    def reward(completions, **_):
-        return [text.count("w1") + text.count("w2") for text in completions]
-
     model.generate = answers
-    sizes = dict(num_generations=4, max_completion_length=5, num_iterations=2)
-    args = GRPOConfig(**options(tmp_path, **sizes, beta=0.1, entropy_coef=0.1))
-    prompts = Dataset.from_list([dict(prompt=f"w{i}" + " w2" * i) for i in range(4)])
-    return GRPOTrainer(model, reward, args=args, train_dataset=prompts, processing_class=tokenizer)
+    return model, data(made, [dict(prompt=f"w{i}" + " w2" * i) for i in range(4)])
 
 
-@pytest.mark.parametrize("trainer", [dpo, grpo])
+@pytest.mark.parametrize("trainer", [dpo, kto, grpo, rloo])
 def test_a_run_of_trl_ends_where_logits_end(trainer, made, tmp_path):
     """Three steps of SGD; DPO's reference and GRPO's are models of their own, and GRPO uses its answers twice."""
     ends = []
