@@ -134,10 +134,11 @@ class _Scorer:
         if "mean_logits" in self.outputs:  # of preferences; a truncated answer of GRPO may have no token that counts
             check_values("labels", mask, ~mask.any(1, keepdim=True), "an answer of at least one token")
         found: dict[str, Tensor] = {}
-        if self.estimate is None or "entropy" in self.outputs:
+        estimate = None if self.estimate is None or not mask.any() else self.estimate
+        if estimate is None or "entropy" in self.outputs:
             found = self._all_masked(input_ids, mask, dict(inputs, attention_mask=attention_mask))
-        if self.estimate is not None:
-            found["log_probs"] = self._estimated(self.estimate, input_ids, mask, seen)
+        if estimate is not None:
+            found["log_probs"] = self._estimated(estimate, input_ids, mask, seen)
         logps = found["log_probs"]
         check_values("log-probabilities", logps, logps.isinf(), "finite numbers, for ratios are made of them")
         if "mean_logits" in self.outputs:

@@ -138,6 +138,9 @@ def test_an_answer_that_was_truncated_away_scores_nothing(batch):
         logps = scored(Model(), batch, estimate=estimate)[1].log_probs
         assert not logps[0].any()
         assert logps[1:].any(1).all()
+        model, found = scored(Model(), dict(batch, labels=torch.full_like(batch["labels"], -100)), estimate=estimate)
+        found.log_probs.sum().backward()
+        assert not any(parameter.grad.any() for parameter in model.parameters())
 
 
 def test_errors_name_the_argument(batch):
