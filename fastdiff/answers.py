@@ -3,7 +3,6 @@
 Every answer has masks of its own, so that their errors are independent.
 """
 
-import dataclasses
 import json
 import math
 from itertools import accumulate
@@ -95,8 +94,8 @@ def summary(questions: list[Question], estimate: NLLEstimate, records: list[dict
     }
     found: dict[str, Any] = {}
     if right:
-        columns = (getattr(estimate, column.name)[[*right]] for column in dataclasses.fields(estimate))
-        found["right"] = row(NLLEstimate(*columns), [*right.values()], drawn=True)
+        columns = {name: column[[*right]] for name, column in vars(estimate).items() if column is not None}
+        found["right"] = row(NLLEstimate(**columns), [*right.values()], drawn=True)
     if any(record["right"] is not None and RANKINGS[0] in record for record in records):
         found["accuracy"] = {by: accuracy(records, by) for by in RANKINGS}
     return found

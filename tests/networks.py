@@ -32,13 +32,17 @@ def random_tokens(batch: int, length: int, num_tokens: int = 4, seed: int = 3) -
 
 def nll_by_chain_rule(model, x0: Tensor, order: tuple[int, ...]) -> float:
     """-log p(x0), a token at a time in the given order: [1, L]."""
-    xt, total = torch.full_like(x0, model.mask_index), 0.0
+    return token_nll_by_chain_rule(model, x0, order).sum().item()
+
+
+def token_nll_by_chain_rule(model, x0: Tensor, order: tuple[int, ...]) -> Tensor:
+    xt, token_nll = torch.full_like(x0, model.mask_index), torch.zeros(x0.shape[1], dtype=torch.float64)
     for i in order:
         logits = model(xt)[0, i].clone()
         logits[model.mask_index] = -math.inf
-        total -= logits.log_softmax(0)[x0[0, i]].item()
+        token_nll[i] = -logits.log_softmax(0)[x0[0, i]]
         xt[0, i] = x0[0, i]
-    return total
+    return token_nll
 
 
 def z_score(estimate: NLLEstimate, truth: Tensor) -> float:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fastdiff.estimators.estimate import mean_of_independent
 from fastdiff.estimators.scoring import Scorer
@@ -34,11 +35,20 @@ class Replicates(NamedTuple):
     """R independent estimates of each of K sequences' NLL, and controls whose expectation is 0.
 
     Chains fall into folds, and folds into groups. `values` and `controls` [K, G, R] hold, at (g, r), what replicate r
-    gives when fitted on all folds but its own; where r is not of group g, on those outside group g alone.
+    gives when fitted on all folds but its own; where r is not of group g, on those outside group g alone. Before they
+    are `summed`, what each token gives: [K, G, R, L].
     """
 
     values: Tensor
     controls: Tensor
+
+    def summed(self) -> "Replicates":
+        return Replicates(self.values.sum(3), self.controls.sum(3))
+
+    def of_tokens(self) -> Tensor:
+        """Of replicates that are not summed: what each token gives to `mean`, [K, L]."""
+        own, share = (x.unsqueeze(-1) for x in self.summed()._own_and_share())
+        return torch.where(own, self.values - share * self.controls, 0).sum(1).mean(1)
 
     def mean(self) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, standard error and degrees of freedom, [K] each; controls are subtracted by a fitted share.
@@ -52,12 +62,16 @@ class Replicates(NamedTuple):
         Replicates share a little through their fits, which take from each what they give to all others. Their spread
         misses that; the standard error allows for it as if for `_SHARED` parameters.
         """
-        chains, device = self.values.shape[2], self.values.device
-        group = torch.arange(chains, device=device) % _FOLDS % _GROUPS
-        own = group == torch.arange(self.values.shape[1], device=device).unsqueeze(1)
-        share = _slope(self.values.detach(), self.controls, ~own).clamp(0, 1).nan_to_num(0.0)
+        own, share = self._own_and_share()
         mean, stderr, freedom = mean_of_independent(torch.where(own, self.values - share * self.controls, 0).sum(1))
-        return mean, stderr * math.sqrt(allowance(chains)), freedom
+        return mean, stderr * math.sqrt(allowance(self.values.shape[2])), freedom
+
+    def _own_and_share(self) -> tuple[Tensor, Tensor]:
+        """Which replicates [G, R] are of each group, and the share of their controls that is subtracted [K, G, 1]."""
+        groups, chains = self.values.shape[1:]
+        at = torch.arange(chains, device=self.values.device)
+        own = at % _FOLDS % _GROUPS % groups == at[:groups].unsqueeze(1)  # all of them, of one group
+        return own, _slope(self.values.detach(), self.controls.detach(), ~own).clamp(0, 1).nan_to_num(0.0)
 
 
 def allowance(chains: int) -> float:
@@ -75,7 +89,7 @@ def plan(num_samples: int, length: int) -> tuple[int, int]:
 def run_chains(
     score: Scorer, which: Tensor, chains: int, looks: int, seed: Tensor, sample_ids: Tensor, step: int
 ) -> Replicates:
-    """Chains of the sequences `which` [K], which share their length and number of target tokens n >= 2."""
+    """Chains of the sequences `which` [K], which share their length and number of target tokens n >= 2, by token."""
     n = int(score.num_tokens[which[0]])
     chain = torch.arange(chains, device=which.device)
     rho = look_probabilities(n, looks).to(which.device)
@@ -86,7 +100,9 @@ def run_chains(
     loss, mask = score.draw(which, torch.cat([full, counts.flatten(1)], 1), steps, seed, sample_ids)
     weight = torch.cat([torch.ones_like(rho[:1]).expand(*counts.shape[:2], 1), 1 / rho[counts - 1]], 2)
     target = score.target[which, : loss.shape[2]]
-    return _replicates(_by_chain(loss, chains), _by_chain(mask, chains), weight, target)
+    # The graph of the fits is larger than a pass of a small network: backward makes it anew.
+    options = dict(use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(_replicates, _by_chain(loss, chains), _by_chain(mask, chains), weight, target, **options)
 
 
 @lru_cache(maxsize=256)
@@ -123,13 +139,16 @@ def _by_chain(passes: Tensor, chains: int) -> Tensor:
 
 
 def _replicates(loss: Tensor, mask: Tensor, weight: Tensor, target: Tensor) -> Replicates:
-    """From losses and masks [K, R, Q, L], weights [K, R, Q] and the target [K, L]."""
+    """From losses and masks [K, R, Q, L], weights [K, R, Q] and the target [K, L].
+
+    All of it is linear in the losses: gradients of losses meet the same fits and controls as losses do.
+    """
     revealed = mask & ~torch.cat([mask[:, :, 1:], torch.zeros_like(mask[:, :, :1])], 2)
     scored = weight.unsqueeze(3) * revealed / revealed.sum(3, keepdim=True).clamp(min=1)
-    raw = torch.where(scored > 0, scored * loss, 0.0).sum((2, 3))
+    raw = torch.where(scored > 0, scored * loss, 0.0).sum(2)
 
     # An infinite loss makes the estimate infinite, not NaN. Any fit leaves it unbiased, so float32 will do.
-    known = loss.detach().nan_to_num(0.0, 0.0, 0.0).float()
+    known = loss.nan_to_num(0.0, 0.0, 0.0).float()
     seen = _neighbours_seen(mask)
     observed = (weight / mask.sum(3)).float().unsqueeze(3) * mask
     fold = torch.arange(loss.shape[1], device=loss.device) % _FOLDS
@@ -139,23 +158,23 @@ def _replicates(loss: Tensor, mask: Tensor, weight: Tensor, target: Tensor) -> R
     was_seen, on_average = (scored.float().unsqueeze(4) * seen).sum(2), _mean_neighbours_seen(target).unsqueeze(1)
 
     def fitted_on(folds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Chains [r] of some folds, their values and controls [K, r], each fitted on the others of these folds."""
+        """Chains [r] of some folds, their values and controls [K, r, L], each fitted on the others of these folds."""
         chains = torch.isin(fold, folds).nonzero().squeeze(1)
         own = torch.searchsorted(folds, fold[chains])
         mean_loss, mean_seen, slope = _fit(*(sums[:, folds] for sums in moments))
-        values = raw[:, chains] - (excess[:, chains] * mean_loss[:, own]).sum(2)
-        # sum_i slope_i (was_seen_i - times_i mean_seen_i - its expectation)
-        along = (slope * mean_seen).sum(3)
-        expected = (target.unsqueeze(1) * (slope * on_average).sum(3)).sum(2)
-        control = (slope[:, own] * was_seen[:, chains]).sum((2, 3)) - expected[:, own]
-        return chains, values, control.double() - (excess[:, chains] * along[:, own]).sum(2)
+        values = raw[:, chains] - excess[:, chains] * mean_loss[:, own]
+        # slope_i (was_seen_i - times_i mean_seen_i - its expectation)
+        along, expected = (slope * mean_seen).sum(3), target.unsqueeze(1) * (slope * on_average).sum(3)
+        control = (slope[:, own] * was_seen[:, chains]).sum(3) - expected[:, own]
+        return chains, values, control.double() - excess[:, chains] * along[:, own]
 
     folds = torch.arange(len(moments[0][0]), device=loss.device)
     _, values, controls = fitted_on(folds)
     layers = []
     for group in range(min(_GROUPS, len(folds))):
-        others, v, c = fitted_on(folds[folds % _GROUPS != group])
-        layers.append((values.index_copy(1, others, v.detach()), controls.index_copy(1, others, c)))
+        with torch.no_grad():  # only the share is fitted on these
+            others, v, c = fitted_on(folds[folds % _GROUPS != group])
+        layers.append((values.index_copy(1, others, v), controls.index_copy(1, others, c)))
     return Replicates(*(torch.stack(x, 1) for x in zip(*layers, strict=True)))
 
 
@@ -210,7 +229,7 @@ def _fit(*moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     observation = (weight.sum(2) / number.sum(2)).nan_to_num(1.0)  # with no other fold nothing is subtracted
     ridge = _RIDGE * observation[..., None, None] * torch.eye(seen.shape[-1], dtype=seen.dtype, device=seen.device)
     common = torch.linalg.solve(products.sum(2) + ridge, with_loss.sum(2)).unsqueeze(2)
-    own = with_loss - (products @ common.unsqueeze(-1)).squeeze(-1)
+    own = with_loss - (products * common.unsqueeze(-2)).sum(-1)
     return mean_loss, mean_seen, common + torch.linalg.solve(products + ridge.unsqueeze(2), own)
 
 

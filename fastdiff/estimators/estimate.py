@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ class NLLEstimate:
         num_forwards: [B] int64, network passes spent.
         degrees_of_freedom: [B] float64, those of stderr; infinite where stderr is 0.
         bias: [B] float64, an estimate of what the expectation of nll is too high by; 0 for unbiased estimators.
+        token_nll: [B, L] float64, nats that each token contributes to nll, which is their sum; 0 off target. None where
+            an estimator has no such parts.
     """
 
     nll: Tensor
@@ -28,6 +30,7 @@ class NLLEstimate:
     num_forwards: Tensor
     degrees_of_freedom: Tensor
     bias: Tensor
+    token_nll: Tensor | None = field(default=None, kw_only=True)
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Bounds (low, high), [B] each, that hold the true value with probability `level` (Student's t).
@@ -69,6 +72,7 @@ class NLLEstimate:
             num_forwards=self.num_forwards.sum().view(1),
             degrees_of_freedom=torch.where(spread > 0, variance.sum() ** 2 / spread, math.inf).view(1),
             bias=self.bias.sum().view(1),
+            token_nll=None if self.token_nll is None else self.token_nll.view(1, -1),
         )
 
     def to_dict(self) -> dict[str, list[Any]]:

@@ -109,26 +109,37 @@ class Scorer:
         return linear_dce_loss(output, self.lm_head, x0, bias=self.bias, **options).double()
 
     def draw(
-        self, which: Tensor, counts: Tensor, steps: Tensor, seed: Tensor, sample_ids: Tensor
+        self,
+        which: Tensor,
+        counts: Tensor,
+        steps: Tensor,
+        seed: Tensor,
+        sample_ids: Tensor,
+        complement: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Losses and masks [K, passes, L] of a group of K sequences, pass p with counts[:, p] tokens masked.
 
         The draws are named by (seed, sample_ids[k], steps[p]): at one step a smaller count masks a subset of a larger.
+        Where `complement` [passes] is true, a pass masks the target tokens that its count leaves out.
         """
         passes, x0 = counts.shape[1], self.x0[which, : int(self.lengths[which[0]])]
         losses, masks = [], []
         for rows in self.batches(counts.numel()):
             k, p = rows // passes, rows % passes
+            maskable = self.target[which[k], : x0.shape[1]]
             masked = mask_exactly(
                 x0[k],
                 counts[k, p],
                 mask_index=self.mask_index,
-                maskable=self.target[which[k], : x0.shape[1]],
+                maskable=maskable,
                 seed=seed,
                 step=steps[p],
                 sample_ids=sample_ids[k],
                 backend=self.backend,
             )
+            if complement is not None:
+                mask = masked.mask ^ (maskable & complement[p].unsqueeze(1))
+                masked = Masked(x0[k].masked_fill(mask, self.mask_index), mask)
             losses.append(self(which[k], masked))
             masks.append(masked.mask)
         shape = (len(which), passes, x0.shape[1])

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from fastdiff.checks import check_choice, check_tokens
@@ -21,10 +22,10 @@ from fastdiff.estimators.chains import Replicates, plan, run_chains
 from fastdiff.estimators.estimate import NLLEstimate, mean_of_independent, mean_of_strata, student_t
 from fastdiff.estimators.scoring import Model, Scorer
 from fastdiff.noising import Masked, resolve_seed, sample_mask_counts
-from fastdiff.philox import Purpose, draw32, scaled_in_stratum
+from fastdiff.philox import Purpose, draw32, scaled, scaled_in_stratum
 from fastdiff.reference import subset_weight
 
-PROPOSALS = ("stratified", "systematic", "uniform", "harmonic")
+PROPOSALS = ("stratified", "systematic", "complementary", "uniform", "harmonic")
 _MOST_ENUMERATED = 20  # target positions: a million subsets
 _STORED_LOSSES = 2**19  # 4 MB in float64, and thirty times that for the control variate
 _LEAST_SAMPLES = 16  # after a pilot: an error bar of five chains
@@ -101,9 +102,14 @@ def time_free_nll(
       count is reached as often as it matters. A control variate per token, fitted on other chains and so without
       bias, takes out that some tokens are harder than others, and harder before their neighbours are seen. The
       standard error is that between chains. Where at least 8 chains over every count fit, those are taken.
-    - ``"systematic"``: counts at equal distances over 1..L with one random shift, as LLaDA's, with weight L/m. Its
-      standard error comes from neighbouring counts; its square is on average no smaller than the variance.
-    - ``"uniform"``: independent counts m, uniform on 1..L, with weight L/m.
+    - ``"systematic"``: counts at equal distances over 1..L with one random shift, as LLaDA's likelihood and DARE's
+      VRPO, with weight L/m. Its standard error comes from neighbouring counts; its square is on average no smaller
+      than the variance.
+    - ``"complementary"``: independent pairs of a mask of k tokens, k uniform on 0..L, and its complement, as in coupled
+      GRPO (DiffuCoder) and ESPO, with weights (L+1)/(2k) and (L+1)/(2(L-k)): every token is scored once in a pair. An
+      empty mask is run and counted too. The standard error is that between pairs.
+    - ``"uniform"``: independent counts m, uniform on 1..L, one mask each, with weight L/m: the optimal allocation of
+      LLaDA 1.5's VRPO, which shares masks between policy and reference, as all proposals here do at one seed.
     - ``"harmonic"``: independent counts m with probability 1/(m H_L), and weight H_L.
 
     Draws are named by (seed, sample_ids[b], pass), so the masks of a sequence depend neither on the batch it
@@ -117,8 +123,8 @@ def time_free_nll(
         x0: [B, L] int64 tokens.
         mask_index: id of the mask, >= 0, since xt is made before the model tells V.
         num_samples: most network passes to spend on a sequence, the fully masked one included. Unless all
-            sequences are enumerated, at least 3 for "stratified" and 2 for the others.
-        proposal: "stratified", "systematic", "uniform" or "harmonic".
+            sequences are enumerated, at least 3 for "stratified", 4 for "complementary", 2 for the others.
+        proposal: "stratified", "systematic", "complementary", "uniform" or "harmonic".
         tolerance: nats. If given, num_samples passes are a pilot that tells how many the 95% interval of each
             sequence needs to be no wider than +- tolerance, and whether a larger pilot must tell. The estimate is made
             from new passes alone: keeping a pilot, or stopping when the interval looks narrow, would bias it.
@@ -132,8 +138,8 @@ def time_free_nll(
         batch_size: rows in a forward pass; None bounds logits, or hidden states, to 256 MB in float32.
         seed: of all draws; None takes one from torch's generator.
         sample_ids: [B] int64, names of the sequences in the draws; None means 0..B-1.
-        differentiable: nll has a gradient, unbiased as well, in the memory of one batch of passes: backward runs each
-            again, on the masks and with the dropout that it had. The model stays in the mode it is in; its weights
+        differentiable: nll and token_nll have a gradient, unbiased as well, whose variance the controls reduce as they
+            do the value's, in the memory of one batch of passes: backward runs each again, on the masks and with the dropout that it had. The model stays in the mode it is in; its weights
             must stay as they are until backward.
         backend: as in `dce_loss`.
 
@@ -258,7 +264,7 @@ def fits(num_tokens: Tensor, num_samples: Tensor) -> Tensor:
 
 
 def check_enough(num_samples: int, proposal: str, *, all_enumerated: bool) -> None:
-    fewest = 1 if all_enumerated else 3 if proposal == "stratified" else 2
+    fewest = 1 if all_enumerated else {"stratified": 3, "complementary": 4}.get(proposal, 2)
     if num_samples < fewest:
         raise ValueError(f"num_samples: expected at least {fewest} for a standard error, got {num_samples}")
 
@@ -268,17 +274,18 @@ def enumerate_subsets(score: Scorer, which: Tensor) -> NLLEstimate:
     n, x0 = int(score.num_tokens[which[0]]), score.x0[which, : int(score.lengths[which[0]])]
     target = score.target[which, : x0.shape[1]]
     rank = (target.cumsum(1) - 1).clamp(min=0)
-    nll = torch.zeros(len(which), dtype=torch.float64, device=x0.device)
+    token_nll = torch.zeros(x0.shape, dtype=torch.float64, device=x0.device)
     for rows in score.batches(len(which) * (2**n - 1)):
         k, code = rows // (2**n - 1), rows % (2**n - 1) + 1
         mask = target[k] & (code.unsqueeze(1) >> rank[k]).bitwise_and(1).bool()
         loss = score(which[k], Masked(x0[k].masked_fill(mask, score.mask_index), mask))
-        nll = nll.index_add(0, k, subset_weight(score.num_tokens[which[k]], mask.sum(1)) * loss.sum(1))
-    zero = torch.zeros_like(nll.detach())
-    return _of_group(score, which, (nll, zero, zero + math.inf), 2**n - 1)
+        weight = subset_weight(score.num_tokens[which[k]], mask.sum(1)).unsqueeze(1)
+        token_nll = token_nll.index_add(0, k, weight * loss)
+    zero = torch.zeros_like(token_nll[:, 0].detach())
+    return _of_group(score, which, token_nll, (zero, zero + math.inf), 2**n - 1)
 
 
-def run_replicates(
+def replicates_by_token(
     score: Scorer,
     which: Tensor,
     chains_and_looks: tuple[int, int],
@@ -288,10 +295,12 @@ def run_replicates(
     sample_ids: Tensor,
     step: int,
 ) -> Replicates:
-    """What is averaged over: a value from each chain, or, for the other proposals, from each pass."""
+    """What is averaged over, by token: a value from each chain, each pair of complements, or each pass."""
     if proposal == "stratified":
         return run_chains(score, which, *chains_and_looks, seed, sample_ids, step)
     n, passes = score.num_tokens[which], torch.arange(num_samples, device=which.device)
+    if proposal == "complementary":
+        return _complementary(score, which, num_samples // 2, seed, sample_ids, step)
     if proposal == "systematic":
         shift = draw32(seed, Purpose.COUNT, step, sample_ids, 0, 0).unsqueeze(1)
         counts = 1 + scaled_in_stratum(shift, passes, num_samples, n.unsqueeze(1))
@@ -301,7 +310,23 @@ def run_replicates(
             num_samples, n, proposal=proposal, seed=seed, step=step, sample_ids=sample_ids
         )
     loss, _ = score.draw(which, counts, step + passes, seed, sample_ids)
-    values = (weight * loss.sum(2)).unsqueeze(1)
+    values = (weight.unsqueeze(2) * loss).unsqueeze(1)
+    return Replicates(values, torch.zeros_like(values))
+
+
+def run_replicates(*args: Any) -> Replicates:
+    """`replicates_by_token`, summed over the tokens."""
+    return replicates_by_token(*args).summed()
+
+
+def _complementary(score: Scorer, which: Tensor, pairs: int, seed: Tensor, sample_ids: Tensor, step: int) -> Replicates:
+    """A value from each pair of a mask of k tokens, k uniform on 0..n, and its complement."""
+    n, pair = score.num_tokens[which].unsqueeze(1), torch.arange(pairs, device=which.device)
+    k = scaled(draw32(seed, Purpose.COUNT, step, sample_ids.unsqueeze(1), 0, pair), n + 1)
+    counts, steps = torch.cat([k, k], 1), step + torch.cat([pair, pair])
+    loss, mask = score.draw(which, counts, steps, seed, sample_ids, complement=torch.arange(2 * pairs) >= pairs)
+    weight = (n + 1).double() / (2 * mask.sum(2)).clamp(min=1)
+    values = (weight.unsqueeze(2) * loss).unflatten(1, (2, pairs)).sum(1).unsqueeze(1)
     return Replicates(values, torch.zeros_like(values))
 
 
@@ -338,26 +363,28 @@ def _estimates(
                 continue
             looks = min(plan(planned, n)[1], max(1, (num - 1) // 4))
             plans = (num - 1) // looks, looks
-            passes = 1 + math.prod(plans) if proposal == "stratified" else num
+            passes = {"stratified": 1 + math.prod(plans), "complementary": num // 2 * 2}.get(proposal, num)
             for which in group.split(max(1, _STORED_LOSSES // (num * int(score.lengths[group[0]])))):
-                values = run_replicates(score, which, plans, num, proposal, seed, sample_ids[which], step)
-                parts.append((which, _of_group(score, which, mean_over(values, proposal), passes)))
+                found = replicates_by_token(score, which, plans, num, proposal, seed, sample_ids[which], step)
+                error = mean_over(found.summed(), proposal)[1:]
+                parts.append((which, _of_group(score, which, found.of_tokens(), error, passes)))
     return parts
 
 
 def _of_group(
-    score: Scorer, which: Tensor, nll_stderr_freedom: tuple[Tensor, Tensor, Tensor], passes: int
+    score: Scorer, which: Tensor, token_nll: Tensor, stderr_freedom: tuple[Tensor, Tensor], passes: int
 ) -> NLLEstimate:
-    nll, stderr, freedom = nll_stderr_freedom
-    n = score.num_tokens[which]
-    return NLLEstimate(nll, stderr.detach(), n, torch.full_like(n, passes), freedom.detach(), torch.zeros_like(freedom))
+    stderr, freedom = (x.detach() for x in stderr_freedom)
+    n, tokens = score.num_tokens[which], pad(token_nll, (0, score.x0.shape[1] - token_nll.shape[1]))
+    columns = tokens.sum(1), stderr, n, torch.full_like(n, passes), freedom, torch.zeros_like(freedom)
+    return NLLEstimate(*columns, token_nll=tokens)
 
 
 def _in_order(parts: list[tuple[Tensor, NLLEstimate]], x0: Tensor) -> NLLEstimate:
     """Parts with their places in the batch, as one estimate of the batch."""
     if not parts:
         nothing, none = x0.new_zeros(0), x0.new_zeros(0, dtype=torch.float64)
-        return NLLEstimate(none, none, nothing, nothing, none, none)
+        return NLLEstimate(none, none, nothing, nothing, none, none, token_nll=none.view(0, x0.shape[1]))
     order = torch.cat([which for which, _ in parts]).argsort()
-    columns = zip(*(vars(part).values() for _, part in parts), strict=True)
-    return NLLEstimate(*(torch.cat(column)[order] for column in columns))
+    names = vars(parts[0][1])
+    return NLLEstimate(**{name: torch.cat([getattr(part, name) for _, part in parts])[order] for name in names})

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -33,8 +34,16 @@ def test_pooled_sequences_add_up() -> None:
     assert estimate_of([3.0, 8.0], [0, 0], [math.inf, math.inf]).pooled().interval()[1].tolist() == [11]
 
 
+def test_tokens_of_pooled_sequences_are_those_of_one_text() -> None:
+    tokens = torch.tensor([[1.0, 2.0, 0.0], [3.0, 4.0, 1.0]])
+    one = dataclasses.replace(estimate_of([3.0, 8.0], [0.3, 0.4], [5, 7]), token_nll=tokens)
+    assert one.pooled().token_nll.tolist() == [[1, 2, 0, 3, 4, 1]]
+    assert "token_nll" not in one.to_dict()
+
+
 def test_an_estimate_goes_to_json_and_back() -> None:
     estimate = estimate_of([3.0, 8.0], [0.0, 0.4], [math.inf, 7])
+    assert estimate.token_nll is None
     record = json.loads(json.dumps(estimate.to_dict(), allow_nan=False))
     assert record["nll"] == [3, 8]
     assert record["high"] == pytest.approx([3, 8 + 2.364624 * 0.4], rel=1e-6)

@@ -11,7 +11,7 @@ ORACLE = markov_chain(4)
 X = ORACLE.sample(1, 20, seed=1)
 Y = X.clone()
 Y[0, [3, 9, 10]] = (Y[0, [3, 9, 10]] + 1) % 4
-PROPOSALS = ("stratified", "systematic", "uniform", "harmonic")
+PROPOSALS = ("stratified", "systematic", "complementary", "uniform", "harmonic")
 
 
 def z_score(estimate: LogRatioEstimate, truth: float) -> float:

@@ -158,10 +158,11 @@ def test_bad_input_is_named(estimate, change: dict, error: type[Exception], mess
         (
             {"proposal": "best"},
             ValueError,
-            r"^proposal: .*'stratified', 'systematic', 'uniform', 'harmonic', got 'best'",
+            r"^proposal: .*'stratified', 'systematic', 'complementary', 'uniform', 'harmonic', got 'best'",
         ),
         ({"num_samples": 2}, ValueError, r"^num_samples: .*at least 3.*got 2"),
         ({"num_samples": 1, "proposal": "uniform"}, ValueError, r"^num_samples: .*at least 2.*got 1"),
+        ({"num_samples": 3, "proposal": "complementary"}, ValueError, r"^num_samples: .*at least 4.*got 3"),
         ({"num_samples": 1, "proposal": "harmonic"}, ValueError, r"^num_samples: .*at least 2.*got 1"),
         ({"num_samples": 0, "x0": GOOD[:, :1]}, ValueError, r"^num_samples: .*got 0"),
         ({"sample_ids": torch.arange(3)}, ValueError, r"^sample_ids: .*\(2,\), got \(3,\)"),

@@ -3,13 +3,13 @@ import math
 
 import pytest
 import torch
-from networks import RandomNetwork, nll_by_chain_rule, random_tokens, z_score
+from networks import RandomNetwork, nll_by_chain_rule, random_tokens, token_nll_by_chain_rule, z_score
 from oracles import MASK_LOGIT, Oracle, dna_toy, markov_chain, mixture, skewed_chain
 from torch import Tensor
 
 from fastdiff.estimators import conditional_nll, exact_nll, scoring, time_free, time_free_nll
 
-PROPOSALS = ("stratified", "systematic", "uniform", "harmonic")
+PROPOSALS = ("stratified", "systematic", "complementary", "uniform", "harmonic")
 each_proposal = pytest.mark.parametrize("proposal", PROPOSALS)
 
 
@@ -90,7 +90,7 @@ def test_subsets_that_fit_the_budget_are_enumerated(proposal: str) -> None:
 
 
 @each_proposal
-@pytest.mark.parametrize(("num_samples", "repeats"), [(3, 2000), (12, 1000), (100, 300)])
+@pytest.mark.parametrize(("num_samples", "repeats"), [(4, 2000), (12, 1000), (100, 300)])
 def test_estimates_are_unbiased_without_consistency(proposal: str, num_samples: int, repeats: int) -> None:
     network, x0 = RandomNetwork(8), random_tokens(1, 8)
     target = torch.tensor([[True, True, False, True, True, True, True, True]])
@@ -302,6 +302,37 @@ def test_gradients_are_unbiased(proposal: str) -> None:
     assert z.abs().max() < 4.5
 
 
+@each_proposal
+@pytest.mark.parametrize("num_samples", [16, 64])  # estimated, and the first sequence enumerated
+def test_what_tokens_contribute(proposal: str, num_samples: int) -> None:
+    network, x0, lengths = RandomNetwork(8), random_tokens(2, 8), torch.tensor([5, 8])
+    network.head.requires_grad_()
+    target = torch.tensor([[False, True, True, True, True, False, False, False], [True] * 6 + [False, True]])
+
+    def model(xt: Tensor) -> Tensor:
+        return network(torch.nn.functional.pad(xt, (0, 8 - xt.shape[1])))[:, : xt.shape[1]]
+
+    options = dict(mask_index=4, target=target, lengths=lengths, differentiable=True)
+    estimate = time_free_nll(model, x0, num_samples=num_samples, proposal=proposal, **options)
+    assert estimate.token_nll.shape == (2, 8)
+    assert not estimate.token_nll[~target].any()
+    assert (estimate.token_nll[target] != 0).all()
+    torch.testing.assert_close(estimate.token_nll.sum(1), estimate.nll, rtol=1e-14, atol=0)
+    by_token = torch.autograd.grad(estimate.token_nll[0].sum(), network.head, retain_graph=True)
+    torch.testing.assert_close(by_token, torch.autograd.grad(estimate.nll[0], network.head))
+
+
+@each_proposal
+def test_what_a_token_contributes_is_unbiased(proposal: str) -> None:
+    network, x0 = RandomNetwork(5), random_tokens(1, 5)
+    truth = exact_nll(network, x0, mask_index=4).token_nll[0]
+    by_order = [token_nll_by_chain_rule(network, x0, order) for order in itertools.permutations(range(5))]
+    torch.testing.assert_close(truth, torch.stack(by_order).mean(0))
+    parts = time_free_nll(network, x0.expand(1000, -1), mask_index=4, num_samples=14, proposal=proposal).token_nll
+    z = (parts.mean(0) - truth) / (parts.std(0) / math.sqrt(1000))
+    assert z.abs().max() < 4
+
+
 def test_pilots_keep_no_graph() -> None:
     network, x0, had_grad = RandomNetwork(8), random_tokens(2, 8), []
     network.head.requires_grad_()
@@ -333,8 +364,13 @@ def test_every_pass_is_counted_and_none_is_left_out(proposal: str) -> None:
     masked = asked == 4
     assert torch.equal(asked, torch.where(masked, 4, x0.unsqueeze(1)))
     counts = masked.sum(2)
-    assert counts.min() >= 1
     fully = (counts == 8).sum(1)
+    if proposal == "complementary":
+        assert (counts.view(40, 2, 8).sum(1) == 8).all()
+        assert (masked[:, :8] ^ masked[:, 8:]).all()
+        assert torch.bincount(counts[:, :8].flatten(), minlength=9).min() > 15  # k is uniform on 0..8
+        return
+    assert counts.min() >= 1
     if proposal == "stratified":
         assert fully.tolist() == [1] * 40
     elif proposal == "systematic":  # each stratum of 16 is half a count wide
