@@ -11,9 +11,11 @@ from fastdiff.estimators import (
     exact_nll,
     log_likelihood_ratio,
     mutual_information,
+    one_pass_nll,
     ordered_nll,
     time_free_nll,
     time_integral_nll,
+    upper_bound_nll,
 )
 from fastdiff.graphs import Absorbing, Uniform
 from fastdiff.linear_losses import linear_dce_loss, linear_dse_loss
@@ -73,6 +75,7 @@ __all__ = [
     "mask_exactly",
     "mask_tokens",
     "mutual_information",
+    "one_pass_nll",
     "ordered_nll",
     "reverse_probs",
     "reverse_step",
@@ -83,4 +86,5 @@ __all__ = [
     "scored_rows",
     "time_free_nll",
     "time_integral_nll",
+    "upper_bound_nll",
 ]

@@ -47,8 +47,7 @@ class Replicates(NamedTuple):
 
     def of_tokens(self) -> Tensor:
         """Of replicates that are not summed: what each token gives to `mean`, [K, L]."""
-        own, share = (x.unsqueeze(-1) for x in self.summed()._own_and_share())
-        return torch.where(own, self.values - share * self.controls, 0).sum(1).mean(1)
+        return self._controlled(self.summed()._share()).mean(1)
 
     def mean(self) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, standard error and degrees of freedom, [K] each; controls are subtracted by a fitted share.
@@ -62,16 +61,26 @@ class Replicates(NamedTuple):
         Replicates share a little through their fits, which take from each what they give to all others. Their spread
         misses that; the standard error allows for it as if for `_SHARED` parameters.
         """
-        own, share = self._own_and_share()
-        mean, stderr, freedom = mean_of_independent(torch.where(own, self.values - share * self.controls, 0).sum(1))
+        mean, stderr, freedom = mean_of_independent(self._controlled(self._share()))
         return mean, stderr * math.sqrt(allowance(self.values.shape[2])), freedom
 
-    def _own_and_share(self) -> tuple[Tensor, Tensor]:
-        """Which replicates [G, R] are of each group, and the share of their controls that is subtracted [K, G, 1]."""
-        groups, chains = self.values.shape[1:]
-        at = torch.arange(chains, device=self.values.device)
-        own = at % _FOLDS % _GROUPS % groups == at[:groups].unsqueeze(1)  # all of them, of one group
-        return own, _slope(self.values.detach(), self.controls.detach(), ~own).clamp(0, 1).nan_to_num(0.0)
+    def _controlled(self, share: Tensor) -> Tensor:
+        """Replicates [K, R, ...] as fitted on all folds but their own, less a share [K, R] of their controls."""
+        own, chain = self._group(), torch.arange(self.values.shape[2], device=self.values.device)
+        share = share.view(*share.shape, *[1] * (self.values.dim() - 3))
+        return self.values[:, own, chain] - share * self.controls[:, own, chain]
+
+    def _share(self) -> Tensor:
+        """The share of a replicate's controls that is subtracted, fitted outside its group: [K, R], without graph."""
+        own = self._group()
+        outside = own != torch.arange(self.values.shape[1], device=own.device).unsqueeze(1)
+        slope = _slope(self.values.detach(), self.controls.detach(), outside).clamp(0, 1).nan_to_num(0.0)
+        return slope[:, own, 0]
+
+    def _group(self) -> Tensor:
+        """The group of each replicate: [R]."""
+        chain = torch.arange(self.values.shape[2], device=self.values.device)
+        return chain % _FOLDS % min(_GROUPS, self.values.shape[1])
 
 
 def allowance(chains: int) -> float:
@@ -101,8 +110,8 @@ def run_chains(
     weight = torch.cat([torch.ones_like(rho[:1]).expand(*counts.shape[:2], 1), 1 / rho[counts - 1]], 2)
     target = score.target[which, : loss.shape[2]]
     # The graph of the fits is larger than a pass of a small network: backward makes it anew.
-    options = dict(use_reentrant=False, preserve_rng_state=False)
-    return checkpoint(_replicates, _by_chain(loss, chains), _by_chain(mask, chains), weight, target, **options)
+    inputs = _by_chain(loss, chains), _by_chain(mask, chains), weight, target
+    return checkpoint(_replicates, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 @lru_cache(maxsize=256)

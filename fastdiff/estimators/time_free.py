@@ -139,8 +139,9 @@ def time_free_nll(
         seed: of all draws; None takes one from torch's generator.
         sample_ids: [B] int64, names of the sequences in the draws; None means 0..B-1.
         differentiable: nll and token_nll have a gradient, unbiased as well, whose variance the controls reduce as they
-            do the value's, in the memory of one batch of passes: backward runs each again, on the masks and with the dropout that it had. The model stays in the mode it is in; its weights
-            must stay as they are until backward.
+            do the value's, in the memory of one batch of passes: backward runs each again, on the masks and with the
+            dropout that it had. The model stays in the mode it is in; its weights must stay as they are until
+            backward.
         backend: as in `dce_loss`.
 
     Raises:
@@ -311,7 +312,7 @@ def replicates_by_token(
         )
     loss, _ = score.draw(which, counts, step + passes, seed, sample_ids)
     values = (weight.unsqueeze(2) * loss).unsqueeze(1)
-    return Replicates(values, torch.zeros_like(values))
+    return Replicates(values, values.new_zeros(()).expand_as(values))
 
 
 def run_replicates(*args: Any) -> Replicates:
@@ -327,7 +328,7 @@ def _complementary(score: Scorer, which: Tensor, pairs: int, seed: Tensor, sampl
     loss, mask = score.draw(which, counts, steps, seed, sample_ids, complement=torch.arange(2 * pairs) >= pairs)
     weight = (n + 1).double() / (2 * mask.sum(2)).clamp(min=1)
     values = (weight.unsqueeze(2) * loss).unflatten(1, (2, pairs)).sum(1).unsqueeze(1)
-    return Replicates(values, torch.zeros_like(values))
+    return Replicates(values, values.new_zeros(()).expand_as(values))
 
 
 def mean_over(replicates: Replicates, proposal: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,7 +21,7 @@ from fastdiff import (
     time_free_nll,
     time_integral_nll,
 )
-from fastdiff.estimators import scoring
+from fastdiff.estimators import chains, scoring
 from fastdiff.estimators.time_free import PROPOSALS
 from fastdiff.model import DiffusionTransformer, ModelConfig
 
@@ -31,9 +31,9 @@ OPTIONS = dict(batch_size=5, differentiable=True)
 MASKED = OPTIONS | dict(mask_index=MASK)
 
 
-def made(cond_dim: int = 0, num_states: int = V) -> DiffusionTransformer:
+def made(cond_dim: int = 0, num_states: int = V, dim: int = 16) -> DiffusionTransformer:
     torch.manual_seed(0)
-    model = DiffusionTransformer(ModelConfig(num_states, L, 16, 2, 2, cond_dim)).double()
+    model = DiffusionTransformer(ModelConfig(num_states, L, dim, 2, 2, cond_dim)).double()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model
@@ -45,7 +45,10 @@ def gradients(value: Tensor, model: nn.Module) -> list[Tensor]:
 
 def with_graphs(call):
     """As if every pass kept its graph."""
-    with mock.patch.object(scoring, "replayed", lambda losses: losses()):
+    with (
+        mock.patch.object(scoring, "replayed", lambda losses: losses()),
+        mock.patch.object(chains, "checkpoint", lambda function, *args, **options: function(*args)),
+    ):
         return call()
 
 
@@ -148,16 +151,27 @@ class Memory(TorchDispatchMode):
         self.now -= size
 
 
-def test_memory_is_that_of_one_pass():
-    model = made()
+@pytest.mark.parametrize("proposal", ["stratified", "systematic"])
+def test_memory_is_that_of_one_pass(proposal):
+    model = made(dim=64)
 
     def most(passes: int) -> int:
         model.zero_grad()
         with Memory() as memory:
             options = MASKED | dict(num_samples=passes, batch_size=1)
-            time_free_nll(model, X0[:1], proposal="systematic", **options).nll.sum().backward()
+            time_free_nll(model, X0[:1], proposal=proposal, **options).nll.sum().backward()
         return memory.most
 
     few, many, kept = most(4), most(64), with_graphs(lambda: most(64))
     assert many < 1.1 * few
     assert kept > 3 * few
+
+
+def test_fits_leave_no_graph_behind():
+    """Until backward, what an estimate holds is its passes' losses and masks, and hardly more."""
+    model = made()
+    with Memory() as memory:
+        estimate = time_free_nll(model, X0, num_samples=64, **MASKED)
+
+    assert estimate.nll.requires_grad
+    assert memory.now < 80 * 3 * 64 * L  # bytes
