@@ -19,6 +19,7 @@ from fastdiff.estimators import (
 )
 from fastdiff.graphs import Absorbing, Uniform
 from fastdiff.linear_losses import linear_dce_loss, linear_dse_loss
+from fastdiff.logps import linear_token_logps, token_logps
 from fastdiff.losses import RowStats, dce_loss, dse_loss
 from fastdiff.noising import (
     HarmonicMask,
@@ -71,6 +72,7 @@ __all__ = [
     "linear_dce_loss",
     "linear_dse_loss",
     "linear_sample_tokens",
+    "linear_token_logps",
     "log_likelihood_ratio",
     "mask_exactly",
     "mask_tokens",
@@ -86,5 +88,6 @@ __all__ = [
     "scored_rows",
     "time_free_nll",
     "time_integral_nll",
+    "token_logps",
     "upper_bound_nll",
 ]

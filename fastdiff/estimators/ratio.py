@@ -105,7 +105,8 @@ def log_likelihood_ratio(
     draws = num_samples, proposal, seed, sample_ids[pairs]
     found = _differences(score, *draws)
     if reference is not None:
-        found = [p - r for p, r in zip(found, _differences(Scorer(reference, **given), *draws), strict=True)]
+        others = _differences(Scorer(reference, **given), *draws)
+        found = [part.less(other, proposal) for part, other in zip(found, others, strict=True)]
     zero = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     columns = [zero, zero, torch.zeros_like(sample_ids), zero + math.inf, zero]
     for part in found:
@@ -116,17 +117,21 @@ def log_likelihood_ratio(
 class _Difference(NamedTuple):
     """log p(x) - log p(y) of some pairs [K], replicate by replicate, and what each pair cost.
 
-    `replicates` [K, 1, 1] is exact where all subsets were enumerated.
+    `replicates` [K, 1, 1] is exact where all subsets were enumerated. `gradient` [K] is what the mean's comes from, if
+    not from the replicates.
     """
 
     which: Tensor
     replicates: Replicates
     passes: int
     exact: bool
+    gradient: Tensor | None = None
 
-    def __sub__(self, other: "_Difference") -> "_Difference":
+    def less(self, other: "_Difference", proposal: str) -> "_Difference":
+        """Less another's, which has no gradient: that of the mean stays this one's, whose controls suit it better."""
         values, controls = (a - b for a, b in zip(self.replicates, other.replicates, strict=True))
-        return self._replace(replicates=Replicates(values, controls), passes=self.passes + other.passes)
+        replicates, passes = Replicates(values, controls), self.passes + other.passes
+        return self._replace(replicates=replicates, passes=passes, gradient=self.mean(proposal)[0])
 
     def mean(self, proposal: str) -> tuple[Tensor, ...]:
         """Columns of LogRatioEstimate."""
@@ -135,6 +140,8 @@ class _Difference(NamedTuple):
             zero = torch.zeros_like(self.which, dtype=torch.float64)
             return self.replicates.values.flatten(), zero, forwards, zero + math.inf, zero
         mean, stderr, freedom = mean_over(self.replicates, proposal)
+        if self.gradient is not None:
+            mean = mean.detach() + (self.gradient - self.gradient.detach()).nan_to_num()
         allowed = allowance(self.replicates.values.shape[2]) if proposal == "stratified" else 1.0
         return mean, stderr.detach(), forwards, freedom.detach(), stderr**2 / allowed
 
