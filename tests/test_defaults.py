@@ -75,7 +75,7 @@ def trained():
     text = data.Table(X0, num_tokens=M, held_out=Y0)
     records = []
     model = train(config, copy.deepcopy(THIN), text, callback=records.append)
-    return list(model.parameters()), [record | {"tokens_per_second": 0} for record in records]
+    return list(model.parameters()), [record | {"tokens_per_second": 0, "memory": 0} for record in records]
 
 
 def token_logps_with_grad(logits):

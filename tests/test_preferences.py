@@ -1,4 +1,6 @@
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ from oracles import MarkovChain, Tabled, skewed_chain
 from torch import Tensor
 
 from fastdiff.estimators import LogRatioEstimate, log_likelihood_ratio, time_free_nll
+from fastdiff.model import DiffusionTransformer, ModelConfig
 from fastdiff.preferences import dpo_loss, grpo_loss
 
 MARGINS = torch.tensor([-30.0, -2.0, 0.0, 0.5, 400.0], dtype=torch.float64)
@@ -117,6 +120,21 @@ def test_an_impossible_answer_is_named() -> None:
     margin = log_likelihood_ratio(model, x, y, mask_index=3, reference=lambda xt: torch.zeros(*xt.shape, 4))
     with pytest.raises(ValueError, match=r"^margin: expected finite numbers, got -inf at \[1\]"):
         dpo_loss(margin)
+
+
+def test_the_code_of_the_docs() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "post_training.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    model, reference = (DiffusionTransformer(ModelConfig(5, 12, dim=16, depth=1, heads=2)) for _ in range(2))
+    x = torch.randint(4, (4, 12), generator=torch.Generator().manual_seed(0))
+    target, advantages = (torch.arange(12) >= 3).expand(4, -1), torch.tensor([1.0, -1.0, 0.5, -0.5])
+    for block in blocks:
+        names = dict(model=model, reference=reference, mask_index=4, step=7, target=target, torch=torch)
+        exec(block, names | dict(x0=x, better=x, worse=3 - x, advantages=advantages))
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        assert all(p.grad is None for p in reference.parameters())
+        model.zero_grad()
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -171,7 +171,8 @@ def _difference(
             passes += 2**n - 1
         else:
             sides.append(run_replicates(score, row, chains_and_looks, num_samples, proposal, seed, sample_ids, 0))
-            passes += 1 + math.prod(chains_and_looks) if proposal == "stratified" else num_samples
+            spent = {"stratified": 1 + math.prod(chains_and_looks), "complementary": num_samples // 2 * 2}
+            passes += spent.get(proposal, num_samples)
     (x, x_control), (y, y_control) = sides
     return _Difference(which, Replicates(y - x, y_control - x_control), passes, all(enumerated))
 

@@ -96,6 +96,7 @@ def test_a_margin_to_itself_is_0(num_samples: int) -> None:
             torch.autograd.grad(m.log_ratio.sum(), network.head)[0]
             for m in (margin, log_likelihood_ratio(network, x, y, **options))
         )
+
         assert torch.equal(slope, alone)
 
 
