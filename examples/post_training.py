@@ -38,7 +38,8 @@ from fastdiff import (
     sample_mask_counts,
     time_free_nll,
 )
-from fastdiff.model import DiffusionTransformer, ModelConfig, write_atomically
+from fastdiff.files import write_atomically
+from fastdiff.model import DiffusionTransformer, ModelConfig
 
 plt.switch_backend("Agg")  # files, no windows
 torch.set_num_threads(1)  # runs go side by side

@@ -98,9 +98,8 @@ def logps(z, x0, excluded, of_logp, of_entropy):
     entropy = surprise.sum(1, keepdims=True)
     grad = of_logp * (is_id(z, x0) - p) - of_entropy * (p * entropy - surprise)
     size = abs(of_logp) * (p + is_id(z, x0) * (1 - p)) + abs(of_entropy) * (p * (1 + entropy) + surprise)
-    nll = nll_of(z, x0)
-    loss_size = abs(of_logp * nll) + abs(of_entropy) * (1 + entropy)
-    loss = sum(np.where(f == 0, 0, f * x) for f, x in ((of_logp, -nll), (of_entropy, entropy)))
+    parts = [np.where(f == 0, 0, f * x) for f, x in ((of_logp, -nll_of(z, x0)), (of_entropy, entropy))]
+    loss, loss_size = sum(parts), sum(map(abs, parts)) + abs(of_entropy)
     return Loss(loss[:, 0], np.where(left_out, 0, grad), loss_size[:, 0], size.max(1, keepdims=True))
 
 

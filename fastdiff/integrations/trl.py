@@ -40,8 +40,8 @@ def apply_to_trl(
       as in DPO, is that estimate. As many logits are made at once as the estimator's batch_size says.
 
     An estimate's draws are named by its seed and the tokens of a sequence: policy, reference and old policy meet the
-    same masks, and so does another epoch. Entropies, with gradient, and mean_token_accuracy are those of masked answers in
-    either case, for which an estimate needs one pass more. The mean logits that TRL logs are NaN.
+    same masks, and so does another epoch. Entropies, with gradient, and mean_token_accuracy are those of masked answers
+    in either case, for which an estimate needs one pass more. The mean logits that TRL logs are NaN.
 
     Args:
         mask_index: the mask's id.
@@ -76,7 +76,7 @@ def masked_lm_head(
         cast_lm_head_to_fp32: bool = False,
         outputs: tuple[str, ...] = ("log_probs",),
     ) -> None:
-        """For TRL's: `model(..., labels=labels, fused_lm_head=True)` then scores the answers, whose labels are not -100.
+        """For TRL's: `model(..., labels=labels, fused_lm_head=True)` then scores the tokens whose labels are not -100.
 
         The last layer's sums are float32 as it is, so that cast_lm_head_to_fp32 changes nothing here.
 
@@ -134,10 +134,11 @@ class _Scorer:
         if "mean_logits" in self.outputs:  # of preferences; a truncated answer of GRPO may have no token that counts
             check_values("labels", mask, ~mask.any(1, keepdim=True), "an answer of at least one token")
         found: dict[str, Tensor] = {}
-        if self.estimate is None or "entropy" in self.outputs:
+        estimate = None if self.estimate is None or not mask.any() else self.estimate
+        if estimate is None or "entropy" in self.outputs:
             found = self._all_masked(input_ids, mask, dict(inputs, attention_mask=attention_mask))
-        if self.estimate is not None:
-            found["log_probs"] = self._estimated(self.estimate, input_ids, mask, seen)
+        if estimate is not None:
+            found["log_probs"] = self._estimated(estimate, input_ids, mask, seen)
         logps = found["log_probs"]
         check_values("log-probabilities", logps, logps.isinf(), "finite numbers, for ratios are made of them")
         if "mean_logits" in self.outputs:
