@@ -64,10 +64,11 @@ class Method(NamedTuple):
 OURS = "stratified (default)"
 RIVALS = {"DPO": ("uniform (VRPO)", "systematic (LLaDA)"), "GRPO": ("complementary (ESPO)", "one pass (d1)")}
 METHODS = [
-    method
+    Method(objective, estimator, passes)
     for objective, rivals in RIVALS.items()
-    for method in (Method(objective, OURS, 8), *(Method(objective, *pair) for pair in product(rivals, (8, 16))))
-][:: 4 if QUICK else 1]
+    for estimator, passes in product((OURS, *rivals), (8, 16))
+]
+METHODS = METHODS[1::5] if QUICK else METHODS
 CONFIG = ModelConfig(MASK + 1, max_length=LENGTH, dim=64, depth=2, heads=4)
 Curve = list[tuple[int, int, float]]  # steps done, network passes of all likelihoods, reward
 Weights = dict[str, Tensor]

@@ -93,11 +93,13 @@ def test_a_margin_to_itself_is_0(num_samples: int) -> None:
         for column in (margin.log_ratio, margin.stderr, margin.variance):
             assert column.tolist() == [0, 0, 0]
         slope, alone = (
-            torch.autograd.grad(m.log_ratio.sum(), network.head)[0]
+            torch.autograd.grad(m.log_ratio.sum(), network.head, retain_graph=True)[0]
             for m in (margin, log_likelihood_ratio(network, x, y, **options))
         )
 
         assert torch.equal(slope, alone)
+        if margin.variance.requires_grad:
+            assert not torch.autograd.grad(margin.variance.sum(), network.head)[0].any()
 
 
 def test_the_margin_of_every_subset() -> None:
