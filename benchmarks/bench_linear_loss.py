@@ -1,6 +1,7 @@
 """The last layer and the loss, reduction "sum": 2048 rows x 768 x 50257 (on a GPU 8192 x 4096 x 126464), half scored.
 
-The floor multiplies the scored rows, once forward and twice backward, at the rate of the machine's matmul.
+The floor multiplies the scored rows, once forward and twice backward, at the rate of the machine's matmul. For
+log-probabilities and entropies, whose upstream gradients are not known forward, fastdiff multiplies them once more.
 """
 
 import os
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from measure import DEVICE, both_ways
 
-from fastdiff import dce_loss, linear_dce_loss, linear_dse_loss
+from fastdiff import dce_loss, linear_dce_loss, linear_dse_loss, linear_token_logps, token_logps
 
 GPU = DEVICE.type == "cuda"
 SHAPE, WIDTH, NUM_STATES = ((8, 1024), 4096, 126464) if GPU else ((8, 256), 768, 50257)
@@ -90,6 +91,36 @@ def test_forward_and_backward(case, batch, compare):
         calls |= {f"{who}, compiled": torch.compile(formulas[who]) for who in compiled}
     calls = {who: partial(both_ways, call, batch["hidden"], batch["lm_head"]) for who, call in calls.items()}
     name = f"linear {case.__name__}, forward + backward, {str(batch['hidden'].dtype).removeprefix('torch.')}"
+    compare(name, calls, partial(floor, batch, 3), ROUNDS)
+
+
+def logps(b):
+    """A policy's gradient: log-probabilities of drawn tokens times advantages, and a bonus for entropy."""
+    h, w, x0, masked, temperature = b["hidden"], b["lm_head"], b["x0"], b["masked"], 0.8
+    advantage = b["rate"][:, None].expand_as(x0)
+
+    def surrogate(logps, entropy, advantage):
+        return -(advantage * logps).sum() - 0.01 * entropy.sum()
+
+    def usual(rows, x0, advantage, kept=1):
+        log_p = torch.log_softmax((rows @ w.t()).float() / temperature, -1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        return surrogate(log_p.gather(-1, x0[..., None]).squeeze(-1), entropy * kept, advantage * kept)
+
+    options = dict(temperature=temperature, return_entropy=True, exclude_mask=False)
+    return {
+        "fastdiff": lambda: surrogate(*linear_token_logps(h, w, x0, mask=masked, **options), advantage),
+        "every row": lambda: usual(h, x0, advantage, masked),
+        "scored rows by hand": lambda: usual(h[masked], x0[masked], advantage[masked]),
+        "by hand, token_logps": lambda: surrogate(
+            *token_logps(h[masked] @ w.t(), x0[masked], **options), advantage[masked]
+        ),
+    }
+
+
+def test_log_probabilities(batch, compare):
+    calls = {who: partial(both_ways, call, batch["hidden"], batch["lm_head"]) for who, call in logps(batch).items()}
+    name = f"linear logps and entropy, forward + backward, {str(batch['hidden'].dtype).removeprefix('torch.')}"
     compare(name, calls, partial(floor, batch, 3), ROUNDS)
 
 

@@ -25,6 +25,7 @@ from fastdiff import (
     reverse_step,
     sample_tokens,
     scored_rows,
+    token_logps,
 )
 from fastdiff.graphs import Uniform
 
@@ -52,8 +53,10 @@ def calls(shape: tuple[int, int], num_states: int, dtype: torch.dtype, backend: 
         "dse uniform from logits": partial(dse_loss, z, sigma, xt, x0, parametrization="logits", **uniform),
     }
     logits, draw = z.detach(), partial(sample_tokens, z.detach(), xt, seed=0, backend=backend)
+    logps = partial(token_logps, z, x0, return_entropy=True, backend=backend)
     step = dict(sigma_next=0.9, seed=0, backend=backend)
     return {name: partial(gradients, loss) for name, loss in losses.items()} | {
+        "logps and entropy": lambda: sum(map(torch.sum, logps())).backward(),
         "statistics": lambda: dce_loss(logits, x0, xt=xt, return_stats=True, backend=backend),
         "mask tokens": lambda: mask_tokens(x0, 0.5, mask_index=mask_index, seed=0, backend=backend),
         "mask exactly": lambda: mask_exactly(x0, counts, mask_index=mask_index, seed=0, backend=backend),

@@ -3,6 +3,7 @@
 // A row is V numbers z. Two ids are treated apart, in double: x0, and the excluded one, which is the mask or, in the
 // uniform graph, x_t; only NelboRow reads that one. All others share one formula:
 //   dce   loss = logsumexp(z) - z_x0,                        gradient exp(z - logsumexp), minus 1 at x0
+//         and with a weight of its own -sum_y p_y log p_y,   gradient -p_y (log p_y + this sum)
 //   dse   loss = scale * sum_y a_y phi(s_y - log a_y),       gradient scale * (exp(s_y) - a_y)
 //   dse from conditionals, uniform graph: see NelboRow
 // where phi(d) = expm1(d) - d and s = z - shift. a_y is the ratio p(y | x0) / p(x_t | x0): for the absorbing graph

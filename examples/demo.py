@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from fastdiff import dce_loss, exact_nll, mask_exactly, sample, sample_mask_counts, time_free_nll
 from fastdiff.data import NUM_BYTES, Text, decode, encode, load_documents
 from fastdiff.data import Table as Strings
-from fastdiff.model import DiffusionTransformer, ModelConfig, write_atomically
+from fastdiff.files import write_atomically
+from fastdiff.model import DiffusionTransformer, ModelConfig
 from fastdiff.training import TrainConfig, train
 
 plt.switch_backend("Agg")  # files, no windows

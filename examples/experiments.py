@@ -28,7 +28,8 @@ from fastdiff import Absorbing, dce_loss, exact_nll, mask_exactly, sample_mask_c
 from fastdiff.data import NUM_BYTES, Text, decode, load_documents
 from fastdiff.data import Table as Strings
 from fastdiff.estimators import conditional_nll, log_likelihood_ratio, mutual_information, time_integral_nll
-from fastdiff.model import DiffusionTransformer, ModelConfig, write_atomically
+from fastdiff.files import write_atomically
+from fastdiff.model import DiffusionTransformer, ModelConfig
 
 OUT = Path("runs/experiments")
 MASK = 4  # after the letters ACGT

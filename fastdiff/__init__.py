@@ -19,6 +19,7 @@ from fastdiff.estimators import (
 )
 from fastdiff.graphs import Absorbing, Uniform
 from fastdiff.linear_losses import linear_dce_loss, linear_dse_loss
+from fastdiff.logps import linear_token_logps, token_logps
 from fastdiff.losses import RowStats, dce_loss, dse_loss
 from fastdiff.noising import (
     HarmonicMask,
@@ -31,6 +32,7 @@ from fastdiff.noising import (
     sample_times,
 )
 from fastdiff.ops.scored_rows import scored_rows
+from fastdiff.preferences import DPOLoss, GRPOLoss, dpo_loss, grpo_loss
 from fastdiff.reverse import reverse_probs, reverse_step
 from fastdiff.sampling import Generated, sample
 from fastdiff.schedules import Cosine, Geometric, Linear, LogLinear, Polynomial
@@ -42,6 +44,8 @@ __all__ = [
     "Absorbing",
     "BackendUnavailable",
     "Cosine",
+    "DPOLoss",
+    "GRPOLoss",
     "Generated",
     "Geometric",
     "HarmonicMask",
@@ -59,13 +63,16 @@ __all__ = [
     "conditional_nll",
     "corrupt",
     "dce_loss",
+    "dpo_loss",
     "dse_loss",
     "dse_nll",
     "exact_nll",
+    "grpo_loss",
     "harmonic_mask",
     "linear_dce_loss",
     "linear_dse_loss",
     "linear_sample_tokens",
+    "linear_token_logps",
     "log_likelihood_ratio",
     "mask_exactly",
     "mask_tokens",
@@ -81,5 +88,6 @@ __all__ = [
     "scored_rows",
     "time_free_nll",
     "time_integral_nll",
+    "token_logps",
     "upper_bound_nll",
 ]

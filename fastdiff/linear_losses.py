@@ -75,7 +75,7 @@ def linear_dce_loss(  # type: ignore[misc]  # the overloads only tell apart what
             rank of a group, if one refuses its tokens, or tokens or parts of lm_head do not belong together.
         BackendUnavailable: the backend named cannot run here.
     """
-    head = _head(hidden, lm_head, bias, softcap, capacity, group)
+    head = last_layer(hidden, lm_head, bias, softcap, capacity, group)
     rest = (x0, xt, mask, weight, mask_index, exclude_mask, ignore_index, z_loss, reduction, num_items)
     rows = head.shard.checked(hidden.device, dce_rows, head.logits_like(), *rest)
     loss, stats = linear_loss(head, rows, backend, return_stats, summed)
@@ -116,13 +116,13 @@ def linear_dse_loss(
         ValueError, TypeError: as `dse_loss`; shapes, types or devices of hidden, lm_head and bias do not fit.
         BackendUnavailable: the backend named cannot run here.
     """
-    head = _head(hidden, lm_head, bias, softcap, capacity, group)
+    head = last_layer(hidden, lm_head, bias, softcap, capacity, group)
     rest = (sigma, xt, x0, graph, dsigma, mask_index, parametrization, reduction, num_items)
     rows = head.shard.checked(hidden.device, dse_rows, head.logits_like(), *rest)
     return linear_loss(head, rows, backend, summed=summed)[0]
 
 
-def _head(
+def last_layer(
     hidden: Tensor,
     lm_head: Tensor,
     bias: Tensor | None,
@@ -130,6 +130,7 @@ def _head(
     capacity: int | None,
     group: "ProcessGroup | None",
 ) -> Head:
+    """The checked arguments of what a last layer makes of hidden states."""
     check_rows("hidden", hidden, "D")
     check_rows("lm_head", lm_head, "D")
     width = hidden.shape[-1]

@@ -14,13 +14,14 @@ from fastdiff.data import NUM_BYTES
 from fastdiff.estimators import NLLEstimate, conditional_nll, dse_nll, ordered_nll, time_integral_nll
 from fastdiff.estimators.orders import ORDERS
 from fastdiff.evaluating import Model
+from fastdiff.files import read_config
 from fastdiff.graphs import Absorbing, Graph, Uniform
-from fastdiff.model import DiffusionTransformer, ModelConfig, read_config
+from fastdiff.model import DiffusionTransformer, ModelConfig
 from fastdiff.placing import placed, spread
 from fastdiff.published import KINDS, Published, load_published
 from fastdiff.schedules import LogLinear, Schedule
 from fastdiff.texts import Bytes, load_tokenizer, saved_hash
-from fastdiff.training import SCHEDULE, time_free
+from fastdiff.training import SCHEDULE
 
 _OF_ANY_GRAPH = ("time-free", "integral")
 LIKELIHOODS = (*_OF_ANY_GRAPH, *ORDERS)
@@ -178,7 +179,7 @@ def _of_run(
         )
     length, device = _window(folder, length, longest, False), placed(model, device, dtype)
     graph: Graph = Uniform(n) if n == num_tokens else Absorbing(n)
-    conditionals = None if graph.mask_index is None else time_free(model, graph.mask_index)
+    conditionals = None if graph.mask_index is None else model.conditionals(graph.mask_index, SCHEDULE.total_noise)
     score = model if timed else None
     return Loaded(model, conditionals, score, graph, SCHEDULE, "scale_by_sigma", True, tokens, length, [], device)
 

@@ -1,5 +1,6 @@
 """Losses of discrete diffusion, per token or reduced, in nats: fused forward and gradient, one read of each row."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
@@ -88,22 +89,33 @@ def dce_loss(  # type: ignore[misc]  # the overloads only tell apart what comes 
             is the mask where it is scored, or xt is neither x0 nor the mask.
         BackendUnavailable: the backend named cannot run here.
     """
-    check_rows("logits", logits)
-    logits, shard = shard_of("logits", logits, -1, group)
-    head = Head(logits, None, None, 0.0, -1, logits.dtype, shard)
-    z = head.logits_like() if shard.group else logits
     rest = (x0, xt, mask, weight, mask_index, exclude_mask, ignore_index, z_loss, reduction, num_items)
-    rows = shard.checked(z.device, dce_rows, z, *rest)
-    if shard.group:
-        loss, stats = linear_loss(head, rows, backend, return_stats)
-    else:
-        loss, stats = row_loss(rows, backend, return_stats)
+    loss, stats = logits_loss("logits", logits, dce_rows, rest, group, backend, return_stats)
     return (loss, row_stats(stats)) if return_stats else loss
 
 
+def logits_loss(
+    name: str,
+    logits: Tensor,
+    make_rows: Callable[..., Rows],
+    rest: tuple[Any, ...],
+    group: "ProcessGroup | None",
+    backend: str | None,
+    with_stats: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What the operators return for make_rows(logits, *rest); `name` is what messages call the logits."""
+    check_rows(name, logits)
+    logits, shard = shard_of(name, logits, -1, group)
+    head = Head(logits, None, None, 0.0, -1, logits.dtype, shard)
+    rows = shard.checked(logits.device, make_rows, head.logits_like() if shard.group else logits, *rest)
+    if shard.group:
+        return linear_loss(head, rows, backend, with_stats)
+    return row_loss(rows, backend, with_stats)
+
+
 def row_stats(stats: Tensor) -> RowStats:
-    """By name, what the operators return, [4, ...]."""
-    logsumexp, entropy, correct, nll = stats
+    """By name and without gradient, what the operators return, [4, ...]."""
+    logsumexp, entropy, correct, nll = stats.detach()
     return RowStats(logsumexp, entropy, correct == 1, nll)
 
 
@@ -154,13 +166,8 @@ def dse_loss(
             is out of range, or (absorbing) x0 is the mask or xt is neither x0 nor the mask.
         BackendUnavailable: the backend named cannot run here.
     """
-    check_rows("log_score", log_score)
-    log_score, shard = shard_of("log_score", log_score, -1, group)
-    head = Head(log_score, None, None, 0.0, -1, log_score.dtype, shard)
-    z = head.logits_like() if shard.group else log_score
     rest = (sigma, xt, x0, graph, dsigma, mask_index, parametrization, reduction, num_items)
-    rows = shard.checked(z.device, dse_rows, z, *rest)
-    return (linear_loss(head, rows, backend) if shard.group else row_loss(rows, backend))[0]
+    return logits_loss("log_score", log_score, dse_rows, rest, group, backend)[0]
 
 
 def dce_rows(
@@ -246,6 +253,7 @@ def _rows(
         mask=None,
         sigma=None,
         weight=None,
+        entropy_weight=None,
         num_items=None,
         functor=functor,
         mask_index=mask_index,

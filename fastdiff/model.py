@@ -4,16 +4,15 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.checks import check_integer, check_tensor, check_tokens
+from fastdiff.files import import_safetensors, read_config, write_atomically
 
 _FREQUENCIES = 128  # of the noise level, cosines and sines
 
@@ -117,6 +116,17 @@ class DiffusionTransformer(nn.Module):
             h = block(h, rotary, c, sees)
         return self.output_layer(h, c)
 
+    def conditionals(
+        self, mask_index: int, total_noise: Callable[[Tensor], Tensor]
+    ) -> tuple[Callable[[Tensor], Tensor], nn.Linear]:
+        """For the estimators: (body, last layer) of p(x0 | xt), of the absorbing graph.
+
+        A model that sees the noise level is asked at the noise that m masks in L tokens suggest, total_noise(m / L).
+        """
+        if self.sigma_map is None:
+            return self.body, self.lm_head
+        return lambda xt: self.body(xt, total_noise((xt == mask_index).double().mean(1)).float()), self.lm_head
+
     def save_pretrained(self, folder: str | os.PathLike, **sections: dict) -> None:
         """Write config.json and model.safetensors into a folder, each whole or not at all.
 
@@ -134,7 +144,7 @@ class DiffusionTransformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> "DiffusionTransformer":
-        """Load what `save_pretrained` or `checkpoints.export` wrote, in float32 on the CPU.
+        """Load what `save_pretrained` or `exporting.export` wrote, in float32 on the CPU.
 
         Raises:
             FileNotFoundError: the folder or one of its files is missing.
@@ -291,55 +301,3 @@ def check_alike(network: nn.Module, weights: dict[str, Tensor], path: str | os.P
             f"{path}: {len(wrong)} tensors do not fit; {name} is {found.get(name, 'missing')}, "
             f"expected {expected.get(name, 'none')}"
         )
-
-
-def read_config(folder: str | os.PathLike) -> dict:
-    """config.json of a model's folder, as the dictionary it holds.
-
-    Raises:
-        FileNotFoundError: the folder has no config.json.
-        ValueError: it is not JSON.
-    """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged or cut short: {error}") from error
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside the file, then rename over it, so that a reader finds the old bytes or the new ones.
-
-    Raises:
-        OSError: names the file; the old one stays, and nothing beside it.
-    """
-    part = path.with_name(path.name + ".part")
-    with naming(path):
-        try:
-            with part.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())  # or the rename might outlive a power cut, and the bytes not
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Errors of the system in the block name the file, which that of a full disk does not."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-
-
-def import_safetensors() -> ModuleType:
-    """safetensors.torch, or an ImportError that says how to get it."""
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ImportError("saving and loading needs safetensors: pip install safetensors") from None
-    return safetensors.torch

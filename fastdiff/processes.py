@@ -3,8 +3,12 @@
 import os
 import socket
 import time
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+Result = TypeVar("Result")
 
 
 def join(backend: str) -> None:
@@ -32,3 +36,25 @@ def _fresh(shared: dist.Store, rank: int) -> dist.Store:
             return dist.TCPStore(host, port, wait_for_workers=False)
         except OSError:  # of a first rank that has died; the new one is on its way
             time.sleep(0.1)
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def agree(group: dist.ProcessGroup | None, work: Callable[[], Result]) -> list[Result]:
+    """What the work of each rank gives, or on every rank the error of the first that failed."""
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as raised:
+        plain = isinstance(raised, OSError | TypeError | ValueError)  # others might not survive being sent
+        error = raised if plain else RuntimeError(f"{type(raised).__name__}: {raised}")
+    everyone: list[Any] = [(result, error)]
+    if group is not None:
+        everyone *= group.size()
+        dist.all_gather_object(everyone, (result, error), group=group)
+    for _, error in everyone:
+        if error is not None:
+            raise error
+    return [result for result, _ in everyone]

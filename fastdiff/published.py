@@ -37,9 +37,7 @@ class Published:
     length: int | None
 
     def conditionals(self) -> Model:
-        """For the estimators: (body, last layer) of p(x0 | xt), of the absorbing graph.
-
-        A network that is timed is asked at the noise that m masks in L tokens suggest.
+        """For the estimators: (body, last layer) of p(x0 | xt), as `DiffusionTransformer.conditionals` gives them.
 
         Raises:
             ValueError: the graph is uniform.
@@ -48,19 +46,13 @@ class Published:
         if mask_index is None:
             raise ValueError(f"{self.kind}: expected the absorbing graph, for p(x0 | xt) of the uniform one has a time")
 
-        def body(xt: Tensor) -> Tensor:
-            share = (xt == mask_index).double().mean(1)
-            return self.network.body(xt, self._seen(self.schedule.total_noise(share).float()))
-
-        return body, self.network.lm_head
+        return self.network.conditionals(mask_index, lambda share: self._seen(self.schedule.total_noise(share)))
 
     def score(self, xt: Tensor, sigma: Tensor) -> Tensor:
         """What the network gives for xt [B, L] at sigma [B], for `dse_nll` with this parametrization: [B, L, V]."""
-        return self.network(xt, self._seen(sigma))
+        return self.network(xt, None if self.network.sigma_map is None else self._seen(sigma))
 
-    def _seen(self, sigma: Tensor) -> Tensor | None:
-        if self.network.sigma_map is None:
-            return None
+    def _seen(self, sigma: Tensor) -> Tensor:
         return sigma if self.timed else torch.zeros_like(sigma)
 
 

@@ -60,8 +60,7 @@ def staggered_score(graph: str, score: Tensor, dsigma: Tensor, mask_index: int |
 def dce(logits: Tensor, x0: Tensor, scored: Tensor, mask_index: int | None, z_loss: float = 0.0) -> Tensor:
     """Masked cross-entropy, logsumexp_v z_v - z_x0 + z_loss logsumexp_v^2 over v != mask_index (None: over all v)."""
     z = _without_mask(logits, mask_index)
-    target = torch.where(scored, x0, 0)
-    loss = F.cross_entropy(z.flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
+    loss = _nll(z, torch.where(scored, x0, 0))
     if z_loss:
         top = z.detach().amax(-1, keepdim=True)  # torch.logsumexp's gradient loses the sum beside a large one
         loss = loss + z_loss * (top + (z - top).exp().sum(-1, keepdim=True).log()).squeeze(-1) ** 2
@@ -72,9 +71,18 @@ def dce_stats(logits: Tensor, x0: Tensor, mask_index: int | None) -> Tensor:
     """The log-sum-exp, the entropy -sum_v p_v log p_v, whether x0 is the argmax (1 or 0), and -log p_x0: [4, ...]."""
     z = _without_mask(logits, mask_index)
     log_p = torch.log_softmax(z, -1)
-    entropy = -torch.special.xlogy(log_p.exp(), log_p.exp()).sum(-1)
-    nll = -log_p.gather(-1, x0.unsqueeze(-1)).squeeze(-1)
-    return torch.stack([torch.logsumexp(z, -1), entropy, (z.argmax(-1) == x0).double(), nll])
+    entropy = -(log_p.exp() * torch.where(log_p == -torch.inf, 0, log_p)).sum(-1)
+    return torch.stack([torch.logsumexp(z, -1), entropy, (z.argmax(-1) == x0).double(), _nll(z, x0)])
+
+
+def _nll(z: Tensor, x0: Tensor) -> Tensor:
+    """-log softmax(z)_x0, with its digits where it is close to 0: then 1 is not added to the sum of the others."""
+    index = x0.unsqueeze(-1)
+    at_x0, top = z.gather(-1, index), z.detach().amax(-1, keepdim=True)
+    largest = (at_x0 == top) & top.isfinite()
+    others = torch.where(largest, z - at_x0, -torch.inf).scatter(-1, index, -torch.inf)
+    loss = F.cross_entropy(z.flatten(0, -2), x0.flatten(), reduction="none").view(x0.shape)
+    return torch.where(largest.squeeze(-1), others.exp().sum(-1).log1p(), loss)
 
 
 def dse_absorb(log_score: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor, mask_index: int) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fastdiff.checks import check_integer
 from fastdiff.data import indices
-from fastdiff.model import naming, write_atomically
+from fastdiff.files import naming, write_atomically
 from fastdiff.permutation import permute
 
 STREAMS = ("train", "held_out", "text")

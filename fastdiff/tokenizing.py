@@ -26,7 +26,7 @@ from fastdiff.checks import check_integer
 from fastdiff.data import data_files, is_text
 from fastdiff.documents import Span, documents, parts
 from fastdiff.evaluating import progress
-from fastdiff.model import write_atomically
+from fastdiff.files import write_atomically
 from fastdiff.shards import (
     FORMAT,
     TokenFolder,

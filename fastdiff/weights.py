@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.model import import_safetensors
+from fastdiff.files import import_safetensors
 
 # Where codebases leave their weights, in a folder.
 NAMES = ("model.safetensors", "pytorch_model.bin", "checkpoints-meta/checkpoint.pth", "checkpoints/last.ckpt")

@@ -90,6 +90,25 @@ def largest_logits(dtype, device="cpu"):
     return z, torch.full((3,), 4, device=device)
 
 
+def tiny_loss(backend, device="cpu"):
+    """A loss of which a sum that holds x0's 1 would keep few digits, and what it is."""
+    logits, x0 = torch.tensor([[40.0, 12.0]], device=device), torch.tensor([0], device=device)
+    return dce_loss(logits, x0, exclude_mask=False, backend=backend), math.log1p(math.exp(-28.0))
+
+
+def largest_drift(backend, device="cpu"):
+    """The gradient of a z-loss where float32 has no room for what multiplies exponentials, and what it is."""
+    z = torch.full((2, 9), -torch.finfo(torch.float32).max, device=device)
+    z[:, 3] *= -1
+    z.requires_grad_()
+    x0, weight = torch.tensor([3, 4], device=device), torch.tensor([1e30, -1e30], device=device)
+    loss = dce_loss(z, x0, weight=weight, z_loss=0.1, exclude_mask=False, backend=backend)
+    expected = torch.zeros(2, 9)
+    expected[:, 3] = torch.tensor([torch.inf, -torch.inf])
+    expected[1, 4] = 1e30
+    return torch.autograd.grad(loss.sum(), z)[0].cpu(), expected
+
+
 def loss_and_grad(name, p, **options):
     return loss_and_grads(name, p, "z", **options)
 

@@ -52,13 +52,22 @@ def sigma_shift(sigma, num_states):
 # Losses.
 
 
+def nll_of(z, x0):
+    """-log softmax(z)_x0, [R, 1]; of a sum that is 1 but for x0's, even these digits would be too few."""
+    top = z.max(1, keepdims=True)
+    e = np.exp(z - top)
+    rest = np.where(is_id(z, x0), 0, e).sum(1, keepdims=True)
+    certain = (at(z, x0) == top) & np.isfinite(top)
+    return np.where(certain, np.log1p(rest), np.log(e.sum(1, keepdims=True)) - (at(z, x0) - top))
+
+
 def dce(z, x0, excluded, z_loss):
     """-log softmax(z)_x0 + z_loss logsumexp(z)^2 over the ids that are not excluded (-1: all)."""
     left_out = is_id(z, excluded)
     z = np.where(left_out, -np.inf, z)
     top = z.max(1, keepdims=True)
     log_sum = np.log(np.exp(z - top).sum(1, keepdims=True))
-    nll = log_sum - (at(z, x0) - top)
+    nll = nll_of(z, x0)
     drift = top + log_sum if z_loss else np.zeros_like(top)
     slope = 1 + 2 * z_loss * drift
     p = np.exp(z - top - log_sum)
@@ -75,7 +84,23 @@ def dce_stats(z, x0, excluded):
     log_sum = np.log(np.exp(z - top).sum(1, keepdims=True))
     log_p = z - top - log_sum
     entropy = -np.where(log_p == -np.inf, 0, np.exp(log_p) * log_p).sum(1)
-    return np.stack([(top + log_sum)[:, 0], entropy, z.argmax(1) == x0, -at(log_p, x0)[:, 0]])
+    return np.stack([(top + log_sum)[:, 0], entropy, z.argmax(1) == x0, nll_of(z, x0)[:, 0]])
+
+
+def logps(z, x0, excluded, of_logp, of_entropy):
+    """of_logp log softmax(z)_x0 + of_entropy H, H = -sum p log p, both [R], over the ids that are not excluded."""
+    left_out = is_id(z, excluded)
+    z = np.where(left_out, -np.inf, z)
+    log_p = z - z.max(1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
+    p, of_logp, of_entropy = np.exp(log_p), of_logp[:, None], of_entropy[:, None]
+    surprise = np.where(p == 0, 0, p * -log_p)
+    entropy = surprise.sum(1, keepdims=True)
+    grad = of_logp * (is_id(z, x0) - p) - of_entropy * (p * entropy - surprise)
+    size = abs(of_logp) * (p + is_id(z, x0) * (1 - p)) + abs(of_entropy) * (p * (1 + entropy) + surprise)
+    parts = [np.where(f == 0, 0, f * x) for f, x in ((of_logp, -nll_of(z, x0)), (of_entropy, entropy))]
+    loss, loss_size = sum(parts), sum(map(abs, parts)) + abs(of_entropy)
+    return Loss(loss[:, 0], np.where(left_out, 0, grad), loss_size[:, 0], size.max(1, keepdims=True))
 
 
 def dse(score, log_score, ratio, excluded, rate, rounded=0.0):

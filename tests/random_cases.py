@@ -23,6 +23,7 @@ from fastdiff import (
     reverse_probs,
     reverse_step,
     sample_tokens,
+    token_logps,
 )
 
 CASES = int(os.environ.get("FASTDIFF_FUZZ_CASES", "500"))
@@ -209,6 +210,24 @@ def check_dce(draw, backend, device="cpu"):
     of_rows = partial(exact.dce, x0=target, excluded=excluded, z_loss=options["z_loss"])
     agree(dce_loss, z, backend, options, options["weight"], scored, of_rows)
     stats_agree(z, backend, options, scored, partial(exact.dce_stats, x0=target, excluded=excluded))
+
+
+@with_poisoned_buffers
+def check_logps(draw, backend, device="cpu"):
+    z, x0, masked, mask_index, g = rows(draw, draw(st.booleans()), backend, device)
+    options = dict(x0=x0, mask=masked, mask_index=mask_index, exclude_mask=draw(st.booleans()), reduction="none")
+    choices = [[1.0], [0.0, 1.0, -1.0], [1.0, 1e20]]
+    options |= {name: one_of(draw, choices, x0.shape, g) for name in ("of_logp", "of_entropy")}
+
+    def both(z, reduction, of_logp, of_entropy, **given):
+        logps, entropy = token_logps(z, return_entropy=True, **given)
+        return sum(torch.where(f == 0, 0, f.to(x) * x) for f, x in ((of_logp, logps), (of_entropy, entropy)))
+
+    target = x0[masked].numpy()
+    excluded = np.full_like(target, mask_index if options["exclude_mask"] else -1)
+    factors = {name: extended(options[name], masked) for name in ("of_logp", "of_entropy")}
+    of_rows = partial(exact.logps, x0=target, excluded=excluded, **factors)
+    agree(both, z, backend, options, 1.0, masked, of_rows)
 
 
 @with_poisoned_buffers

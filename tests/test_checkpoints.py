@@ -25,7 +25,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from fastdiff.checkpoints import Checkpoints, export
+from fastdiff.checkpoints import Checkpoints
+from fastdiff.exporting import export
 from fastdiff.loading import load
 from fastdiff.model import DiffusionTransformer, ModelConfig
 from fastdiff.weights import read_weights

@@ -75,7 +75,14 @@ def trained():
     text = data.Table(X0, num_tokens=M, held_out=Y0)
     records = []
     model = train(config, copy.deepcopy(THIN), text, callback=records.append)
-    return list(model.parameters()), [record | {"tokens_per_second": 0} for record in records]
+    return list(model.parameters()), [record | {"tokens_per_second": 0, "memory": 0} for record in records]
+
+
+def token_logps_with_grad(logits):
+    """Where the entropy alone has an upstream gradient."""
+    logits = logits.clone().requires_grad_()
+    logps, entropy = fastdiff.token_logps(logits, X0, temperature=0.5, return_entropy=True)
+    return logps, entropy, *torch.autograd.grad(entropy.sum(), logits)
 
 
 def denoised(codebase, **attributes):
@@ -108,6 +115,7 @@ CALLS = {
     ),
     "dse_loss": lambda: fastdiff.dse_loss(SCORES, 0.7, XT, X0, reduction="mean"),
     "dse_loss, reference": lambda: fastdiff.dse_loss(SCORES, SIGMA, XT, X0, graph="uniform", backend="reference"),
+    "token_logps": lambda: token_logps_with_grad(LOGITS),
     "linear_dce_loss": lambda: fastdiff.linear_dce_loss(
         HIDDEN, LM_HEAD, X0, bias=BIAS, xt=XT, reduction="mean", return_stats=True
     ),

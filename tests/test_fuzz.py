@@ -5,13 +5,19 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from random_cases import CASES, check_dce, check_dse, check_masks, check_reverse, check_sample, fuzz
+from random_cases import CASES, check_dce, check_dse, check_logps, check_masks, check_reverse, check_sample, fuzz
 
 
 @fuzz(CASES)
 @given(st.data())
 def test_dce(data):
     check_dce(data.draw, "cpu")
+
+
+@fuzz(max(CASES // 3, 1))
+@given(st.data())
+def test_logps(data):
+    check_logps(data.draw, "cpu")
 
 
 @fuzz(CASES)

@@ -3,7 +3,8 @@ import json
 import pytest
 import torch
 
-from fastdiff.model import DiffusionTransformer, ModelConfig, write_atomically
+from fastdiff.files import write_atomically
+from fastdiff.model import DiffusionTransformer, ModelConfig
 
 
 def make(conditioned: bool = False, **changes) -> DiffusionTransformer:

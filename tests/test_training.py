@@ -15,7 +15,7 @@ import torch
 from fastdiff.checkpoints import Checkpoints
 from fastdiff.data import Table
 from fastdiff.model import DiffusionTransformer, ModelConfig
-from fastdiff.training import LOSSES, Stopped, TrainConfig, noise, time_free, train
+from fastdiff.training import LOSSES, SCHEDULE, Stopped, TrainConfig, noise, train
 
 TOKENS = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 1, 1]])
 TIMES = {"tokens_per_second": 0, "memory": 0}
@@ -125,11 +125,11 @@ def test_parts_of_a_batch_have_as_many_masks(n):
         assert abs(part.float().mean() - (n + 1) / 2) * len(part) < 2 * n
 
 
-def test_time_free_follows_the_number_of_masks():
+def test_conditionals_follow_the_number_of_masks():
     model = make("dse-absorb")
     asked = []
     model.body = lambda xt, sigma: asked.append(sigma)
-    time_free(model, 4)[0](torch.tensor([[4, 4, 4, 4], [0, 4, 1, 2]]))
+    model.conditionals(4, SCHEDULE.total_noise)[0](torch.tensor([[4, 4, 4, 4], [0, 4, 1, 2]]))
     alpha = torch.exp(-asked[0])
     torch.testing.assert_close(alpha, torch.tensor([1e-3, 1 - 0.999 / 4]))
 

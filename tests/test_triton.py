@@ -42,8 +42,10 @@ def test_in_the_interpreter(path):
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_row_loss_compiles_to_wide_loads_and_no_spills(capability, functor, dtype, with_grad):
     in_place = {False, with_grad and functor in ("dse_absorb", "dse_uniform")}  # elsewhere it is the same kernel
-    for config, where in product((row_loss.SMALL, row_loss.LARGE[dtype.itemsize]), in_place):
-        binary = compiled_row_loss(functor, dtype, with_grad, functor == "dce", config, capability, where)
+    entropy = {False, with_grad and functor == "dce"}
+    for config, where, more in product((row_loss.SMALL, row_loss.LARGE[dtype.itemsize]), in_place, entropy):
+        with_stats = functor == "dce" and not more  # backward asks for none
+        binary = compiled_row_loss(functor, dtype, with_grad, with_stats, config, capability, where, more)
         assert resources(binary)[1] == 0
         # A row of odd length starts anywhere; all but its two ends goes in 16-byte accesses all the same.
         ptx = binary.asm["ptx"]

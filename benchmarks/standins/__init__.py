@@ -3,6 +3,9 @@
 Given a folder of their checkouts in FASTDIFF_CHECKOUTS, each under the name of its file here, the real code is used.
 """
 
+import __future__
+
+import ast
 import importlib
 import os
 import sys
@@ -113,6 +116,21 @@ def published(name: str, *modules: str) -> dict[str, ModuleType]:
             path = str(getattr(sys.modules[new], "__file__", ""))
             if path.startswith(str(folder)) or _Uncalled.find_spec(new):
                 del sys.modules[new]
+
+
+def functions(file: str, *names: str, **known: Any) -> dict[str, Callable[..., Any]]:
+    """Functions of a file among the checkouts, also those inside of others, with all that they know of.
+
+    For what cannot be imported: nothing else of the file runs. {} if it is not there.
+    """
+    path = Path(os.environ.get("FASTDIFF_CHECKOUTS", os.devnull)) / file
+    if not path.is_file():
+        return {}
+    found = [node for node in ast.walk(ast.parse(path.read_text())) if getattr(node, "name", None) in names]
+    for node in found:
+        node.decorator_list = []
+    exec(compile(ast.Module(found, []), path, "exec", __future__.annotations.compiler_flag), known)
+    return {name: known[name] for name in names}
 
 
 class _Uncalled:

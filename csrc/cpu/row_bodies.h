@@ -182,12 +182,12 @@ FASTDIFF_HD Acc<T> add_run(ExpSum<Acc<T>>& all, const T* z, Acc<T>* kept, int64_
   return shift;
 }
 
-// -sum p log p, from the row's log-sum-exp in two parts; of a part of a row, as if it were all.
+// -sum p log p, from the row's log-sum-exp, which is top + log_sum; of a part of a row, as if it were all.
 template <typename T>
-FASTDIFF_HD double entropy(const Row<T>& row, const ExpSum<Acc<T>>& all) {
+FASTDIFF_HD double entropy(const Row<T>& row, Acc<T> top, double log_sum) {
   using C = Acc<T>;
   const auto term = [&](C z) __attribute__((always_inline)) {
-    const C x = z - all.shift;
+    const C x = z - top;
     return x < C(-86) ? 0 : exp_(x) * x;
   };
   double sum = row.x0 < 0 ? 0 : term(load(row.z[row.x0]));
@@ -197,43 +197,74 @@ FASTDIFF_HD double entropy(const Row<T>& row, const ExpSum<Acc<T>>& all) {
     for (int64_t v = first; v < first + n; ++v) part += term(load(row.z[v]));
     sum += part;
   });
-  return std::log(all.sum) - sum / all.sum;
+  return log_sum - sum * std::exp(-log_sum);
 }
 
-// With x0 elsewhere, as if its number were 0 and its probability nothing: the loss is the log-sum-exp.
+// The gradient p (slope - e (log p + H)) of a run, from the exponentials kept of it: p is share times one of them, and
+// log p is z - top - log_sum. In parts of the larger factor, so that the others fit the working type.
+template <typename T>
+FASTDIFF_HD void dce_entropy_grad(const T* z, const Acc<T>* kept, T* grad, int64_t n, Acc<T> top, double share,
+                                  double constant, double entropy_weight) {
+  using C = Acc<T>;
+  const double size = std::max(std::fabs(constant), std::fabs(entropy_weight));
+  const C a = static_cast<C>(constant / size), b = static_cast<C>(entropy_weight / size);
+  C out[kBlock];
+#pragma omp simd
+  for (int64_t v = 0; v < n; ++v) {
+    const C x = load(z[v]) - top;
+    out[v] = kept[v] * (a - b * (x < C(-1000) ? C(-1000) : x));  // no NaN where p is 0
+  }
+  store_scaled(grad, out, n, share * size);
+}
+
+// weight (nll + z_loss logsumexp^2) + entropy_weight H. With x0 elsewhere, as if its number were 0 and its probability
+// nothing: its nll is the log-sum-exp.
 template <bool kGrad, typename T>
-FASTDIFF_HD double dce_row(const Row<T>& row, double weight, double z_loss, Scratch<T>& scratch, RowStats* stats) {
+FASTDIFF_HD double dce_row(const Row<T>& row, double weight, double entropy_weight, double z_loss, Scratch<T>& scratch,
+                           RowStats* stats) {
   using C = Acc<T>;
   const bool here = row.x0 >= 0;
   const C at_x0 = here ? load(row.z[row.x0]) : -kInfinity<C>;
-  ExpSum<C> all{at_x0, here ? 1.0 : 0.0};
+  ExpSum<C> others{at_x0, 0};
   C max_before = -kInfinity<C>, max_after = max_before;
   C *kept = kGrad ? scratch.kept(row) : nullptr, *shift = scratch.shifts.data();
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
     C max;
-    *shift++ = add_run<kGrad>(all, row.z + first, kGrad ? kept + first : kept, n, max);
+    *shift++ = add_run<kGrad>(others, row.z + first, kGrad ? kept + first : kept, n, max);
     max_before = first < row.x0 && max > max_before ? max : max_before;
     max_after = first > row.x0 && max > max_after ? max : max_after;
   });
-  if (all.shift == kInfinity<C>) all.sum = NAN;  // inf - inf, as in PyTorch
-  // log p(x0). The shift is never added to log(sum): beside a large one the sum's digits would be lost.
-  const double logsumexp = all.shift + std::log(all.sum);
+  if (others.shift == kInfinity<C>) others.sum = NAN;  // inf - inf, as in PyTorch
+  ExpSum<C> all = others;
+  all.add(at_x0, here ? 1 : 0);
+  // Neither is 1 added to a small sum, nor the shift to log(sum): digits would be lost.
+  const double log_sum = here && all.shift == at_x0 ? std::log1p(others.sum) : std::log(all.sum);
+  const double logsumexp = all.shift + log_sum;
   const double drift = z_loss == 0 ? 0 : logsumexp;  // which may be infinite
   const double slope = 1 + 2 * z_loss * drift;
-  const double log_p = here ? (static_cast<double>(at_x0) - all.shift) - std::log(all.sum) : -logsumexp;
+  const double log_p = here ? (static_cast<double>(at_x0) - all.shift) - log_sum : -logsumexp;
+  const C top = std::max({at_x0, max_before, max_after});
   const bool correct = at_x0 > max_before && at_x0 >= max_after && !std::isnan(all.sum);
-  if (stats) *stats = {logsumexp, entropy(row, all), static_cast<double>(correct), -log_p};
+  const bool with_entropy = entropy_weight != 0;
+  const double log_sum_top = log_sum - (static_cast<double>(top) - all.shift);
+  const double h = stats || with_entropy ? entropy(row, top, log_sum_top) : 0;
+  if (stats) *stats = {logsumexp, h, static_cast<double>(correct), -log_p};
   if constexpr (kGrad) {
     shift = scratch.shifts.data();
     row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-      double scale = weight * slope / all.sum * std::exp(static_cast<double>(*shift++) - all.shift);
-      if (!here && all.sum == 0) scale = 0;  // a part of the row without weight
-      store_scaled(row.grad + first, kept + first, n, scale);
+      double share = std::exp(static_cast<double>(*shift++) - all.shift) / all.sum;
+      if (!here && all.sum == 0) share = 0;  // a part of the row without weight
+      if (with_entropy && share != 0)
+        dce_entropy_grad(row.z + first, kept + first, row.grad + first, n, top, share,
+                         weight * slope - entropy_weight * (h - log_sum_top), entropy_weight);
+      else
+        store_scaled(row.grad + first, kept + first, n, share == 0 ? 0 : weight * slope * share);
     });
-    if (here) store(row.grad + row.x0, static_cast<C>(weight * (std::expm1(log_p) + (slope - 1) * std::exp(log_p))));
+    const double p = std::exp(log_p), pull = with_entropy && p > 0 ? entropy_weight * p * (log_p + h) : 0;
+    if (here) store(row.grad + row.x0, static_cast<C>(weight * (std::expm1(log_p) + (slope - 1) * p) - pull));
     if (row.excluded >= 0) store(row.grad + row.excluded, C(0));
   }
-  return weight * (z_loss * drift * drift - log_p);
+  return weight * (z_loss * drift * drift - log_p) + (with_entropy ? entropy_weight * h : 0);
 }
 
 // ---------------------------------------------------------------------------------------------------------

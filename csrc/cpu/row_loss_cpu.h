@@ -18,7 +18,7 @@ struct RowLoss {
   const void* z;
   const int64_t *x0, *xt;
   const bool* mask;
-  const double *sigma, *weight;
+  const double *sigma, *weight, *entropy_weight;
   Functor functor;
   int64_t mask_index, ignore_index, num_states, all_states, rows;
   bool exclude_mask, scale_by_sigma;
@@ -29,8 +29,9 @@ struct RowLoss {
   void* grad = nullptr;
 
   RowLoss(const Tensor& z_, const Tensor& x0_, const std::optional<Tensor>& xt_, const std::optional<Tensor>& mask_,
-          const std::optional<Tensor>& sigma_, const std::optional<Tensor>& weight_, const std::string& functor_,
-          int64_t mask_index_, bool exclude_mask_, int64_t ignore_index_, bool scale_by_sigma_, double z_loss_,
+          const std::optional<Tensor>& sigma_, const std::optional<Tensor>& weight_,
+          const std::optional<Tensor>& entropy_weight_, const std::string& functor_, int64_t mask_index_,
+          bool exclude_mask_, int64_t ignore_index_, bool scale_by_sigma_, double z_loss_,
           std::optional<int64_t> all_states_ = {})
       : tensor(z_),
         z(z_.const_data_ptr()),
@@ -39,6 +40,7 @@ struct RowLoss {
         mask(data<bool>(mask_)),
         sigma(data<double>(sigma_)),
         weight(data<double>(weight_)),
+        entropy_weight(data<double>(entropy_weight_)),
         functor(functor_named(functor_)),
         mask_index(mask_index_),
         ignore_index(ignore_index_),

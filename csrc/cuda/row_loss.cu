@@ -16,7 +16,7 @@ struct RowLoss {
   int64_t rows;
   const int64_t *x0, *xt;
   const bool* mask;
-  const double *sigma, *weight, *scale;
+  const double *sigma, *weight, *entropy_weight, *scale;
   void *loss, *grad;  // float or double; as z
   float* stats;       // [4, rows]
   int units;
@@ -28,7 +28,7 @@ struct RowLoss {
 
 // What thread 0 finds out for all: constants of a row, in double.
 struct Constants {
-  double weight, shift, k;  // k = N / expm1(sigma)
+  double weight, entropy_weight, shift, k;  // k = N / expm1(sigma)
   DseRow dse;
 };
 
@@ -161,45 +161,28 @@ __device__ float number_at(const Work<T>& work, int id) {
   return id >= 0 ? work.number(id) : id == -1 ? -INFINITY : NAN;
 }
 
-// log p(x0), and the log-sum-exp. The shift is never added to log(sum), where digits would be lost.
+// log p(x0), and the log-sum-exp. Neither is 1 added to a small sum, nor the shift to log(sum): digits would be lost.
 struct LogP {
   double logsumexp, x0;
 
   __device__ LogP(const Online& others, float at_x0, bool elsewhere) {
     const double x = at_x0, other = others.m, shift = x > other ? x : other;
-    double total = others.s * std::exp(other - shift) + std::exp(x - shift);
-    if (shift == INFINITY) total = NAN;  // inf - inf, as in PyTorch
-    logsumexp = shift + std::log(total);
-    x0 = elsewhere ? -logsumexp : (x - shift) - std::log(total);
+    double rest = others.s * std::exp(other - shift);
+    if (shift == INFINITY) rest = NAN;  // inf - inf, as in PyTorch
+    const double log_sum = x == shift ? std::log1p(rest) : std::log(rest + std::exp(x - shift));
+    logsumexp = shift + log_sum;
+    x0 = elsewhere ? -logsumexp : (x - shift) - log_sum;
   }
 };
 
-template <bool kGrad, bool kStats, typename T>
-__device__ Results dce_row(const Work<T>& work, double z_loss) {
-  const float at_x0 = number_at(work, work.x0);
-  const bool elsewhere = work.x0 == -1;
-  const Online others = sum_exp(work);
-  const double weight = work.shared.constants.weight;
-
-  Results results{};
-  float grad_x0 = 0;
-  if (work.leads() || work.minds(work.x0)) {
-    const LogP log_p(others, at_x0, elsewhere);
-    const double drift = z_loss == 0 ? 0 : log_p.logsumexp;  // which may be infinite
-    results.logsumexp = log_p.logsumexp;
-    results.nll = -log_p.x0;
-    results.loss = weight * (z_loss * drift * drift - log_p.x0);
-    grad_x0 = static_cast<float>(weight * (std::expm1(log_p.x0) + 2 * z_loss * drift * std::exp(log_p.x0)));
-  }
-  if (!kGrad && !kStats) return results;
-
-  // The same in float, for the others.
+// Writes the gradients exp(x) (slope - pull x) of all ids, x = z - shift; the sum of exp(x) x over those that are not
+// apart, and how many numbers stand before x0's.
+template <bool kGrad, bool kStats, bool kEntropy, typename T>
+__device__ Pair dce_pass(const Work<T>& work, float at_x0, float shift, double slope, double pull) {
+  const double excess = fmax(fmax(fabs(slope), fabs(pull)) * 1e-30, 1.0);  // what float has no room for
+  const auto a = static_cast<float>(slope / excess), b = static_cast<float>(pull / excess);
+  const auto size = static_cast<float>(excess);
   const Target<T> grad(work.grad, work.row.head);
-  const float shift = fmaxf(others.m, at_x0), e_x0 = exp_(at_x0 - shift);
-  const float all = others.s * exp_(others.m - shift) + e_x0;
-  const float drift = z_loss == 0 ? 0.0f : shift + logf(all);
-  const float slope = static_cast<float>(weight * (1 + 2 * z_loss * drift));
-  const float scale = elsewhere && all == 0 ? 0.0f : slope / all;
   float dot = 0;
   int ahead = 0;
   work.row.each([&](auto& few) {
@@ -210,19 +193,56 @@ __device__ Results dce_row(const Work<T>& work, double z_loss) {
         dot += x < -86 ? 0.0f : e * x;
         ahead += z > at_x0 || (z == at_x0 && few.first + i < work.x0);
       }
-      few.x[i] = scale * e;
+      few.x[i] = (kEntropy ? a - b * fmaxf(x, -1000) : a) * e * size;  // no NaN where e is 0
     }
     if constexpr (kGrad) grad.put(few);
   });
+  return {dot, static_cast<double>(ahead)};
+}
+
+template <bool kGrad, bool kStats, bool kEntropy, typename T>
+__device__ Results dce_row(const Work<T>& work, double z_loss) {
+  const float at_x0 = number_at(work, work.x0);
+  const bool elsewhere = work.x0 == -1;
+  const Online others = sum_exp(work);
+  const double weight = work.shared.constants.weight, entropy_weight = work.shared.constants.entropy_weight;
+
+  Results results{};
+  double grad_x0 = 0;
+  if (work.leads() || work.minds(work.x0)) {
+    const LogP log_p(others, at_x0, elsewhere);
+    const double drift = z_loss == 0 ? 0 : log_p.logsumexp;  // which may be infinite
+    results.logsumexp = log_p.logsumexp;
+    results.nll = -log_p.x0;
+    results.loss = weight * (z_loss * drift * drift - log_p.x0);
+    grad_x0 = weight * (std::expm1(log_p.x0) + 2 * z_loss * drift * std::exp(log_p.x0));
+  }
+  if (!kGrad && !kStats) return results;
+
+  // The same in float, for the others.
+  const float shift = fmaxf(others.m, at_x0), e_x0 = exp_(at_x0 - shift);
+  const float rest = others.s * exp_(others.m - shift), all = rest + e_x0;
+  const float log_all = at_x0 == shift ? log1pf(rest) : logf(all);
+  const bool is_nothing = elsewhere && all == 0;  // a part of the row without weight
+  double slope = weight * (z_loss == 0 ? 1 : 1 + 2 * z_loss * (shift + log_all)), pull = entropy_weight;
+  slope = is_nothing ? 0 : slope / all, pull = is_nothing ? 0 : pull / all;
+  constexpr bool kAtOnce = kGrad && !kEntropy;
+  Pair sums = dce_pass<kAtOnce, kStats, false>(work, at_x0, shift, slope, 0);
   if constexpr (kStats) {
-    const Pair sums = reduce_cluster(Pair{dot, static_cast<double>(ahead)}, work.shared.pair, Add());
-    const double dots = sums.a + (e_x0 > 0 ? e_x0 * (at_x0 - shift) : 0);
-    results.entropy = logf(all) - dots / all;
+    sums = reduce_cluster(sums, work.shared.pair, Add());
+    const double mean = (sums.a + (e_x0 > 0 ? e_x0 * (at_x0 - shift) : 0)) / all;
+    results.entropy = log_all - mean;
     results.correct = sums.b == 0 && all == all;
+    if constexpr (kEntropy) {
+      const double p = std::exp(-results.nll);
+      results.loss += entropy_weight * results.entropy;
+      grad_x0 -= p == 0 ? 0 : entropy_weight * p * (results.entropy - results.nll);
+      if constexpr (kGrad) dce_pass<true, false, true>(work, at_x0, shift, is_nothing ? 0 : slope + pull * mean, pull);
+    }
   }
   if constexpr (kGrad) {
     __syncthreads();
-    if (work.minds(work.x0)) store(work.grad + work.x0, grad_x0);
+    if (work.minds(work.x0)) store(work.grad + work.x0, static_cast<float>(grad_x0));
     if (work.minds(work.excluded)) store(work.grad + work.excluded, 0.0f);
   }
   return results;
@@ -311,7 +331,8 @@ __device__ Results nelbo_row(const Work<T>& work) {
 // The kernel.
 
 __device__ Constants constants_of(const RowLoss& op, int64_t r, bool moved) {
-  Constants constants{op.weight ? op.weight[r] * *op.scale : *op.scale, 0, 0, {}};
+  const double scale = *op.scale;
+  Constants constants{op.weight ? op.weight[r] * scale : scale, op.entropy_weight ? op.entropy_weight[r] * scale : 0};
   if (!op.sigma) return constants;
   const Noise noise(op.sigma[r]);
   const double states = static_cast<double>(op.all_states);
@@ -323,12 +344,12 @@ __device__ Constants constants_of(const RowLoss& op, int64_t r, bool moved) {
   return constants;
 }
 
-template <Functor kFunctor, bool kGrad, bool kStats, typename T>
+template <Functor kFunctor, bool kGrad, bool kStats, bool kEntropy, typename T>
 __device__ Results row_results(const Work<T>& work, const RowLoss& op) {
   const Constants& constants = work.shared.constants;
   const double shift = constants.shift;
   if constexpr (kFunctor == Functor::dce) {
-    return dce_row<kGrad, kStats>(work, op.z_loss);
+    return dce_row<kGrad, kStats, kEntropy>(work, op.z_loss);
   } else if constexpr (kFunctor == Functor::dse_absorb) {
     return dse_row<kGrad, ExpTerm>(work, -INFINITY, shift);
   } else if constexpr (kFunctor == Functor::dse_uniform) {
@@ -340,7 +361,7 @@ __device__ Results row_results(const Work<T>& work, const RowLoss& op) {
   }
 }
 
-template <typename T, Functor kFunctor, bool kGrad, bool kStats>
+template <typename T, Functor kFunctor, bool kGrad, bool kStats, bool kEntropy = false>
 __global__ void __launch_bounds__(512, 1) row_loss_kernel(const __grid_constant__ RowLoss op) {
   FASTDIFF_SHARED(memory);
   Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -362,7 +383,7 @@ __global__ void __launch_bounds__(512, 1) row_loss_kernel(const __grid_constant_
     if (threadIdx.x == 0) shared.constants = constants_of(op, r, x0 != xt);
     __syncthreads();
     const Work<T> work{row, to, shared, exists ? static_cast<int>(x0) : -2, other ? static_cast<int>(excluded) : -3};
-    results = row_results<kFunctor, kGrad, kStats>(work, op);
+    results = row_results<kFunctor, kGrad, kStats, kEntropy>(work, op);
   } else if (kGrad) {
     const Copies copies(shared.barriers);
     const Row<T> row(z, op.z.num_states, copies, nullptr, -1);
@@ -374,7 +395,7 @@ __global__ void __launch_bounds__(512, 1) row_loss_kernel(const __grid_constant_
     static_cast<double*>(op.loss)[r] = results.loss;
   else
     static_cast<float*>(op.loss)[r] = static_cast<float>(results.loss);
-  if constexpr (kStats) {
+  if (kStats && op.stats) {
     op.stats[r] = static_cast<float>(results.logsumexp);
     op.stats[op.rows + r] = static_cast<float>(results.entropy);
     op.stats[2 * op.rows + r] = static_cast<float>(results.correct);
@@ -385,6 +406,11 @@ __global__ void __launch_bounds__(512, 1) row_loss_kernel(const __grid_constant_
 template <typename T, Functor kFunctor>
 void launch_as(const RowLoss& op, const Tensor& z, const Grid& grid) {
   if constexpr (kFunctor == Functor::dce) {
+    if (op.entropy_weight) {
+      const auto kernel =
+          op.grad ? row_loss_kernel<T, kFunctor, true, true, true> : row_loss_kernel<T, kFunctor, false, true, true>;
+      return launch(kernel, z, grid, op);
+    }
     if (op.stats) {
       const auto kernel =
           op.grad ? row_loss_kernel<T, kFunctor, true, true> : row_loss_kernel<T, kFunctor, false, true>;
@@ -411,11 +437,13 @@ void launch_of(const RowLoss& op, const Tensor& z, const Grid& grid) {
 }  // namespace
 
 void launch_row_loss(Tensor z, Tensor x0, std::optional<Tensor> xt, std::optional<Tensor> mask,
-                     std::optional<Tensor> sigma, std::optional<Tensor> weight, Tensor scale, Tensor loss,
-                     std::optional<Tensor> grad, std::optional<Tensor> stats, std::string functor, int64_t mask_index,
-                     bool exclude_mask, int64_t ignore_index, bool scale_by_sigma, double z_loss, int64_t all_states) {
+                     std::optional<Tensor> sigma, std::optional<Tensor> weight, std::optional<Tensor> entropy_weight,
+                     Tensor scale, Tensor loss, std::optional<Tensor> grad, std::optional<Tensor> stats,
+                     std::string functor, int64_t mask_index, bool exclude_mask, int64_t ignore_index,
+                     bool scale_by_sigma, double z_loss, int64_t all_states) {
   RowLoss op{Rows(z), x0.numel(), data<int64_t>(x0), data<int64_t>(xt), data<bool>(mask)};
-  op.sigma = data<double>(sigma), op.weight = data<double>(weight), op.scale = data<double>(scale);
+  op.sigma = data<double>(sigma), op.weight = data<double>(weight), op.entropy_weight = data<double>(entropy_weight),
+  op.scale = data<double>(scale);
   op.loss = loss.mutable_data_ptr(), op.loss_is_double = loss.scalar_type() == ScalarType::Double;
   op.grad = grad ? grad->mutable_data_ptr() : nullptr, op.stats = stats ? mutable_data<float>(*stats) : nullptr;
   op.all_states = all_states, op.mask_index = mask_index, op.ignore_index = ignore_index;

@@ -27,8 +27,8 @@ from fastdiff.cli.options import (
     check_seed,
     versions,
 )
+from fastdiff.files import write_atomically
 from fastdiff.likelihood import forget, likelihoods, ranks
-from fastdiff.model import write_atomically
 
 _SHOWN = 10  # lines of the file in the table
 

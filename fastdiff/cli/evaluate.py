@@ -32,9 +32,9 @@ from fastdiff.cli.options import (
 )
 from fastdiff.data import Text, TokenSource, load_documents, load_named_documents
 from fastdiff.estimators.orders import ORDERS
+from fastdiff.files import write_atomically
 from fastdiff.likelihood import forget, likelihoods, ranks, row
 from fastdiff.loading import Loaded
-from fastdiff.model import write_atomically
 from fastdiff.shards import Shards, TokenFolder, is_tokens
 from fastdiff.texts import CUTS, Piece, pieces, tokens_of
 

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdiff.estimators.estimate import student_t
-from fastdiff.model import ModelConfig, read_config
+from fastdiff.files import read_config
+from fastdiff.model import ModelConfig
 from fastdiff.published import KINDS
 from fastdiff.training import TrainConfig
 

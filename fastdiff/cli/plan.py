@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fastdiff.cards import CARDS
 from fastdiff.checks import check_choice
-from fastdiff.model import write_atomically
+from fastdiff.files import write_atomically
 from fastdiff.planning import USABLE, Plan
 from fastdiff.presets import COND_DIM, PRESETS
 from fastdiff.training import LOSSES

@@ -15,8 +15,8 @@ from fastdiff.cli.evaluate import rows_of
 from fastdiff.cli.models import load_named
 from fastdiff.cli.options import Place, check_json
 from fastdiff.data import load_documents
+from fastdiff.files import write_atomically
 from fastdiff.likelihood import forget, ranks
-from fastdiff.model import write_atomically
 
 _LOADING = {"tokenizer", "mask_index", "length", "shift", "exclude_mask"}
 _SCORING = {"cut", "context", "num_sequences", "likelihood", "seed", "num_samples", "proposal", "tolerance"}

@@ -62,7 +62,7 @@ class Replicates(NamedTuple):
         misses that; the standard error allows for it as if for `_SHARED` parameters.
         """
         mean, stderr, freedom = mean_of_independent(self._controlled(self._share()))
-        return mean, stderr * math.sqrt(1 + _SHARED / (self.values.shape[2] - 1)), freedom
+        return mean, stderr * math.sqrt(allowance(self.values.shape[2])), freedom
 
     def _controlled(self, share: Tensor) -> Tensor:
         """Replicates [K, R, ...] as fitted on all folds but their own, less a share [K, R] of their controls."""
@@ -81,6 +81,11 @@ class Replicates(NamedTuple):
         """The group of each replicate: [R]."""
         chain = torch.arange(self.values.shape[2], device=self.values.device)
         return chain % _FOLDS % min(_GROUPS, self.values.shape[1])
+
+
+def allowance(chains: int) -> float:
+    """By how much the variance is larger than the spread of chains that share fits tells."""
+    return 1 + _SHARED / (chains - 1)
 
 
 def plan(num_samples: int, length: int) -> tuple[int, int]:

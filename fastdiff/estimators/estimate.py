@@ -97,16 +97,20 @@ class LogRatioEstimate:
     """log p(x) - log p(y) of B pairs of sequences, in nats, with the error that random masking leaves in them.
 
     Attributes:
-        log_ratio: [B] float64, nats.
+        log_ratio: [B] float64, nats; with a reference model, less the reference's.
         stderr: [B] float64, its standard error; 0 where every subset was enumerated.
-        num_forwards: [B] int64, network passes spent on both.
+        num_forwards: [B] int64, network passes spent on both, the reference's included.
         degrees_of_freedom: [B] float64, those of stderr; infinite where stderr is 0.
+        variance: [B] float64, of log_ratio, as its replicates spread; with a gradient where log_ratio has one. The
+            square of stderr also allows for what chains share through their fits, and at few passes is on average
+            twice as large.
     """
 
     log_ratio: Tensor
     stderr: Tensor
     num_forwards: Tensor
     degrees_of_freedom: Tensor
+    variance: Tensor
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Bounds (low, high), [B] each, that hold the true value with probability `level` (Student's t).
@@ -139,8 +143,8 @@ def mean_of_strata(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     n = values.shape[1]
     ring = torch.cat([values[:, ::2], values[:, 1::2].flip(1)], 1)
-    square = (ring - ring.roll(1, 1)) ** 2
-    stderr = square.sum(1).sqrt() / (math.sqrt(2) * n)
+    step = ring - ring.roll(1, 1)
+    stderr, square = torch.linalg.vector_norm(step, dim=1) / (math.sqrt(2) * n), step**2
     freedom = (2 * square.sum(1) ** 2 / (square**2).sum(1)).clamp(1, n)
     return values.mean(1), stderr, torch.where(stderr == 0, math.inf, freedom)
 

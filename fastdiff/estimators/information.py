@@ -14,8 +14,8 @@ from fastdiff.checks import check_tensor
 from fastdiff.estimators.score_entropy import EntropyScorer, ScoreModel, score_entropies
 from fastdiff.estimators.scoring import Model, Scorer
 from fastdiff.estimators.time_free import draw_names
+from fastdiff.files import write_atomically
 from fastdiff.graphs import Absorbing, Graph
-from fastdiff.model import write_atomically
 from fastdiff.noising import Masked, mask_tokens
 from fastdiff.philox import Purpose, draw32, scaled
 from fastdiff.schedules import Schedule

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from fastdiff.checks import check_choice, check_tokens
-from fastdiff.estimators.chains import Replicates, plan
+from fastdiff.estimators.chains import Replicates, allowance, plan
 from fastdiff.estimators.estimate import LogRatioEstimate
 from fastdiff.estimators.scoring import Model, Scorer, equal_rows
 from fastdiff.estimators.time_free import (
@@ -39,6 +40,7 @@ def log_likelihood_ratio(
     sample_ids: Tensor | None = None,
     differentiable: bool = False,
     backend: str | None = None,
+    reference: Model | None = None,
 ) -> LogRatioEstimate:
     """Unbiased estimate of log p(x) - log p(y) in nats, as the difference of two time-free NLLs on shared masks.
 
@@ -49,6 +51,9 @@ def log_likelihood_ratio(
     far lower variance. That is the same ratio if the conditionals are consistent; a network's are not quite, and then
     it averages only over orders that reveal everything outside D first.
 
+    With a reference model, the margin [log p(x) - log p(y)] - [log p_ref(x) - log p_ref(y)], on the same masks: a
+    replicate is the difference of four likelihoods, and stderr that of the margin (VRPO: Zhu et al., LLaDA 1.5, 2025).
+
     Args:
         model, proposal, exclude_mask, batch_size, seed, sample_ids, differentiable, backend: as in `time_free_nll`.
         x: [B, L] int64 tokens.
@@ -58,6 +63,11 @@ def log_likelihood_ratio(
         restrict: mask only where x and y differ; needs x and y of one shape. Equal sequences give 0.
         target: positions whose likelihood is meant, as in `time_free_nll`: for both, or a pair (of x, of y).
         lengths: [B] int64, tokens of each sequence if they differ, likewise.
+        reference: in one of the forms of model, with the same ids. It has no gradient, and a module is put into
+            evaluation mode meanwhile.
+
+    Returns:
+        What the masks give; if differentiable, log_ratio and variance have a gradient.
 
     Raises:
         TypeError, ValueError: as `time_free_nll`; also where x and y do not pair up.
@@ -80,32 +90,73 @@ def log_likelihood_ratio(
             )
         targets = [part & (x != y) for part in targets]
         pairs = targets[0].any(1).nonzero().squeeze(1)
-    score = Scorer(
-        model,
-        _stacked((x, y), pairs),
-        mask_index,
+    given: dict[str, Any] = dict(
+        x0=_stacked((x, y), pairs),
+        mask_index=mask_index,
         target=_stacked(targets, pairs),
         lengths=torch.cat([where.sum(1)[pairs] for where in inside]),
         exclude_mask=exclude_mask,
         batch_size=batch_size,
-        differentiable=differentiable,
         backend=backend,
     )
+    score = Scorer(model, **given, differentiable=differentiable)
     most = torch.full_like(score.num_tokens, num_samples)
     check_enough(num_samples, proposal, all_enumerated=bool(fits(score.num_tokens, most).all()))
+    draws = num_samples, proposal, seed, sample_ids[pairs]
+    found = _differences(score, *draws)
+    if reference is not None:
+        others = _differences(Scorer(reference, **given), *draws)
+        found = [part.less(other, proposal) for part, other in zip(found, others, strict=True)]
     zero = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    columns = [zero, zero, torch.zeros_like(sample_ids), zero + math.inf]
-    with score.evaluating(2 * num_samples * len(pairs)):
-        for which in _pair_groups(score):
-            part = _ratio(score, which, num_samples, proposal, seed, sample_ids[pairs[which]])
-            columns = [c.index_copy(0, pairs[which], p) for c, p in zip(columns, part, strict=True)]
+    columns = [zero, zero, torch.zeros_like(sample_ids), zero + math.inf, zero]
+    for part in found:
+        columns = [c.index_copy(0, pairs[part.which], p) for c, p in zip(columns, part.mean(proposal), strict=True)]
     return LogRatioEstimate(*columns)
 
 
-def _ratio(
+class _Difference(NamedTuple):
+    """log p(x) - log p(y) of some pairs [K], replicate by replicate, and what each pair cost.
+
+    `replicates` [K, 1, 1] is exact where all subsets were enumerated. `gradient` [K] is what the mean's comes from, if
+    not from the replicates.
+    """
+
+    which: Tensor
+    replicates: Replicates
+    passes: int
+    exact: bool
+    gradient: Tensor | None = None
+
+    def less(self, other: "_Difference", proposal: str) -> "_Difference":
+        """Less another's, which has no gradient: that of the mean stays this one's, whose controls suit it better."""
+        values, controls = (a - b for a, b in zip(self.replicates, other.replicates, strict=True))
+        replicates, passes = Replicates(values, controls), self.passes + other.passes
+        return self._replace(replicates=replicates, passes=passes, gradient=self.mean(proposal)[0])
+
+    def mean(self, proposal: str) -> tuple[Tensor, ...]:
+        """Columns of LogRatioEstimate."""
+        forwards = torch.full_like(self.which, self.passes)
+        if self.exact:
+            zero = torch.zeros_like(self.which, dtype=torch.float64)
+            return self.replicates.values.flatten(), zero, forwards, zero + math.inf, zero
+        mean, stderr, freedom = mean_over(self.replicates, proposal)
+        if self.gradient is not None:
+            mean = mean.detach() + (self.gradient - self.gradient.detach()).nan_to_num()
+        allowed = allowance(self.replicates.values.shape[2]) if proposal == "stratified" else 1.0
+        return mean, stderr.detach(), forwards, freedom.detach(), stderr**2 / allowed
+
+
+def _differences(score: Scorer, num_samples: int, proposal: str, seed: Tensor, sample_ids: Tensor) -> list[_Difference]:
+    """Of all pairs, those that agree in all lengths together: x is sequence k, y is B + k."""
+    with score.evaluating(num_samples * len(score.x0)):
+        return [
+            _difference(score, which, num_samples, proposal, seed, sample_ids[which]) for which in _pair_groups(score)
+        ]
+
+
+def _difference(
     score: Scorer, which: Tensor, num_samples: int, proposal: str, seed: Tensor, sample_ids: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Columns of LogRatioEstimate for pairs `which` [K] that agree in all lengths: x is sequence k, y is B + k."""
+) -> _Difference:
     rows = which, which + len(score.x0) // 2
     sizes = [int(score.num_tokens[row[0]]) for row in rows]
     enumerated = [2**n - 1 <= num_samples for n in sizes]
@@ -120,15 +171,10 @@ def _ratio(
             passes += 2**n - 1
         else:
             sides.append(run_replicates(score, row, chains_and_looks, num_samples, proposal, seed, sample_ids, 0))
-            passes += 1 + math.prod(chains_and_looks) if proposal == "stratified" else num_samples
+            spent = {"stratified": 1 + math.prod(chains_and_looks), "complementary": num_samples // 2 * 2}
+            passes += spent.get(proposal, num_samples)
     (x, x_control), (y, y_control) = sides
-    difference = Replicates(y - x, y_control - x_control)
-    forwards = torch.full_like(which, passes)
-    if all(enumerated):
-        zero = torch.zeros_like(which, dtype=torch.float64)
-        return difference.values.flatten(), zero, forwards, zero + math.inf
-    mean, stderr, freedom = mean_over(difference, proposal)
-    return mean, stderr.detach(), forwards, freedom.detach()
+    return _Difference(which, Replicates(y - x, y_control - x_control), passes, all(enumerated))
 
 
 def _pair_groups(score: Scorer) -> list[Tensor]:

@@ -28,12 +28,13 @@ from fastdiff.data import NUM_BYTES
 from fastdiff.estimators import conditional_nll
 from fastdiff.estimators.scoring import Model
 from fastdiff.estimators.time_free import PROPOSALS
+from fastdiff.files import read_config
 from fastdiff.integrations.transformers import agreed_mask_index  # and names FastdiffForMaskedLM
 from fastdiff.loading import front_of, of_config, shifted
-from fastdiff.model import DiffusionTransformer, read_config
+from fastdiff.model import DiffusionTransformer
 from fastdiff.sampling import sample
 from fastdiff.texts import Bytes, chat_text, split_pair
-from fastdiff.training import time_free
+from fastdiff.training import SCHEDULE
 
 _TOGETHER = 64  # requests of equal lengths
 _PARTS = 2**20  # more than a document has windows or repeats
@@ -320,7 +321,9 @@ def _load(folder: Path, device: torch.device, trust_remote_code: bool) -> tuple[
         thin = DiffusionTransformer.from_pretrained(folder).to(device)
         if thin.config.num_states != NUM_BYTES + 1:
             raise ValueError(f"pretrained: expected a model of bytes and a mask, got {thin.config}")
-        return time_free(thin, NUM_BYTES), of_config(thin.config) | dict(tokenizer=Bytes(), mask_index=NUM_BYTES)
+        return thin.conditionals(NUM_BYTES, SCHEDULE.total_noise), of_config(thin.config) | dict(
+            tokenizer=Bytes(), mask_index=NUM_BYTES
+        )
     model = AutoModel.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code).to(device)
     return model, of_config(model.config) | dict(tokenizer=folder)
 

@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from fastdiff.checks import check_tensor
 from fastdiff.integrations.tail import Tail, fitted, numbers
 from fastdiff.linear_losses import linear_dce_loss, linear_dse_loss
-from fastdiff.losses import RowStats, dce_rows, dse_rows
+from fastdiff.logps import linear_token_logps, token_logps
+from fastdiff.losses import RowStats, dce_rows, dse_rows, row_stats
 from fastdiff.ops.linear_loss import TILE_BYTES
 from fastdiff.ops.parallel import shard_of
 from fastdiff.ops.row_loss import Rows, loss_dtype, row_loss, scored_tokens
@@ -65,20 +66,31 @@ class LossHead:
                 outside; what the function is given is not what the model makes of what the layer gave.
             ValueError, TypeError: as `linear_dce_loss`.
         """
-        return self._scoring(linear_dce_loss, dce_rows, dict(options, x0=x0))
+        return self._scoring(linear_dce_loss, dce_rows, _losses_of, dict(options, x0=x0))
+
+    @contextmanager
+    def token_logps(self, x0: Tensor, **options: Any) -> Iterator[Callable[[Tensor], Any]]:
+        """The same for `linear_token_logps`, whose options these are, but bias, softcap and group.
+
+        With return_entropy the function returns (log-probabilities, entropy), each with its gradient.
+        """
+        with self._scoring(_linear_logps, dce_rows, _logps_of, dict(options, x0=x0)) as logps_of:
+            yield (lambda logits: logps_of(logits).unbind()) if options.get("return_entropy") else logps_of
 
     def dse_loss(self, sigma: Any, xt: Tensor, x0: Tensor, **options: Any) -> AbstractContextManager[Any]:
         """The same for `linear_dse_loss`, whose arguments these are."""
-        return self._scoring(linear_dse_loss, dse_rows, dict(options, sigma=sigma, xt=xt, x0=x0))
+        return self._scoring(linear_dse_loss, dse_rows, _losses_of, dict(options, sigma=sigma, xt=xt, x0=x0))
 
     @contextmanager
-    def _scoring(self, linear: Callable[..., Any], rows: Callable[..., Rows], options: dict[str, Any]) -> Iterator[Any]:
+    def _scoring(
+        self, linear: Callable[..., Any], rows: Callable[..., Rows], part: Callable[..., Any], options: dict[str, Any]
+    ) -> Iterator[Any]:
         check_tensor("x0", options["x0"])
         known = _BEHIND.setdefault(self.layer, WeakKeyDictionary())
         if self.model not in known:
             known[self.model] = _found_out(self.model, self.layer, self.logits, options["x0"].device)
         behind = known[self.model]
-        scoring = _Scoring(self.layer, behind, linear, rows, behind.tail.applied(options))
+        scoring = _Scoring(self.layer, behind, linear, rows, part, behind.tail.applied(options))
         try:
             with _in_place(self.layer, scoring):
                 yield scoring.loss_of
@@ -95,6 +107,7 @@ class _Scoring:
     behind: "_Behind"
     linear: Callable[..., Any]
     rows: Callable[..., Rows]
+    part: Callable[..., tuple[Tensor, Tensor | None]]  # of some rows and their logits
     options: dict[str, Any]
     with_grad: bool = dataclasses.field(default_factory=torch.is_grad_enabled)
     loss: Tensor | None = None
@@ -139,38 +152,57 @@ class _Scoring:
     @torch.compiler.disable
     def _in_parts(self, forward: Forward, hidden: Tensor) -> Any:
         """By calls of the layer on some scored rows at a time, whose logits are made again in backward."""
-        options = {"return_stats": False, "backend": None, "capacity": None, "summed": False} | self.options
-        with_stats, backend, *_ = (options.pop(name) for name in ("return_stats", "backend", "capacity", "summed"))
-        tail = self.behind.tail
+        options, tail = dict(self.options), self.behind.tail
+        apart = {name: options.pop(name) for name in _NOT_OF_ROWS if name in options}
         rows = self.rows(hidden.detach().new_empty(()).expand(*hidden.shape[:-1], tail.num_states), **options)
         index = scored_tokens(rows).flatten().nonzero().squeeze(1)
         # As many parts as all tokens would need: on each rank as many, should the layer gather its weights.
         size = rows.x0.numel() * tail.num_states * hidden.element_size()
         count = max(1, -(-size // TILE_BYTES[hidden.device.type]))
 
-        def part(hidden: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        def part(hidden: Tensor, at: Tensor) -> tuple[Tensor, Tensor | None]:
             z = forward(hidden)
             if isinstance(z, DTensor):
                 raise TypeError(f"layer: expected an nn.Linear where ids are cut over ranks, got {type(self.layer)}")
-            chosen = dataclasses.replace(rows.at(at), z=tail(z), reduction="none", num_items=None)
-            return row_loss(chosen, backend, with_stats)
+            return self.part(dataclasses.replace(rows.at(at), z=tail(z), reduction="none", num_items=None), **apart)
 
         flat = hidden.flatten(0, -2)
         parts = [checkpoint(part, flat[at], at, use_reentrant=False) for at in index.tensor_split(count)]
         losses, stats = zip(*parts, strict=True)
         shape = rows.x0.shape
-        loss = torch.cat(losses)
+        loss = torch.cat(losses, -1)
         if rows.reduction == "none":
-            loss = loss.new_zeros(shape.numel()).index_put((index,), loss).view(shape)
+            loss = loss.new_zeros(*loss.shape[:-1], shape.numel()).index_copy(-1, index, loss).unflatten(-1, shape)
         else:
             loss = loss.sum()
         if rows.reduction == "mean":
             loss = (loss / (max(1, len(index)) if rows.num_items is None else rows.num_items)).to(loss.dtype)
-        if not with_stats:
+        if not apart.get("return_stats"):
             return loss
         found = torch.cat(stats, 1)
         every = found.new_zeros(len(found), shape.numel()).index_copy(1, index, found).view(-1, *shape)
-        return loss, RowStats(every[0], every[1], every[2] == 1, *every[3:])
+        return loss, row_stats(every)
+
+
+_NOT_OF_ROWS = ("return_stats", "backend", "capacity", "summed", "temperature", "return_entropy")
+
+
+def _losses_of(rows: Rows, return_stats: bool = False, backend: str | None = None, **_: Any) -> tuple[Tensor, Tensor]:
+    return row_loss(rows, backend, return_stats)
+
+
+def _logps_of(rows: Rows, capacity: int | None = None, **options: Any) -> tuple[Tensor, None]:
+    options |= dict(mask_index=rows.mask_index, exclude_mask=rows.exclude_mask)
+    return _stacked(token_logps(rows.z, rows.x0, **options)), None
+
+
+def _linear_logps(*arguments: Any, **options: Any) -> Tensor:
+    return _stacked(linear_token_logps(*arguments, **options))
+
+
+def _stacked(found: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """Log-probabilities, or [2, ...] with entropies."""
+    return found if isinstance(found, Tensor) else torch.stack(found)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -235,22 +235,45 @@ def sum_exp(row, BLOCK: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def dce_visit(part, row, constants, WITH_GRAD: tl.constexpr, WITH_STATS: tl.constexpr):
+def dce_visit(part, row, constants, WITH_GRAD: tl.constexpr, WITH_STATS: tl.constexpr, WITH_ENTROPY: tl.constexpr):
     """Stores gradients; for the statistics, exp(x) x with x = z - shift, and which numbers stand before x0's."""
     _, grad, ids, exists = part
-    shift, x_x0, scale = constants
+    shift, x_x0, slope, pull, size = constants
     x = (load_others(part, row) if WITH_STATS else load_part(part)) - shift
     e = tl.exp2(x * LOG2_E)
+    if WITH_ENTROPY:
+        slope -= pull * tl.maximum(x, -1000.0)  # no NaN where e is 0
     if WITH_GRAD:
-        tl.store(grad, scale * e, mask=exists)
+        tl.store(grad, slope * e * size, mask=exists)
     ahead = (x > x_x0) | ((x == x_x0) & (ids < row[7]))
     return tl.where(x < -86.0, 0.0, e * x), tl.where(ahead, 1, 0)
 
 
 @triton.jit
+def dce_pass(
+    row, shift, x_x0, slope, pull,
+    WITH_GRAD: tl.constexpr, WITH_STATS: tl.constexpr, WITH_ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Stores the gradients exp(x) (slope - pull x); the sum of exp(x) x, and how many numbers stand before x0's."""
+    f32 = tl.float32
+    size = tl.maximum(tl.maximum(tl.abs(slope), tl.abs(pull)) * 1e-30, 1.0)  # what float32 has no room for
+    constants = (shift.to(f32), x_x0, (slope / size).to(f32), (pull / size).to(f32), size.to(f32))
+    dots, aheads = tl.zeros((BLOCK,), f32), tl.zeros((BLOCK,), tl.int32)
+    for i in range(num_blocks(row, BLOCK, VEC)):
+        dot, ahead = dce_visit(block_of(row, i, BLOCK, VEC), row, constants, WITH_GRAD, WITH_STATS, WITH_ENTROPY)
+        if WITH_STATS:
+            dots += dot
+            aheads += ahead
+    dot, ahead = dce_visit(edge_of(row, VEC), row, constants, WITH_GRAD, WITH_STATS, WITH_ENTROPY)
+    return tl.sum(dots, 0) + tl.sum(dot, 0), tl.sum(aheads, 0) + tl.sum(ahead, 0)
+
+
+@triton.jit
 def dce_row(
-    row, weight, z_loss,
-    WITH_GRAD: tl.constexpr, WITH_STATS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+    row, weight, entropy_weight, z_loss,
+    WITH_GRAD: tl.constexpr, WITH_STATS: tl.constexpr, WITH_ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     top, others = sum_exp(row, BLOCK, VEC)
     elsewhere = row[7] == -1
@@ -258,35 +281,41 @@ def dce_row(
     if WITH_GRAD:
         tl.debug_barrier()  # as in dse_row
     shift = tl.where(at_x0 > top, at_x0, top)
-    total = others * tl.exp(top - shift) + tl.exp(at_x0 - shift)
-    total = tl.where(shift == float("inf"), float("nan"), total)  # inf - inf, as in PyTorch
-    log_p = (at_x0 - shift) - tl.log(total)  # the shift is never added to log(sum), where digits would be lost
-    logsumexp = shift + tl.log(total)
+    others = tl.where(shift == float("inf"), float("nan"), others * tl.exp(top - shift))  # inf - inf, as in PyTorch
+    total = others + tl.exp(at_x0 - shift)
+    # Neither is 1 added to a small sum, nor the shift to log(sum): digits would be lost.
+    log_total = tl.where(at_x0 == shift, log1p_(others), tl.log(total))
+    log_p = (at_x0 - shift) - log_total
+    logsumexp = shift + log_total
     log_p = tl.where(elsewhere, -logsumexp, log_p)
     drift = tl.where(z_loss == 0, 0.0, logsumexp)  # which may be infinite
+    loss = weight * (z_loss * drift * drift - log_p)
+    entropy, correct, pull = tl.zeros_like(total), tl.zeros_like(total), tl.zeros_like(total)
+    x_x0 = at_x0.to(tl.float32) - shift.to(tl.float32)
     slope = 1 + 2 * z_loss * drift
-    entropy, correct = tl.zeros_like(total), tl.zeros_like(total)
-    if WITH_GRAD or WITH_STATS:
-        f32 = tl.float32
-        scale = tl.where(elsewhere & (total == 0), 0.0, weight * slope / total).to(f32)
-        x_x0 = at_x0.to(f32) - shift.to(f32)
-        grad_x0 = (weight * (expm1_(log_p) + (slope - 1) * tl.exp(log_p))).to(f32)
-        constants = (shift.to(f32), x_x0, scale)
-        dots, aheads = tl.zeros((BLOCK,), f32), tl.zeros((BLOCK,), tl.int32)
-        for i in range(num_blocks(row, BLOCK, VEC)):
-            dot, ahead = dce_visit(block_of(row, i, BLOCK, VEC), row, constants, WITH_GRAD, WITH_STATS)
-            if WITH_STATS:
-                dots += dot
-                aheads += ahead
-        dot, ahead = dce_visit(edge_of(row, VEC), row, constants, WITH_GRAD, WITH_STATS)
-        if WITH_GRAD:
-            store_apart(row, grad_x0, 0.0)
-        if WITH_STATS:
+    grad_x0 = weight * (expm1_(log_p) + (slope - 1) * tl.exp(log_p))
+    is_nothing = elsewhere & (total == 0)  # a part of the row without weight
+    slope = tl.where(is_nothing, 0.0, weight * slope / total)
+    if WITH_GRAD or WITH_STATS or WITH_ENTROPY:
+        AT_ONCE: tl.constexpr = WITH_GRAD and not WITH_ENTROPY
+        AS_WELL: tl.constexpr = WITH_STATS or WITH_ENTROPY
+        dot, ahead = dce_pass(row, shift, x_x0, slope, pull, AT_ONCE, AS_WELL, False, BLOCK, VEC)
+        if AS_WELL:
             dot_x0 = tl.where(x_x0 < -86.0, 0.0, tl.exp(x_x0) * x_x0)
-            entropy = tl.log(total) - (tl.sum(dots, 0) + tl.sum(dot, 0) + dot_x0).to(tl.float64) / total
-            first = tl.sum(aheads, 0) + tl.sum(ahead, 0) == 0
-            correct = tl.where(first & (total == total), 1.0, 0.0).to(tl.float64)
-    return weight * (z_loss * drift * drift - log_p), logsumexp, entropy, correct, -log_p
+            entropy = log_total - (dot + dot_x0).to(tl.float64) / total
+            correct = tl.where((ahead == 0) & (total == total), 1.0, 0.0).to(tl.float64)
+    if WITH_ENTROPY:
+        loss += entropy_weight * entropy
+        p = tl.exp(log_p)
+        grad_x0 -= entropy_weight * tl.where(p == 0, 0.0, p * (log_p + entropy))
+        pull = tl.where(is_nothing, 0.0, entropy_weight / total)
+        slope -= tl.where(is_nothing, 0.0, pull * (entropy - log_total))
+        if WITH_GRAD:
+            tl.debug_barrier()  # as above
+            dce_pass(row, shift, x_x0, slope, pull, True, False, True, BLOCK, VEC)
+    if WITH_GRAD:
+        store_apart(row, grad_x0.to(tl.float32), 0.0)
+    return loss, logsumexp, entropy, correct, -log_p
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -362,6 +391,7 @@ def row_loss_kernel(
     MASK,  # bool [rows] or None
     SIGMA,  # float64 [rows] or None
     WEIGHT,  # float64 [rows] or None
+    ENTROPY_WEIGHT,  # float64 [rows] or None
     SCALE,  # float64 [], a factor of every loss
     LOSS,  # float32 or float64 [rows]
     GRAD,  # [rows, V] contiguous; anything without gradient
@@ -425,8 +455,12 @@ def row_loss_kernel(
         if FUNCTOR == "dce":
             if SIGMA is not None:  # conditionals as scores: DSE of log c - log e1 is DCE / e1
                 weight *= inv_e1
+            entropy_weight = zero
+            WITH_ENTROPY: tl.constexpr = ENTROPY_WEIGHT is not None
+            if WITH_ENTROPY:
+                entropy_weight = tl.load(SCALE) * tl.load(ENTROPY_WEIGHT + r)
             loss, logsumexp, entropy, correct, nll = dce_row(
-                row, weight, z_loss, WITH_GRAD, STATS is not None, BLOCK, VEC
+                row, weight, entropy_weight, z_loss, WITH_GRAD, STATS is not None, WITH_ENTROPY, BLOCK, VEC
             )
         elif FUNCTOR == "dse_absorb":
             loss = dse_row(row, weight, shift, zero, zero, inv_e1, -log_e1, "exp", WITH_GRAD, IN_PLACE, BLOCK, VEC)
@@ -477,6 +511,7 @@ def launch_row_loss(
     mask: Tensor | None,
     sigma: Tensor | None,
     weight: Tensor | None,
+    entropy_weight: Tensor | None,
     scale: Tensor,
     loss: Tensor,
     grad: Tensor | None,
@@ -491,7 +526,7 @@ def launch_row_loss(
 ) -> None:
     num_states = z.shape[-1]
     row_loss_kernel[(x0.numel(),)](
-        z, x0, xt, mask, sigma, weight, scale, loss, z if grad is None else grad, stats,
+        z, x0, xt, mask, sigma, weight, entropy_weight, scale, loss, z if grad is None else grad, stats,
         num_states, all_states, *row_strides(z), mask_index, ignore_index, z_loss,
         FUNCTOR=functor, EXCLUDE_MASK=exclude_mask, SCALE_BY_SIGMA=scale_by_sigma, WITH_GRAD=grad is not None,
         IN_PLACE=grad is z, CONTIGUOUS=z.is_contiguous(), VEC=16 // z.element_size(),

@@ -17,6 +17,7 @@ from fastdiff.backends import KERNELS, BackendUnavailable, resolve
 from fastdiff.ops.library import define, implement, library, no_derivative, no_forward_mode
 from fastdiff.ops.parallel import Shard, sharded_losses_
 from fastdiff.ops.row_loss import (
+    ENTROPY,
     IGNORE_NONE,
     Rows,
     check_row_values,
@@ -43,10 +44,11 @@ IDS = {"cpu": 512, "cuda": 8192}
 # statistics, as new_stats has them.
 _LINEAR = (
     "Tensor hidden, Tensor? lm_head, Tensor? bias, Tensor x0, Tensor? xt, Tensor? mask, Tensor? sigma, Tensor? weight, "
-    "Tensor? num_items, str functor, int mask_index, bool exclude_mask, int ignore_index, bool scale_by_sigma, "
-    "float z_loss, str reduction, float softcap, SymInt capacity, ScalarType dtype, str group, SymInt all_states"
+    "Tensor? entropy_weight, Tensor? num_items, str functor, int mask_index, bool exclude_mask, int ignore_index, "
+    "bool scale_by_sigma, float z_loss, str reduction, float softcap, SymInt capacity, ScalarType dtype, str group, "
+    "SymInt all_states"
 )
-_TENSORS = 9  # of the arguments
+_TENSORS = 10  # of the arguments
 _NONE = [False] * 3
 
 
@@ -113,7 +115,8 @@ def _fake_grads(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.wanted = inputs[-2]
-    ctx.mark_non_differentiable(*output[1:])
+    with_entropy = inputs[-8] == "none" and not any(ctx.wanted) and inputs[-1]
+    ctx.mark_non_differentiable(*output[1 : 4 if with_entropy else 5])
     ctx.set_materialize_grads(False)
     ctx.constants = None if any(ctx.wanted) else inputs[_TENSORS:-2]
     if any(ctx.wanted):
@@ -122,15 +125,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         ctx.save_for_backward(*inputs[:_TENSORS])
 
 
-def _backward(backend: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(backend: str, ctx: Any, grad_loss: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     made: Sequence[Tensor | None] = (None, None, None)
-    if grad_loss is not None and ctx.constants is None:
+    grad_entropy = None if others[-1] is None else others[-1][ENTROPY]
+    if ctx.constants is not None and not (grad_loss is None and grad_entropy is None):
+        wanted = list(ctx.needs_input_grad[:3])
+        made = _linear_loss_backward[backend](grad_loss, grad_entropy, *ctx.saved_tensors, *ctx.constants, wanted)
+        made = [grad if want else None for grad, want in zip(made, wanted, strict=True)]
+    elif grad_loss is not None:
         saved = iter(scaled(backend, ctx, _alike(grad_loss)))
         made = [next(saved) if want else None for want in ctx.wanted]
-    elif grad_loss is not None:
-        wanted = list(ctx.needs_input_grad[:3])
-        made = _linear_loss_backward[backend](grad_loss, *ctx.saved_tensors, *ctx.constants, wanted)
-        made = [grad if want else None for grad, want in zip(made, wanted, strict=True)]
     return (*made, *(None,) * (len(ctx.needs_input_grad) - 3))
 
 
@@ -150,8 +154,8 @@ _linear_loss = define(
 )
 _linear_loss_backward = define(
     "linear_loss_backward",
-    f"(Tensor grad_loss, {_LINEAR}, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
-    lambda grad_loss, *arguments: _fake_grads(*arguments),
+    f"(Tensor? grad_loss, Tensor? grad_entropy, {_LINEAR}, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
+    lambda grad_loss, grad_entropy, *arguments: _fake_grads(*arguments),
 )
 
 
@@ -173,11 +177,12 @@ def _forward(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
     return _compute(backend, *_unpack(*rest), wanted, with_stats)
 
 
-def _recompute(backend: str, grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Gradients for any upstream one, which is a weight of the summed loss."""
+def _recompute(
+    backend: str, grad_loss: Tensor | None, grad_entropy: Tensor | None, *arguments: Any
+) -> tuple[Tensor, ...]:
+    """Gradients for any upstream ones."""
     head, rows = _unpack(*arguments[:-1])
-    upstream = grad_loss.double().expand(rows.x0.shape)
-    rows.weight = upstream if rows.weight is None else rows.weight * upstream
+    rows.weigh(grad_loss, grad_entropy)
     return _compute(backend, head, rows, arguments[-1], False)[1:4]
 
 
@@ -194,7 +199,7 @@ def _compute(backend: str, head: Head, rows: Rows, wanted: list[bool], with_stat
     if head.shard.group:
         head.shard.check_alike(head.num_states, rows, count, wanted[0], with_stats)
     missing = torch.where(count > len(index), math.nan, 0.0)  # for all to see, should the list be too short
-    rows.weight = _weights(rows, count) + missing
+    _reduce(rows, count, missing)
     with torch.autocast(scored.device.type, enabled=False):  # head.dtype has the last word
         chunks = _Chunks(backend, head, rows, wanted, missing, with_stats)
         losses, stats = chunks.losses(index, count)
@@ -204,12 +209,12 @@ def _compute(backend: str, head: Head, rows: Rows, wanted: list[bool], with_stat
     return loss.to(loss_dtype(head.dtype)), *grads, stats
 
 
-def _weights(rows: Rows, count: Tensor) -> Tensor:
-    """Weights that include what the reduction divides by."""
+def _reduce(rows: Rows, count: Tensor, missing: Tensor) -> None:
+    """Makes the weights include what the reduction divides by, and what is missing."""
     weight = torch.ones_like(rows.x0, dtype=torch.float64) if rows.weight is None else rows.weight
-    if rows.reduction != "mean":
-        return weight
-    return weight / (count.clamp_min(1) if rows.num_items is None else rows.num_items)
+    items = 1 if rows.reduction != "mean" else count.clamp_min(1) if rows.num_items is None else rows.num_items
+    rows.weight = weight / items + missing
+    rows.entropy_weight = None if rows.entropy_weight is None else rows.entropy_weight / items
 
 
 class _Chunks:
@@ -256,7 +261,8 @@ class _Chunks:
 
     def _sums_suffice(self) -> bool:
         """Whether a kernel makes what is asked for from tiles of logits that are never stored."""
-        sums = self.rows.functor in ("dce", "dse_absorb") and not self.with_grad and not self.with_stats
+        more = self.with_grad or self.with_stats or self.rows.entropy_weight is not None
+        sums = self.rows.functor in ("dce", "dse_absorb") and not more
         return sums and self.head.dtype.itemsize == 2 and self.backend == "triton" and not self.head.shard.group
 
     def _from_sums(self, lm_head: Tensor, index: Tensor, count: Tensor) -> Tensor:

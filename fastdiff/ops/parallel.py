@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdiff.ops.row_loss import Rows, loss_dtype, row_losses_
+from fastdiff.ops.row_loss import ENTROPY, Rows, loss_dtype, row_losses_
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ class Shard(NamedTuple):
     def check_alike(self, num_states: int, rows: Rows, count: Tensor, with_grad: bool, with_stats: bool) -> None:
         """Raises on all ranks if the ranks' parts or tokens do not belong together, when they would wait for ever."""
         ranks = dist.get_world_size(self.process_group)
-        alike = torch.full_like(count, with_grad + 2 * with_stats)
+        alike = torch.full_like(count, with_grad + 2 * with_stats + 4 * (rows.entropy_weight is not None))
         mine = torch.stack([torch.full_like(count, rows.x0.numel()), count, rows.x0.sum(), alike])
         met = self.max(torch.cat([-mine, mine])).tolist()
         if met[0] > 0:  # a number of tokens below 0: a rank is in `checked`
@@ -119,36 +119,44 @@ def sharded_losses_(rows: Rows, backend: str, shard: Shard, with_grad: bool, wit
     weight = torch.ones_like(scored, dtype=torch.float64) if rows.weight is None else rows.weight
     if rows.sigma is not None:
         weight = weight * torch.exp(-rows.sigma) / -torch.expm1(-rows.sigma)
+    pull = rows.entropy_weight
     here, at = part.x0 >= 0, part.x0.clamp_min(0).unsqueeze(1)
-    others = dataclasses.replace(part, x0=torch.where(scored, -1, part.x0), sigma=None, weight=None, z_loss=0.0)
-    own, stats = row_losses_(others, backend, shard.all_states, False, with_stats)
+    plain: dict[str, Any] = dict(sigma=None, weight=None, entropy_weight=None, z_loss=0.0)
+    others = dataclasses.replace(part, x0=torch.where(scored, -1, part.x0), **plain)
+    own, stats = row_losses_(others, backend, shard.all_states, False, with_stats or pull is not None)
     top = shard.max(own.clone())
     at_x0 = torch.where(here, z.gather(1, at).squeeze(1).double(), 0)
     total, at_x0 = shard.sum(torch.stack([torch.exp(own - top), at_x0]))
     logsumexp = top + total.log()
     log_p, slope = at_x0 - logsumexp, 1 + 2 * rows.z_loss * logsumexp
-    if with_stats:
-        stats = _whole_stats(part, rows.x0, shard, stats[1], own, logsumexp, log_p)
+    share, p = torch.exp(own - logsumexp), log_p.exp()
+    loss = weight * (rows.z_loss * logsumexp**2 - log_p)
+    if with_stats or pull is not None:  # a part's -sum p log p is its share of the sum times own_entropy
+        own_entropy = torch.where(share == 0, 0, stats[ENTROPY] + logsumexp - own)
+        entropy = shard.sum(share * own_entropy)
+    stats = _whole_stats(part, rows.x0, shard, entropy, logsumexp, log_p) if with_stats else stats[:0]
+    if pull is not None:
+        loss = loss + pull * entropy
     if with_grad:
-        others.weight = weight * slope * torch.exp(own - logsumexp)
+        others.weight = share * weight * slope
+        entry = weight * (torch.expm1(log_p) + (slope - 1) * p)
+        if pull is not None:
+            others.entropy_weight = share * pull
+            others.weight -= others.entropy_weight * (entropy - own_entropy)
+            entry -= torch.where(p == 0, 0, pull * p * (log_p + entropy))
         row_losses_(others, backend, shard.all_states, True)
-        entry = weight * (torch.expm1(log_p) + (slope - 1) * log_p.exp())
         z.scatter_(1, at, torch.where(here.unsqueeze(1), entry.unsqueeze(1).to(z.dtype), z.gather(1, at)))
-    return torch.where(scored, weight * (rows.z_loss * logsumexp**2 - log_p), 0), torch.where(scored, stats, 0)
+    return torch.where(scored, loss, 0), torch.where(scored, stats, 0)
 
 
-def _whole_stats(
-    part: Rows, x0: Tensor, shard: Shard, entropy: Tensor, own: Tensor, logsumexp: Tensor, log_p: Tensor
-) -> Tensor:
-    """Statistics of whole rows, of which part.z, entropy and `own`, its log-sum-exp, are this rank's part."""
+def _whole_stats(part: Rows, x0: Tensor, shard: Shard, entropy: Tensor, logsumexp: Tensor, log_p: Tensor) -> Tensor:
+    """Statistics of whole rows, of which part.z is this rank's part."""
     z = part.z
     if part.exclude_mask:
         z[:, part.mask_index] = -torch.inf  # for now: its gradient is 0
     largest, at = z.double().max(1)
     first = torch.where(largest == shard.max(largest.clone()), at + shard.first, shard.all_states)
     correct = (-shard.max(-first) == x0) & ~logsumexp.isnan()
-    share = torch.exp(own - logsumexp)
-    entropy = shard.sum(torch.where(share == 0, 0, share * (entropy + logsumexp - own)))
     return torch.stack([logsumexp, entropy, correct, -log_p]).to(loss_dtype(z.dtype))
 
 

@@ -14,17 +14,20 @@ from fastdiff.ops.gpu import at_most_three_dimensions, define_launch, implement_
 from fastdiff.ops.library import define, implement, library, no_derivative, no_forward_mode
 from fastdiff.ops.saved_grads import save_grads, scaled
 
-# z [..., V] with any strides before the last; x0, xt int64, mask bool, sigma and weight float64, contiguous [...];
-# num_items float64 []. Returns the loss, [...] or []; the gradient of a scalar one, [..., V], or empty; and the
-# statistics, as new_stats has them. functor: dce, dse_absorb, dse_uniform or dse_uniform_logits.
+# z [..., V] with any strides before the last; x0, xt int64, mask bool, sigma, weight and entropy_weight float64,
+# contiguous [...]; num_items float64 []. entropy_weight times the row's entropy is added to dce's weighted loss.
+# Returns the loss, [...] or []; the gradient of a scalar one, [..., V], or empty; and the statistics, as new_stats has
+# them, of which beside losses per token the entropy has a gradient too. functor: dce, dse_absorb, dse_uniform or
+# dse_uniform_logits.
 _ROWS = (
-    "Tensor z, Tensor x0, Tensor? xt, Tensor? mask, Tensor? sigma, Tensor? weight, Tensor? num_items, "
-    "str functor, int mask_index, bool exclude_mask, int ignore_index, bool scale_by_sigma, float z_loss, "
-    "str reduction"
+    "Tensor z, Tensor x0, Tensor? xt, Tensor? mask, Tensor? sigma, Tensor? weight, Tensor? entropy_weight, "
+    "Tensor? num_items, str functor, int mask_index, bool exclude_mask, int ignore_index, bool scale_by_sigma, "
+    "float z_loss, str reduction"
 )
 
 
-_TENSORS = 7  # of the arguments
+_TENSORS = 8  # of the arguments
+ENTROPY = 1  # which of the statistics it is
 IGNORE_NONE = -(2**63)  # an ignore_index that is no id
 
 
@@ -38,6 +41,7 @@ class Rows:
     mask: Tensor | None
     sigma: Tensor | None
     weight: Tensor | None
+    entropy_weight: Tensor | None
     num_items: Tensor | None
     functor: str
     mask_index: int
@@ -52,9 +56,20 @@ class Rows:
 
     def at(self, index: Tensor) -> "Rows":
         """What is known of some of the tokens, flattened; z is still that of all."""
-        given = {name: getattr(self, name) for name in ("x0", "xt", "mask", "sigma", "weight")}
+        given = {name: getattr(self, name) for name in ("x0", "xt", "mask", "sigma", "weight", "entropy_weight")}
         chosen: dict[str, Any] = {name: None if t is None else t.flatten()[index] for name, t in given.items()}
         return dataclasses.replace(self, **chosen)
+
+    def weigh(self, grad_loss: Tensor | None, grad_entropy: Tensor | None) -> None:
+        """Takes upstream gradients, of the losses and of the entropies, as weights of a summed loss."""
+        upstream = torch.zeros((), device=self.x0.device) if grad_loss is None else grad_loss
+        upstream = upstream.double().expand(self.x0.shape).contiguous()
+        self.weight = upstream if self.weight is None else self.weight * upstream
+        if self.entropy_weight is not None:
+            self.entropy_weight = self.entropy_weight * upstream
+        if grad_entropy is not None:
+            added = 0 if self.entropy_weight is None else self.entropy_weight
+            self.entropy_weight = grad_entropy.double().contiguous() + added
 
 
 def row_loss(rows: Rows, backend: str | None, with_stats: bool = False) -> tuple[Tensor, Tensor]:
@@ -64,7 +79,8 @@ def row_loss(rows: Rows, backend: str | None, with_stats: bool = False) -> tuple
     """
     backend = resolve(backend, rows.z.device, "row_loss", rows.z.shape[-1])
     if backend == "reference" or (backend != "cpu" and rows.z.dtype == torch.float64):
-        return reference_loss(rows), reference_stats(rows, with_stats)
+        dtype, rows.z = loss_dtype(rows.z.dtype), rows.z.double()  # once: to it both gradients come unrounded
+        return reference_loss(rows).to(dtype), reference_stats(rows, with_stats).to(dtype)
     no_forward_mode("row_loss", rows.arguments())
     if backend != "cpu":  # whose kernel checks values itself
         check_row_values(rows)
@@ -86,7 +102,7 @@ def row_loss_grad(rows: Rows, upstream: Tensor) -> Tensor:
         return torch.autograd.grad(loss, rows.z, upstream)[0]
     if rows.z.stride(-1) != 1:
         rows.z = rows.z.contiguous()
-    return _row_loss_backward[backend](upstream, *rows.arguments())
+    return _row_loss_backward[backend](upstream, None, *rows.arguments())
 
 
 def row_losses_(
@@ -98,8 +114,9 @@ def row_losses_(
     Where rows.z, contiguous, holds a part of all_states numbers, ids count from its first; x0 is -1 if it is
     elsewhere, xt -1 then or, if it is not x0, -2. The loss is this part's: of cross-entropy, the part's log-sum-exp.
     """
-    z, x0, xt, mask, sigma, weight, _, *constants, _ = rows.arguments()
-    return _row_loss_[backend](z, x0, xt, mask, sigma, weight, *constants, all_states, with_grad, with_stats)
+    *tensors, _num_items = rows.arguments()[:_TENSORS]
+    constants = rows.arguments()[_TENSORS:-1]
+    return _row_loss_[backend](*tensors, *constants, all_states, with_grad, with_stats)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -115,7 +132,8 @@ def _fake(z: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     tensors, with_grad = inputs[:_TENSORS], inputs[-2]
-    ctx.mark_non_differentiable(*output[1:])
+    with_entropy = inputs[-3] == "none" and inputs[-1]
+    ctx.mark_non_differentiable(*output[1 : 2 if with_entropy else 3])
     ctx.set_materialize_grads(False)  # or the unused gradient of the gradient would be a zero [..., V]
     ctx.constants = None if with_grad else inputs[_TENSORS:-2]
     if with_grad:
@@ -124,22 +142,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
         ctx.save_for_backward(*tensors)
 
 
-def _backward(backend: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    grad = None if grad_loss is None else _grad(backend, ctx, grad_loss)
+def _backward(
+    backend: str, ctx: Any, grad_loss: Tensor | None, _: None, grad_stats: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    grad = None
+    if ctx.constants is not None and not (grad_loss is None and grad_stats is None):
+        grad_entropy = None if grad_stats is None else grad_stats[ENTROPY]
+        grad = _row_loss_backward[backend](grad_loss, grad_entropy, *ctx.saved_tensors, *ctx.constants)
+    elif grad_loss is not None:
+        grad = scaled(backend, ctx, grad_loss)[0]
     return (grad, *(None,) * (len(dataclasses.fields(Rows)) + 1))
 
 
-def _grad(backend: str, ctx: Any, grad_loss: Tensor) -> Tensor:
-    if ctx.constants is not None:
-        return _row_loss_backward[backend](grad_loss, *ctx.saved_tensors, *ctx.constants)
-    return scaled(backend, ctx, grad_loss)[0]
-
-
-def _recompute(backend: str, grad_loss: Tensor, *arguments: Any) -> Tensor:
-    """The gradient for any upstream one: it is a weight of the summed loss."""
+def _recompute(backend: str, grad_loss: Tensor | None, grad_entropy: Tensor | None, *arguments: Any) -> Tensor:
+    """The gradient for any upstream ones."""
     rows = Rows(*arguments)
-    upstream = grad_loss.double().expand(rows.x0.shape)
-    rows.weight = (upstream if rows.weight is None else rows.weight * upstream).contiguous()
+    rows.weigh(grad_loss, grad_entropy)
     rows.reduction = "sum" if rows.reduction == "none" else rows.reduction
     return _row_loss[backend](*rows.arguments(), True, False)[1]
 
@@ -147,14 +165,14 @@ def _recompute(backend: str, grad_loss: Tensor, *arguments: Any) -> Tensor:
 _row_loss = define("row_loss", f"({_ROWS}, bool with_grad, bool with_stats) -> (Tensor, Tensor, Tensor)", _fake)
 _row_loss_backward = define(
     "row_loss_backward",
-    f"(Tensor grad_loss, {_ROWS}) -> Tensor",
-    lambda grad_loss, z, *_: z.new_empty(z.shape),
+    f"(Tensor? grad_loss, Tensor? grad_entropy, {_ROWS}) -> Tensor",
+    lambda grad_loss, grad_entropy, z, *_: z.new_empty(z.shape),
 )
 _row_loss_ = define(
     "row_loss_",
-    "(Tensor(a!) z, Tensor x0, Tensor? xt, Tensor? mask, Tensor? sigma, Tensor? weight, str functor, int mask_index, "
-    "bool exclude_mask, int ignore_index, bool scale_by_sigma, float z_loss, SymInt all_states, bool with_grad, "
-    "bool with_stats) -> (Tensor, Tensor)",
+    "(Tensor(a!) z, Tensor x0, Tensor? xt, Tensor? mask, Tensor? sigma, Tensor? weight, Tensor? entropy_weight, "
+    "str functor, int mask_index, bool exclude_mask, int ignore_index, bool scale_by_sigma, float z_loss, "
+    "SymInt all_states, bool with_grad, bool with_stats) -> (Tensor, Tensor)",
     lambda z, x0, *rest: (z.new_empty(x0.shape, dtype=torch.float64), new_stats(x0, z.dtype, rest[-1])),
 )
 for _backend in KERNELS:
@@ -177,6 +195,7 @@ def _on_gpu(
     mask: Tensor | None,
     sigma: Tensor | None,
     weight: Tensor | None,
+    entropy_weight: Tensor | None,
     num_items: Tensor | None,
     functor: str,
     mask_index: int,
@@ -201,7 +220,7 @@ def _on_gpu(
     stats = new_stats(x0, z.dtype, with_stats)
     if x0.numel():
         kernels.launch_row_loss(
-            at_most_three_dimensions(z), x0, xt, mask, sigma, weight, scale,
+            at_most_three_dimensions(z), x0, xt, mask, sigma, weight, entropy_weight, scale,
             losses, grad if with_grad else None, stats if with_stats else None,
             functor, mask_index, exclude_mask, ignore_index, scale_by_sigma, z_loss, z.shape[-1],
         )  # fmt: skip
@@ -217,6 +236,7 @@ def _in_place_on_gpu(
     mask: Tensor | None,
     sigma: Tensor | None,
     weight: Tensor | None,
+    entropy_weight: Tensor | None,
     functor: str,
     mask_index: int,
     exclude_mask: bool,
@@ -231,7 +251,7 @@ def _in_place_on_gpu(
     stats = new_stats(x0, z.dtype, with_stats)
     if x0.numel():
         kernels.launch_row_loss(
-            at_most_three_dimensions(z), x0, xt, mask, sigma, weight, one,
+            at_most_three_dimensions(z), x0, xt, mask, sigma, weight, entropy_weight, one,
             losses, z if with_grad else None, stats if with_stats else None,
             functor, mask_index, exclude_mask, ignore_index, scale_by_sigma, z_loss, all_states,
         )  # fmt: skip
@@ -240,9 +260,9 @@ def _in_place_on_gpu(
 
 define_launch(
     "launch_row_loss",
-    "Tensor z, Tensor x0, Tensor? xt, Tensor? mask, Tensor? sigma, Tensor? weight, Tensor scale, Tensor(a!) loss, "
-    "Tensor(b!)? grad, Tensor(c!)? stats, str functor, int mask_index, bool exclude_mask, int ignore_index, "
-    "bool scale_by_sigma, float z_loss, int all_states",
+    "Tensor z, Tensor x0, Tensor? xt, Tensor? mask, Tensor? sigma, Tensor? weight, Tensor? entropy_weight, "
+    "Tensor scale, Tensor(a!) loss, Tensor(b!)? grad, Tensor(c!)? stats, str functor, int mask_index, "
+    "bool exclude_mask, int ignore_index, bool scale_by_sigma, float z_loss, int all_states",
 )
 implement_on_gpus("row_loss", _on_gpu, triton="row_loss")
 implement_on_gpus("row_loss_", _in_place_on_gpu, triton="row_loss")
@@ -259,6 +279,8 @@ def reference_loss(rows: Rows) -> Tensor:
     loss = torch.where(scored, _reference_loss(rows, x0, scored), 0)
     if rows.weight is not None:
         loss = loss * torch.where(scored, rows.weight, 0)
+    if rows.entropy_weight is not None:
+        loss = loss + torch.where(scored, rows.entropy_weight, 0) * reference_stats(rows, True)[ENTROPY]
     if rows.reduction != "none":
         loss = loss.sum()
     if rows.reduction == "mean":
@@ -287,7 +309,7 @@ def reference_stats(rows: Rows, with_stats: bool) -> Tensor:
     if not with_stats:
         return new_stats(rows.x0, rows.z.dtype, False)
     scored = scored_tokens(rows)
-    z = torch.where(scored.unsqueeze(-1), rows.z.detach(), 0)
+    z = torch.where(scored.unsqueeze(-1), rows.z, 0)
     stats = reference.dce_stats(z, torch.where(scored, rows.x0, 0), rows.mask_index if rows.exclude_mask else None)
     return torch.where(scored, stats, 0).to(loss_dtype(z.dtype))
 
@@ -323,7 +345,7 @@ def check_row_values(rows: Rows) -> None:
 
 
 def new_stats(x0: Tensor, dtype: torch.dtype, with_stats: bool) -> Tensor:
-    """Room for statistics over numbers of a type: log-sum-exp, entropy, whether x0 is the argmax, and -log p of x0,
+    """Room for statistics over numbers of a type: log-sum-exp, ENTROPY, whether x0 is the argmax, and -log p of x0,
     [4, ...]; or [0, ...]."""
     return x0.new_empty((4 if with_stats else 0, *x0.shape), dtype=loss_dtype(dtype))
 

@@ -7,7 +7,7 @@ the run ends or stops: one that is killed keeps what it had, and a resumed one w
 
 from fastdiff.training.config import LOSSES, TrainConfig
 from fastdiff.training.loop import Stopped, train
-from fastdiff.training.objectives import SCHEDULE, Noised, diffusion_loss, noise, time_free
+from fastdiff.training.objectives import SCHEDULE, Noised, diffusion_loss, noise
 from fastdiff.training.records import Record
 
 __all__ = [
@@ -19,6 +19,5 @@ __all__ = [
     "TrainConfig",
     "diffusion_loss",
     "noise",
-    "time_free",
     "train",
 ]

@@ -14,9 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdiff.checkpoints import Checkpoints, agree, export, write_config
+from fastdiff.checkpoints import Checkpoints
 from fastdiff.data import TokenSource
-from fastdiff.model import DiffusionTransformer, read_config
+from fastdiff.exporting import export, write_config
+from fastdiff.files import read_config
+from fastdiff.model import DiffusionTransformer
+from fastdiff.processes import agree
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.ranks import blocks_as, joined
 from fastdiff.training.readings import Readings

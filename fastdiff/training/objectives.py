@@ -1,4 +1,4 @@
-"""What is minimised: the noise of a batch, its loss, and the conditionals that come of it.
+"""What is minimised: the noise of a batch, and its loss.
 
 All draws are named by the row of the whole batch, so ranks and accumulated parts meet what one process would meet.
 """
@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdiff.estimators.scoring import Model
 from fastdiff.graphs import Absorbing, Uniform
 from fastdiff.integrations.loss_head import LossHead
 from fastdiff.losses import dce_loss, dse_loss
-from fastdiff.model import DiffusionTransformer
 from fastdiff.noising import corrupt, mask_exactly, mask_tokens, sample_mask_counts, sample_times, spread
 from fastdiff.schedules import LogLinear
 
@@ -103,13 +101,3 @@ def diffusion_loss(model: nn.Module, batch: Noised, loss: str, **reduction: Any)
     scoring = head.dse_loss if loss.startswith("dse") else head.dce_loss
     with scoring(*targets, **options, capacity=capacity) as loss_of:
         return loss_of(model(*inputs))
-
-
-def time_free(model: DiffusionTransformer, mask_index: int) -> Model:
-    """The conditionals' (body, lm_head) for the estimators: xt [B, L] -> hidden states, and the last layer.
-
-    A model conditioned on sigma is asked at the noise that m masks in L tokens suggest: that of time m / L.
-    """
-    if not model.config.cond_dim:
-        return model.body, model.lm_head
-    return lambda xt: model.body(xt, SCHEDULE.total_noise((xt == mask_index).float().mean(1))), model.lm_head

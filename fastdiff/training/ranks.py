@@ -18,9 +18,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from fastdiff.checkpoints import agree
 from fastdiff.model import DiffusionTransformer
-from fastdiff.processes import join
+from fastdiff.processes import agree, join
 from fastdiff.training.config import TrainConfig
 
 # Logits are one; nothing is done to them in place.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastdiff.model import import_safetensors, naming
+from fastdiff.files import import_safetensors, naming
 from fastdiff.training.config import TrainConfig
 
 Record = dict[str, float]

@@ -23,7 +23,7 @@ from fastdiff.data import TokenSource
 from fastdiff.estimators import time_free_nll
 from fastdiff.model import DiffusionTransformer
 from fastdiff.training.config import DTYPES, MAY_CHANGE, TrainConfig
-from fastdiff.training.objectives import diffusion_loss, noise, time_free
+from fastdiff.training.objectives import SCHEDULE, diffusion_loss, noise
 from fastdiff.training.ranks import Ranks, check_topology, over_ranks, synchronising, whole
 from fastdiff.training.readings import Reading
 from fastdiff.training.records import Record
@@ -140,7 +140,8 @@ class Trainer:
         options: dict[str, Any] = {"num_samples": c.eval_samples, "seed": c.seed}
         options["sample_ids"] = torch.arange(first, first + len(x0), device=x0.device)
         mask_index = num_states - 1
-        return time_free_nll(time_free(self.averaged, mask_index), x0, mask_index=mask_index, **options).bits_per_token
+        model = self.averaged.conditionals(mask_index, SCHEDULE.total_noise)
+        return time_free_nll(model, x0, mask_index=mask_index, **options).bits_per_token
 
     def save(self, checkpoints: Checkpoints) -> None:
         """Write a checkpoint, which holds all that the numbers of a resumed run come of."""

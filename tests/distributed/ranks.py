@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils.checkpoint import checkpoint
 
 import fastdiff.ops.linear_loss as op
-from fastdiff import BackendUnavailable, dce_loss, linear_dce_loss, time_free_nll
+from fastdiff import BackendUnavailable, dce_loss, linear_dce_loss, linear_token_logps, time_free_nll, token_logps
 from fastdiff.model import DiffusionTransformer, ModelConfig
 
 LEAVES = ("hidden", "lm_head", "bias")
@@ -74,6 +74,35 @@ def statistics():
                 torch.testing.assert_close(got, loss_of(name, p, **given), rtol=2e-6, atol=2e-6)
             got = loss_of(name, q | dict(z=own(q["z"], 2)), return_stats=True, group=dist.group.WORLD)
             torch.testing.assert_close(got, loss_of(name, q, return_stats=True), rtol=2e-6, atol=2e-6)
+
+
+def log_probabilities():
+    """And entropies, with gradients, of sharded weights and of sharded logits; over several chunks."""
+    op.TILE_BYTES["cpu"] = 4 * 4 * 100
+    for dtype, spread in ((torch.float64, 1.0), (torch.float32, 1.0), (torch.float32, 30.0), (torch.bfloat16, 1.0)):
+        p, q = linear_problem((3, 5), 12, dtype), problem((3, 5), 12, dtype, spread=spread, mask_index=3)
+        q["z"][0, :, :6] = -torch.inf  # a part without weight
+        q["x0"][0] = 7
+        mask = p["weight"] < 0.8
+
+        def of_hidden(hidden, lm_head, bias, group=None, p=p, mask=mask):
+            options = dict(bias=bias, softcap=3.0, temperature=0.7, mask=mask, return_entropy=True, group=group)
+            return linear_token_logps(hidden, lm_head, p["x0"], **options)
+
+        def of_logits(z, group=None, q=q):
+            return token_logps(z, q["x0"], mask_index=3, return_entropy=True, group=group)
+
+        for call, whole, cut in ((of_hidden, [p[leaf] for leaf in LEAVES], [None, 0, 0]), (of_logits, [q["z"]], [2])):
+            parts = [x if dim is None else own(x, dim) for x, dim in zip(whole, cut, strict=True)]
+            results = []
+            for leaves, group in ((whole, None), (parts, dist.group.WORLD)):
+                leaves = [x.clone().requires_grad_() for x in leaves]
+                logps, entropy = call(*leaves, group=group)
+                upstream = torch.linspace(-1, 2, 15, dtype=logps.dtype).view(3, 5)
+                loss = (logps * upstream + entropy * upstream.flip(0)).sum()
+                results.append((logps.detach(), entropy.detach(), *torch.autograd.grad(loss, leaves)))
+            for got, expected, dim in zip(*results[::-1], [None, None, *cut], strict=True):
+                assert_near(got, expected if dim is None else own(expected, dim), dtype, str(call), slack=8)
 
 
 def sharded_logits():

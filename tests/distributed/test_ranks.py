@@ -11,6 +11,7 @@ CASES = {
     2: [
         "options_of_the_last_layer",
         "statistics",
+        "log_probabilities",
         "numbers_of_any_size",
         "wrong_calls_raise_on_every_rank",
         "what_one_rank_refuses_raises_on_every_rank",
@@ -21,7 +22,7 @@ CASES = {
         "fsdp_with_a_last_layer_of_its_own",
     ],
     3: ["dtensors", "sharded_logits", "what_one_rank_refuses_raises_on_every_rank"],
-    4: ["vocabulary_parallel", "statistics"],
+    4: ["vocabulary_parallel", "statistics", "log_probabilities"],
 }
 
 

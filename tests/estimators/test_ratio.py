@@ -53,6 +53,93 @@ def test_masking_only_where_they_differ_is_another_ratio_of_a_network() -> None:
     assert abs((full.log_ratio - ratio.log_ratio).item()) > 0.1
 
 
+REFERENCE = markov_chain(4, seed=1)
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_a_reference_meets_the_same_masks(proposal: str) -> None:
+    """The margin is unbiased, its error is that of the difference, and smaller than with masks of its own."""
+    nll = [oracle.nll(tokens).item() for oracle in (ORACLE, REFERENCE) for tokens in (X, Y)]
+    truth = nll[1] - nll[0] - (nll[3] - nll[2])
+    options = dict(x=X.expand(150, -1), y=Y.expand(150, -1), mask_index=4, num_samples=32, proposal=proposal)
+    margin = log_likelihood_ratio(ORACLE, reference=REFERENCE, **options)
+    assert abs(z_score(margin, truth)) < 3.5
+    low, high = margin.interval()
+    assert 0.88 < ((low <= truth) & (truth <= high)).double().mean().item() <= 1
+    assert margin.num_forwards.unique().item() == 2 * log_likelihood_ratio(ORACLE, **options).num_forwards[0]
+    near = log_likelihood_ratio(Sharpened(ORACLE), reference=ORACLE, **options)
+    other = log_likelihood_ratio(ORACLE, seed=1, **options).log_ratio
+    apart = log_likelihood_ratio(Sharpened(ORACLE), **options).log_ratio - other
+    assert near.log_ratio.var() < 0.2 * apart.var()
+
+
+class Sharpened:
+    """An oracle a little surer than it should be."""
+
+    def __init__(self, oracle) -> None:
+        self.oracle = oracle
+
+    def __call__(self, xt: torch.Tensor) -> torch.Tensor:
+        return 1.1 * self.oracle(xt)
+
+
+@pytest.mark.parametrize("num_samples", [8, 1023])
+def test_a_margin_to_itself_is_0(num_samples: int) -> None:
+    network, x, y = RandomNetwork(8), random_tokens(3, 8), random_tokens(3, 8, seed=4)
+    network.head.requires_grad_()
+    for proposal in PROPOSALS:
+        options = dict(mask_index=4, num_samples=num_samples, proposal=proposal, differentiable=True)
+        margin = log_likelihood_ratio(network, x, y, reference=network, **options)
+        for column in (margin.log_ratio, margin.stderr, margin.variance):
+            assert column.tolist() == [0, 0, 0]
+        slope, alone = (
+            torch.autograd.grad(m.log_ratio.sum(), network.head, retain_graph=True)[0]
+            for m in (margin, log_likelihood_ratio(network, x, y, **options))
+        )
+
+        assert torch.equal(slope, alone)
+        if margin.variance.requires_grad:
+            assert not torch.autograd.grad(margin.variance.sum(), network.head)[0].any()
+
+
+def test_the_margin_of_every_subset() -> None:
+    """Of other targets in x than in y, and with references in every form."""
+    network, x, y = RandomNetwork(8), random_tokens(3, 8), random_tokens(3, 8, seed=4)
+    target = torch.ones(3, 8, dtype=torch.bool), (torch.arange(8) < 4).expand(3, -1)
+    table, lm_head = torch.nn.Embedding(5, 5).double(), torch.nn.Linear(5, 5).double()
+    body = torch.nn.Sequential(table, torch.nn.Dropout(0.5))
+    for reference in (RandomNetwork(8, dim=5), (body, lm_head)):
+        options = dict(mask_index=4, target=target, reference=reference, differentiable=True)
+        margin = log_likelihood_ratio(network, x, y, num_samples=255, **options)
+        assert margin.stderr.tolist() == [0, 0, 0]
+        assert not margin.log_ratio.requires_grad
+        nll = [
+            exact_nll(m, z, mask_index=4, target=t).nll
+            for m in (network, reference)
+            for z, t in zip((x, y), target, strict=True)
+        ]
+        torch.testing.assert_close(margin.log_ratio, (nll[1] - nll[0] - (nll[3] - nll[2])).detach())
+        assert log_likelihood_ratio(network, x, y, num_samples=15, **options).stderr.gt(0).all()
+    assert body.training
+
+
+def test_variance_and_its_gradient_are_those_of_the_replicates() -> None:
+    """Of independent passes: their sample variance over their number, by finite differences too."""
+    network, x, y = RandomNetwork(8), random_tokens(2, 8), random_tokens(2, 8, seed=4)
+
+    def variance(scale: torch.Tensor, proposal: str) -> torch.Tensor:
+        options = dict(mask_index=4, num_samples=9, proposal=proposal, reference=network, differentiable=True)
+        return log_likelihood_ratio(lambda xt: scale * network(xt), x, y, **options).variance
+
+    scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    for proposal in PROPOSALS[1:]:
+        assert torch.autograd.gradcheck(lambda s, p=proposal: variance(s, p), scale)
+    estimate = log_likelihood_ratio(network, x, y, mask_index=4, num_samples=9, proposal="uniform")
+    torch.testing.assert_close(estimate.variance, estimate.stderr**2)
+    chains = log_likelihood_ratio(network, x, y, mask_index=4, num_samples=9)
+    torch.testing.assert_close(chains.stderr**2 / chains.variance, torch.full((2,), 1 + 5 / 3, dtype=torch.float64))
+
+
 def test_equal_sequences_have_ratio_0() -> None:
     x, y = torch.cat([X, X]), torch.cat([X, Y])
     for restrict in (False, True):

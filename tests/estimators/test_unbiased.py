@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from oracles import AbsorbingScores, Mixture, Tabled, UniformScores, skewed_chain
+from oracles import AbsorbingScores, MarkovChain, Mixture, Tabled, UniformScores, skewed_chain
 from torch import Tensor
 
 from fastdiff import Absorbing, LogLinear, Uniform
@@ -79,6 +79,16 @@ def test_conditionals(x: Tensor, proposal: str) -> None:
 def test_ratios(y: Tensor, proposal: str) -> None:
     ratio = log_likelihood_ratio(MODEL, repeated(CERTAIN), repeated(y), mask_index=2, num_samples=6, proposal=proposal)
     holds(ratio.log_ratio, (ORACLE.nll(y) - ORACLE.nll(CERTAIN)).item())
+
+
+@pytest.mark.parametrize("proposal", ["stratified", "complementary"])
+def test_margins(proposal: str) -> None:
+    transition = torch.tensor([[0.9, 0.1], [0.2, 0.8]], dtype=torch.float64)
+    other = MarkovChain(torch.full((2,), 0.5, dtype=torch.float64), transition)
+    options = dict(mask_index=2, num_samples=6, proposal=proposal, reference=Tabled(other, 8))
+    margin = log_likelihood_ratio(MODEL, repeated(CERTAIN), repeated(ODD), **options)
+    p, reference = ((oracle.nll(ODD) - oracle.nll(CERTAIN)).item() for oracle in (ORACLE, other))
+    holds(margin.log_ratio, p - reference)
 
 
 @each_proposal

@@ -4,7 +4,7 @@ from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
-from random_cases import CASES, check_dce, check_dse, check_masks, check_reverse, fuzz
+from random_cases import CASES, check_dce, check_dse, check_logps, check_masks, check_reverse, fuzz
 
 FEWER = max(CASES // 20, 1)  # a case is interpreted, or may be compiled
 
@@ -13,6 +13,12 @@ FEWER = max(CASES // 20, 1)  # a case is interpreted, or may be compiled
 @given(st.data())
 def test_dce(backend, device, data):
     check_dce(data.draw, backend, device)
+
+
+@fuzz(FEWER)
+@given(st.data())
+def test_logps(backend, device, data):
+    check_logps(data.draw, backend, device)
 
 
 @fuzz(FEWER)

@@ -52,9 +52,12 @@ def test_statistics(options, wants_grad, backend, device, monkeypatch):
             assert all(torch.equal(a, b) for a, b in grads)
 
 
-@pytest.mark.parametrize("name", ["dce", "dce_z", "absorb", "absorb_scaled", "uniform", "uniform_scaled"])
+@pytest.mark.parametrize(
+    "name", ["dce", "dce_z", "dce_entropy", "absorb", "absorb_scaled", "uniform", "uniform_scaled"]
+)
 def test_parts_of_a_row(name, backend, device):
     """What one rank of several sees: its losses and gradients are those of the compiled CPU kernels."""
+    pull = torch.linspace(1, -1, 6, dtype=torch.float64) if name == "dce_entropy" else None
     functor = {"dce": "dce", "absorb": "dse_absorb", "uniform": "dse_uniform"}[name.partition("_")[0]]
     x0 = torch.tensor([0, 6, -1, -1, -1, 3])
     xt = torch.tensor([0, 2, -1, -2, 4, -2]) if functor == "dse_uniform" else None
@@ -66,7 +69,7 @@ def test_parts_of_a_row(name, backend, device):
         constants = [functor, 5, functor != "dse_uniform", -100, name.endswith("scaled"), 0.1 * name.endswith("z")]
         results = []
         for b, where in ((backend, device), ("cpu", "cpu")):
-            tensors = [None if t is None else t.to(where) for t in (z.clone(), x0, xt, None, sigma, weight)]
+            tensors = [None if t is None else t.to(where) for t in (z.clone(), x0, xt, None, sigma, weight, pull)]
             row_loss_ = getattr(torch.ops.fastdiff.row_loss_, b)
             before, _ = row_loss_(*tensors, *constants, 3 * num_states, False, False)
             losses, stats = row_loss_(*tensors, *constants, 3 * num_states, True, functor == "dce")

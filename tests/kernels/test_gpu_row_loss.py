@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from cases import LOSSES, assert_near, large_scores, largest_logits, loss_and_grad, loss_of, problem
+from cases import (
+    LOSSES,
+    assert_near,
+    large_scores,
+    largest_drift,
+    largest_logits,
+    loss_and_grad,
+    loss_of,
+    problem,
+    tiny_loss,
+)
 
 from fastdiff import dce_loss, dse_loss, linear_dse_loss
 
@@ -142,6 +152,16 @@ def test_logits_as_large_as_the_type(dtype, backend, device):
     torch.testing.assert_close(*results)
 
 
+def test_digits_of_a_tiny_loss(backend, device):
+    loss, expected = tiny_loss(backend, device)
+    assert loss.item() == pytest.approx(expected, rel=1e-6, abs=0)
+
+
+def test_weights_and_logits_as_large_as_float32(backend, device):
+    grad, expected = largest_drift(backend, device)
+    assert torch.equal(grad, expected)
+
+
 def test_statistics(backend, device):
     for num_states in (5, 1500):
         p = problem((3, 5), num_states, device=device)
@@ -160,7 +180,7 @@ def _ties(backend):
 def test_an_id_that_does_not_exist_gives_nan_and_reads_nothing(backend, device):
     z, x0 = torch.randn(1, 3, 9, device=device), torch.tensor([[0, 9, -1]], device=device)
     constants = ["dce", -1, False, -100, False, 0.0, "none", False, False]
-    loss, _, _ = getattr(torch.ops.fastdiff.row_loss, backend)(z, x0, None, None, None, None, None, *constants)
+    loss, _, _ = getattr(torch.ops.fastdiff.row_loss, backend)(z, x0, None, None, None, None, None, None, *constants)
     assert loss.isnan().tolist() == [[False, True, True]]
 
 
@@ -222,13 +242,13 @@ def test_compiles_whole(reduction, backend, device):
 
 def test_opcheck(backend, device):
     p = problem((2, 3), 7, device=device)
-    rows = [p["x0"], p["xt"], None, None, p["weight"], None]
+    rows = [p["x0"], p["xt"], None, None, p["weight"], None, None]
     constants = ["dce", p["mask_index"], True, -100, False, 1e-3, "mean"]
     z = p["z"].requires_grad_()
     torch.library.opcheck(getattr(torch.ops.fastdiff.row_loss, backend), (z, *rows, *constants, True, True))
     upstream = torch.rand((), device=device)
     torch.library.opcheck(
-        getattr(torch.ops.fastdiff.row_loss_backward, backend), (upstream, z.detach(), *rows, *constants)
+        getattr(torch.ops.fastdiff.row_loss_backward, backend), (upstream, None, z.detach(), *rows, *constants)
     )
     torch.library.opcheck(getattr(torch.ops.fastdiff.scale_grad_, backend), (z.detach().clone(), upstream))
 

@@ -337,7 +337,7 @@ def test_compiles_whole(reduction, capacity):
 def test_opcheck(reduction):
     p = linear_problem((2, 3), 7)
     inputs = [p[leaf].requires_grad_() for leaf in LEAVES]
-    rows = [p["x0"], p["xt"], None, None, p["weight"], None]
+    rows = [p["x0"], p["xt"], None, None, p["weight"], None, None]
     constants = ["dce", p["mask_index"], True, -100, False, 1e-3, reduction, 0.0, -1, torch.float32, "", 7]
     for wanted in ([True] * 3, [True, False, True]) if reduction == "sum" else ([False] * 3,):
         for with_stats in (False, True):
@@ -346,7 +346,7 @@ def test_opcheck(reduction):
     inputs = [x.detach() for x in inputs]
     upstream = torch.rand(() if reduction == "sum" else (2, 3))
     backward = torch.ops.fastdiff.linear_loss_backward.cpu
-    torch.library.opcheck(backward, (upstream, *inputs, *rows, *constants, [True, True, False]))
+    torch.library.opcheck(backward, (upstream, None, *inputs, *rows, *constants, [True, True, False]))
     row_loss_ = torch.ops.fastdiff.row_loss_.cpu
     for with_stats in (False, True):
         torch.library.opcheck(row_loss_, (torch.randn(2, 3, 7), *rows[:-1], *constants[:6], 7, True, with_stats))
