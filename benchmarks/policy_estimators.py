@@ -88,7 +88,7 @@ def trained_network():
     source = Text(load_documents("stdlib"), length=NETWORK_LENGTH)
     model = DiffusionTransformer(ModelConfig(NUM_BYTES + 1, max_length=NETWORK_LENGTH, dim=128, depth=2, heads=4))
     config = TrainConfig("dce-k", steps=600, batch_size=16, lr=3e-3, warmup=50, eval_every=0)
-    return train(config, model, source).eval(), source.validation(2)
+    return train(config, model, source).eval().requires_grad_(), source.validation(2)
 
 
 def measure(run, passes, value):

@@ -259,7 +259,7 @@ def test_a_response_given_its_prompt() -> None:
     rectangular = conditional_nll(oracle, x0[:, :7], x0[:, 7:], mask_index=4)
     torch.testing.assert_close(rectangular.nll, oracle.nll(x0) - oracle.nll(x0[:, :7]))
     nothing = conditional_nll(oracle, [], [], mask_index=4)
-    assert [len(column) for column in vars(nothing).values()] == [0] * 6
+    assert all(len(column) == 0 for column in vars(nothing).values())
     with pytest.raises(ValueError, match=r"^response: expected as many as prompts, 3, got 2"):
         conditional_nll(oracle, prompt, response[:2], mask_index=4)
     with pytest.raises(ValueError, match=r"^prompt: expected one row of tokens"):

@@ -215,7 +215,7 @@ def test_a_model_may_be_a_body_and_a_last_layer() -> None:
 
 def test_an_empty_batch_gives_an_empty_estimate() -> None:
     estimate = time_integral_nll(RandomNetwork(4), torch.empty(0, 4, dtype=torch.int64), mask_index=4)
-    assert all(len(column) == 0 for column in vars(estimate).values())
+    assert all(len(column) == 0 for column in estimate.to_dict().values())
 
 
 @pytest.mark.parametrize(
