@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_cases import CASES, check_dce, check_dse, check_logps, check_masks, check_reverse, fuzz
 
-FEWER = max(CASES // 20, 1)  # a case is interpreted, or may be compiled
+FEWER = max(CASES // 40, 1)  # a case is interpreted, or may be compiled
 
 
 @fuzz(FEWER)
