@@ -573,7 +573,11 @@ def test_options_that_are_strings():
         ("exclude_mask", "no", "True or False, got 'no'"),
         ("is_check_greedy", 1, "True or False, got 1"),
         ("trust_remote_code", "perhaps", "True or False, got 'perhaps'"),
-        ("proposal", "stratifed", "one of 'stratified', 'systematic', 'complementary', 'uniform', 'harmonic', got 'stratifed'"),
+        (
+            "proposal",
+            "stratifed",
+            "one of 'stratified', 'systematic', 'complementary', 'uniform', 'harmonic', got 'stratifed'",
+        ),
     ],
 )
 def test_options_of_no_use(option, value, expected):
