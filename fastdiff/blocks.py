@@ -28,7 +28,7 @@ def num_blocks(length: int, block_length: int) -> int:
 def two_streams(xt: Tensor, x0: Tensor, block_length: int) -> tuple[Tensor, Tensor, Tensor]:
     """[xt, x0] side by side, for a network that is given positions and a mask of attention.
 
-    What it gives for the first half is that of each block of xt given the clean blocks before; a loss takes those alone.
+    What it gives for the first half is of each block of xt given the clean blocks before; a loss takes those alone.
 
     Args:
         xt, x0: [B, L] int64 or int32, noised and clean tokens.

@@ -224,12 +224,9 @@ class DiffusionTransformer(nn.Module):
                 raise ValueError(f"xt: expected ids in [0, {self.config.num_states}), got {low} to {high}")
             if sigma is not None and not (sigma >= 0).all():
                 raise ValueError(f"sigma: expected >= 0, got {sigma.min().item()}")
-            if positions is not None and not 0 <= positions.min() <= positions.max() < (
-                self.config.max_length or math.inf
-            ):
-                raise ValueError(
-                    f"positions: expected numbers in [0, {most}), got {positions.min().item()} to {positions.max().item()}"
-                )
+            low, high = (0, 0) if positions is None else (positions.min().item(), positions.max().item())
+            if low < 0 or (self.config.max_length is not None and high >= self.config.max_length):
+                raise ValueError(f"positions: expected numbers in [0, {most}), got {low} to {high}")
 
 
 def noised_stream(

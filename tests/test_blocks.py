@@ -121,5 +121,5 @@ def test_streams_that_do_not_fit():
         two_streams(XT[:, :4], X0, 4)
     with pytest.raises(ValueError, match=r"x0: expected shape \[B, L\], got \(12,\)"):
         two_streams(XT[0], X0[0], 4)
-    with pytest.raises(TypeError, match="block_length: expected an int, got 2.0"):
+    with pytest.raises(TypeError, match=r"block_length: expected an int, got 2\.0"):
         two_streams(XT, X0, 2.0)
