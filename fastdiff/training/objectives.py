@@ -15,6 +15,7 @@ from fastdiff.integrations.loss_head import LossHead
 from fastdiff.losses import dce_loss, dse_loss
 from fastdiff.noising import corrupt, mask_exactly, mask_tokens, sample_mask_counts, sample_times, spread
 from fastdiff.schedules import LogLinear
+from fastdiff.times import ImportanceTimes
 
 SCHEDULE = LogLinear()
 LARGE_VOCABULARY = 4096  # from where on the last layer is multiplied for the scored tokens only
@@ -25,7 +26,8 @@ _DEVIATIONS = 8  # from its mean, beyond which the number of masks in a batch is
 class Noised(NamedTuple):
     """A batch as its loss sees it: tokens [B, L], and the noise and weight of each sequence, [B].
 
-    On a GPU also the most tokens that may be scored, so that nothing waits for their number.
+    On a GPU also the most tokens that may be scored, so that nothing waits for their number; and the times that a law
+    gave the sequences, [B] float64 on the CPU.
     """
 
     x0: Tensor
@@ -33,42 +35,71 @@ class Noised(NamedTuple):
     sigma: Tensor
     weight: Tensor
     capacity: int | None = None
+    times: Tensor | None = None
 
 
 def noise(
-    x0: Tensor, loss: str, num_states: int, *, seed: int, step: int, first: int = 0, batch_size: int | None = None
+    x0: Tensor,
+    loss: str,
+    num_states: int,
+    *,
+    seed: int,
+    step: int,
+    first: int = 0,
+    batch_size: int | None = None,
+    law: ImportanceTimes | None = None,
+    complementary: bool = False,
 ) -> Noised:
     """Noise tokens [n, L] as `loss`, one of `LOSSES`, wants it; a mask is the last of num_states.
 
     They are the rows from `first` on of a batch of batch_size (None: n), over which counts and times are stratified;
     draws are named by seed, step and row. The weight is that of a sequence's summed loss; for the score entropies it is
     dsigma.
+
+    Args:
+        law: gives times and counts in the place of uniform ones; of [0, 1) for "dce-k", not for "dce-harmonic".
+        complementary: for "dce-k", rows 2j and 2j + 1 are one sequence under a mask and under its complement, of m and
+            L - m tokens, m uniform on 0..L: weights (L + 1) / m and (L + 1) / (L - m). batch_size is even.
     """
     n, length = x0.shape
     total = n if batch_size is None else batch_size
     rows = torch.arange(first, first + n, device="cpu")
-    strata = spread(total)[rows]
+    own, draws = (rows // 2, total // 2) if complementary else (rows, total)
+    strata = spread(draws)[own]
     there = partial(Tensor.to, device=x0.device, non_blocking=True)
     names: dict[str, Any] = {"seed": seed, "step": step}
-    named = {**names, "sample_ids": there(rows)}
+    named = {**names, "sample_ids": there(own)}
     mask_index, nothing = num_states - 1, x0.new_zeros(n, dtype=torch.float32)
+    times, share = None, torch.ones(n, dtype=torch.float32, device="cpu")
+    if law is not None:
+        times, share = (values[strata] for values in law.sample(draws, **names))
     if loss in _PROPOSALS:
-        counts, weight = sample_mask_counts(total, length, proposal=_PROPOSALS[loss], **names)
-        counts = counts[strata]
-        xt = mask_exactly(x0, there(counts), mask_index=mask_index, **named).xt
-        return Noised(x0, xt, nothing, there(weight[strata]), int(counts.sum()) if x0.is_cuda else None)
-    t = sample_times(total, **names)[strata]
+        sizes = length + int(complementary)
+        if times is None:
+            drawn = sample_mask_counts(draws, sizes, proposal=_PROPOSALS[loss], **names)
+            counts, weight = (values[strata] for values in drawn)
+        else:
+            counts = 1 + (times * sizes).long()
+            weight = share * sizes / counts
+        masks = counts - int(complementary)
+        mask = mask_exactly(x0, there(masks), mask_index=mask_index, **named).mask
+        if complementary:
+            second = rows % 2 == 1
+            masks = torch.where(second, length - masks, masks)
+            mask, weight = mask ^ there(second).unsqueeze(1), weight * counts / masks.clamp_min(1)
+        xt = torch.where(mask, mask_index, x0)
+        return Noised(x0, xt, nothing, there(weight), int(masks.sum()) if x0.is_cuda else None, times)
+    t = sample_times(draws, **names)[strata] if times is None else times.float()
     sigma, dsigma = SCHEDULE(t)
     p = t if loss == "dce-lambda" else -torch.expm1(-sigma)
     capacity = _most(p, length) if x0.is_cuda else None
     if loss == "dce-lambda":
         xt = mask_tokens(x0, there(p), mask_index=mask_index, **named).xt
-        return Noised(x0, xt, nothing, there(1 / t), capacity)
-    sigma, dsigma = there(sigma), there(dsigma)
+        return Noised(x0, xt, nothing, there(share / t), capacity, times)
+    sigma, weight = there(sigma), there(share * (dsigma / torch.expm1(sigma) if loss == "dce-t" else dsigma))
     if loss == "dse-uniform":
-        return Noised(x0, corrupt(x0, sigma, Uniform(num_states), **named), sigma, dsigma, n * length)
-    xt = corrupt(x0, sigma, Absorbing(num_states), **named)
-    return Noised(x0, xt, sigma, dsigma / torch.expm1(sigma) if loss == "dce-t" else dsigma, capacity)
+        return Noised(x0, corrupt(x0, sigma, Uniform(num_states), **named), sigma, weight, n * length, times)
+    return Noised(x0, corrupt(x0, sigma, Absorbing(num_states), **named), sigma, weight, capacity, times)
 
 
 def _most(p: Tensor, length: int) -> int:
@@ -80,12 +111,12 @@ def _most(p: Tensor, length: int) -> int:
 def diffusion_loss(model: nn.Module, batch: Noised, loss: str, **reduction: Any) -> Tensor:
     """The weighted loss of a noised batch in nats; `reduction` and `num_items` as in `dce_loss`.
 
-    With a large vocabulary the logits are never whole in memory.
+    With a large vocabulary the logits are never whole in memory, and of losses a token only the sum has a gradient.
 
     Args:
         model: a `DiffusionTransformer`, as it is or wrapped (DDP, FSDP2).
     """
-    x0, xt, sigma, weight, capacity = batch
+    x0, xt, sigma, weight, capacity, _ = batch
     network: Any = getattr(model, "module", model)
     inputs: tuple[Tensor, ...] = (xt,)
     targets: tuple[Tensor, ...] = (x0,)
@@ -99,5 +130,5 @@ def diffusion_loss(model: nn.Module, batch: Noised, loss: str, **reduction: Any)
     noise_of_one = tuple(tensor[:1] for tensor in inputs[1:])
     head = LossHead(model, network.lm_head, logits=lambda tokens: model(tokens, *noise_of_one))
     scoring = head.dse_loss if loss.startswith("dse") else head.dce_loss
-    with scoring(*targets, **options, capacity=capacity) as loss_of:
+    with scoring(*targets, **options, summed=True, capacity=capacity) as loss_of:
         return loss_of(model(*inputs))
