@@ -156,7 +156,7 @@ class DiffusionTransformer(nn.Module):
             if self.sigma_map is not None:
                 share = (xt == mask_index).double().unflatten(1, (num_blocks(xt.shape[1], block_length), -1)).mean(2)
                 sigma = total_noise(share).float().repeat_interleave(block_length, 1)
-            return noised_stream(self.body, xt, x0, block_length, sigma)
+            return noised_stream(self.body, xt, sigma, x0=x0, block_length=block_length)
 
         return body, self.lm_head
 
@@ -230,13 +230,13 @@ class DiffusionTransformer(nn.Module):
 
 
 def noised_stream(
-    network: Callable[..., Tensor], xt: Tensor, x0: Tensor, block_length: int, sigma: Tensor | None = None
+    network: Callable[..., Tensor], xt: Tensor, sigma: Tensor | None = None, *, x0: Tensor, block_length: int
 ) -> Tensor:
     """What a `DiffusionTransformer`, its body, or a wrapper of it gives for xt, each block given the clean ones before.
 
     Args:
-        xt, x0, block_length: as `two_streams`.
         sigma: [B, L], the noise of each token of xt, for a model that sees it.
+        xt, x0, block_length: as `two_streams`.
     """
     tokens, positions, sees = two_streams(xt, x0, block_length)
     sigma = None if sigma is None else torch.cat([sigma, torch.zeros_like(sigma)], 1)
