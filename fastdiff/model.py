@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff.blocks import num_blocks, two_streams
 from fastdiff.checks import check_integer, check_tensor, check_tokens
 from fastdiff.files import import_safetensors, read_config, write_atomically
 
@@ -82,16 +83,26 @@ class DiffusionTransformer(nn.Module):
         return self.output_layer.linear
 
     def forward(
-        self, xt: Tensor, sigma: Tensor | None = None, sees: Tensor | None = None, positions: Tensor | None = None
+        self,
+        xt: Tensor,
+        sigma: Tensor | None = None,
+        sees: Tensor | None = None,
+        positions: Tensor | None = None,
+        first: int | None = None,
     ) -> Tensor:
         """Logits, or the unscaled log score of a model that sees the noise level: [B, L, num_states].
 
         Arguments and errors are those of `body`.
         """
-        return self.lm_head(self.body(xt, sigma, sees, positions))
+        return self.lm_head(self.body(xt, sigma, sees, positions, first))
 
     def body(
-        self, xt: Tensor, sigma: Tensor | None = None, sees: Tensor | None = None, positions: Tensor | None = None
+        self,
+        xt: Tensor,
+        sigma: Tensor | None = None,
+        sees: Tensor | None = None,
+        positions: Tensor | None = None,
+        first: int | None = None,
     ) -> Tensor:
         """Hidden states in front of `lm_head`: [B, L, dim].
 
@@ -101,9 +112,10 @@ class DiffusionTransformer(nn.Module):
             sees: bool, [L, L] or what broadcasts to [B, heads, L, L]: which tokens (columns) each token attends to;
                 None means all.
             positions: [L] int64 in [0, max_length), of sequences that hold several side by side; None counts them.
+            first: how many tokens, from the front, are wanted: [B, first, dim]; None means all.
 
         Raises:
-            TypeError, ValueError: a wrong dtype, shape or length; ids or sigma out of range (on the CPU).
+            TypeError, ValueError: a wrong dtype, shape or length; ids, sigma or positions out of range (on the CPU).
         """
         self._check(xt, sigma, positions)
         positions = torch.arange(xt.shape[1], device=xt.device) if positions is None else positions
@@ -114,7 +126,7 @@ class DiffusionTransformer(nn.Module):
         rotary = _rotary(positions, self.config.dim // self.config.heads, h.dtype)
         for block in self.blocks:
             h = block(h, rotary, c, sees)
-        return self.output_layer(h, c)
+        return self.output_layer(h[:, :first], None if c is None else c[:, :first])
 
     def conditionals(
         self, mask_index: int, total_noise: Callable[[Tensor], Tensor]
@@ -126,6 +138,27 @@ class DiffusionTransformer(nn.Module):
         if self.sigma_map is None:
             return self.body, self.lm_head
         return lambda xt: self.body(xt, total_noise((xt == mask_index).double().mean(1)).float()), self.lm_head
+
+    def block_conditionals(
+        self, block_length: int, mask_index: int, total_noise: Callable[[Tensor], Tensor]
+    ) -> tuple[Callable[[Tensor, Tensor], Tensor], nn.Linear]:
+        """For the block estimators: (body, last layer) of p(x0 in a block | xt in it, x0 in the blocks before).
+
+        body(xt [b, L], x0 [b, L]) gives the hidden states [b, L, dim] of all blocks in one pass of twice the tokens. A
+        model that sees the noise level is asked at total_noise(m / block_length) for a block with m masks.
+
+        Raises (body):
+            TypeError, ValueError: a block_length that does not divide L, or as `body`, of L tokens.
+        """
+
+        def body(xt: Tensor, x0: Tensor) -> Tensor:
+            sigma = None
+            if self.sigma_map is not None:
+                share = (xt == mask_index).double().unflatten(1, (num_blocks(xt.shape[1], block_length), -1)).mean(2)
+                sigma = total_noise(share).float().repeat_interleave(block_length, 1)
+            return noised_stream(self.body, xt, sigma, x0=x0, block_length=block_length)
+
+        return body, self.lm_head
 
     def save_pretrained(self, folder: str | os.PathLike, **sections: dict) -> None:
         """Write config.json and model.safetensors into a folder, each whole or not at all.
@@ -191,6 +224,23 @@ class DiffusionTransformer(nn.Module):
                 raise ValueError(f"xt: expected ids in [0, {self.config.num_states}), got {low} to {high}")
             if sigma is not None and not (sigma >= 0).all():
                 raise ValueError(f"sigma: expected >= 0, got {sigma.min().item()}")
+            low, high = (0, 0) if positions is None else (positions.min().item(), positions.max().item())
+            if low < 0 or (self.config.max_length is not None and high >= self.config.max_length):
+                raise ValueError(f"positions: expected numbers in [0, {most}), got {low} to {high}")
+
+
+def noised_stream(
+    network: Callable[..., Tensor], xt: Tensor, sigma: Tensor | None = None, *, x0: Tensor, block_length: int
+) -> Tensor:
+    """What a `DiffusionTransformer`, its body, or a wrapper of it gives for xt, each block given the clean ones before.
+
+    Args:
+        sigma: [B, L], the noise of each token of xt, for a model that sees it.
+        xt, x0, block_length: as `two_streams`.
+    """
+    tokens, positions, sees = two_streams(xt, x0, block_length)
+    sigma = None if sigma is None else torch.cat([sigma, torch.zeros_like(sigma)], 1)
+    return network(tokens, sigma, sees, positions, xt.shape[1])
 
 
 class _Block(nn.Module):
