@@ -124,8 +124,9 @@ class DiffusionTransformer(nn.Module):
             h = h + self.embed_position(positions)
         c = None if sigma is None or self.sigma_map is None else self.sigma_map(sigma)
         rotary = _rotary(positions, self.config.dim // self.config.heads, h.dtype)
+        bias = None if sees is None else _bias(sees, h)
         for block in self.blocks:
-            h = block(h, rotary, c, sees)
+            h = block(h, rotary, c, bias)
         return self.output_layer(h[:, :first], None if c is None else c[:, :first])
 
     def conditionals(
@@ -254,13 +255,13 @@ class _Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
         self.adaLN_modulation = nn.Linear(config.cond_dim, 6 * dim) if config.cond_dim else None
 
-    def forward(self, h: Tensor, rotary: Tensor, c: Tensor | None, sees: Tensor | None) -> Tensor:
-        # h [B, L, D], c [B, 1 or L, C]
+    def forward(self, h: Tensor, rotary: Tensor, c: Tensor | None, bias: Tensor | None) -> Tensor:
+        # h [B, L, D], c [B, 1 or L, C], bias [L, L] or more
         shift1, scale1, gate1, shift2, scale2, gate2 = _parts(self.adaLN_modulation, c, 6)
         qkv = self.attn_qkv(_modulated(self.norm1(h), shift1, scale1)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, L, D / heads]
         v = v.contiguous()  # a view would have autograd keep q and k whole, beside the turned ones
-        a = F.scaled_dot_product_attention(_rotated(q, rotary), _rotated(k, rotary), v, attn_mask=sees)
+        a = F.scaled_dot_product_attention(_rotated(q, rotary), _rotated(k, rotary), v, attn_mask=bias)
         h = h + _gated(self.attn_out(a.transpose(1, 2).flatten(2)), gate1)
         return h + _gated(self.mlp(_modulated(self.norm2(h), shift2, scale2)), gate2)
 
@@ -324,6 +325,13 @@ def _gated(h: Tensor, gate: Tensor | None) -> Tensor:
 def inverse_frequencies(dim: int, device: torch.device | None = None) -> Tensor:
     """By how much a place turns each of the pairs of a head: float32 [dim / 2]."""
     return 1 / 10000 ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+
+
+def _bias(sees: Tensor, h: Tensor) -> Tensor:
+    """What attention adds to its scores: made once, or each layer would make one, and autograd keep them all."""
+    casts = torch.is_autocast_enabled(h.device.type) and h.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(h.device.type) if casts else h.dtype
+    return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, -math.inf)
 
 
 def _rotary(positions: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
