@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.block_cache import BlockCache
-from fastdiff.blocks import num_blocks, two_streams
+from fastdiff.blocks import two_streams
 from fastdiff.checks import check_integer, check_tensor, check_tokens
 from fastdiff.files import import_safetensors, read_config, write_atomically
 
@@ -128,8 +128,9 @@ class DiffusionTransformer(nn.Module):
             h = h + self.embed_position(positions)
         c = None if sigma is None or self.sigma_map is None else self.sigma_map(sigma)
         rotary = _rotary(positions, self.config.dim // self.config.heads, h.dtype)
+        bias = None if sees is None else _bias(sees, h)
         for layer, block in enumerate(self.blocks):
-            h = block(h, rotary, c, sees, past and past[layer])
+            h = block(h, rotary, c, bias, past and past[layer])
         return self.output_layer(h[:, :first], None if c is None else c[:, :first])
 
     def conditionals(
@@ -148,18 +149,20 @@ class DiffusionTransformer(nn.Module):
     ) -> tuple[Callable[[Tensor, Tensor], Tensor], nn.Linear]:
         """For the block estimators: (body, last layer) of p(x0 in a block | xt in it, x0 in the blocks before).
 
-        body(xt [b, L], x0 [b, L]) gives the hidden states [b, L, dim] of all blocks in one pass of twice the tokens. A
-        model that sees the noise level is asked at total_noise(m / block_length) for a block with m masks.
+        body(xt [b, L], x0 [b, L]) gives the hidden states [b, L, dim] of all blocks in one pass of twice the tokens.
+        The last may be short. A model that sees the noise level is asked at total_noise(m / n) for a block of n tokens
+        with m masks.
 
         Raises (body):
-            TypeError, ValueError: a block_length that does not divide L, or as `body`, of L tokens.
+            TypeError, ValueError: as `body`, of L tokens.
         """
 
         def body(xt: Tensor, x0: Tensor) -> Tensor:
             sigma = None
             if self.sigma_map is not None:
-                share = (xt == mask_index).double().unflatten(1, (num_blocks(xt.shape[1], block_length), -1)).mean(2)
-                sigma = total_noise(share).float().repeat_interleave(block_length, 1)
+                blocks = (xt == mask_index).double().split(block_length, 1)
+                share = torch.cat([block.mean(1, keepdim=True).expand_as(block) for block in blocks], 1)
+                sigma = total_noise(share).float()
             return noised_stream(self.body, xt, sigma, x0=x0, block_length=block_length)
 
         return body, self.lm_head
@@ -279,10 +282,10 @@ class _Block(nn.Module):
         h: Tensor,
         rotary: Tensor,
         c: Tensor | None,
-        sees: Tensor | None,
+        bias: Tensor | None,
         past: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None,
     ) -> Tensor:
-        # h [B, L, D], c [B, 1 or L, C]
+        # h [B, L, D], c [B, 1 or L, C], bias [L, L] or more
         shift1, scale1, gate1, shift2, scale2, gate2 = _parts(self.adaLN_modulation, c, 6)
         qkv = self.attn_qkv(_modulated(self.norm1(h), shift1, scale1)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, L, D / heads]
@@ -290,7 +293,7 @@ class _Block(nn.Module):
         k = _rotated(k, rotary)
         if past is not None:
             k, v = past(k, v)
-        a = F.scaled_dot_product_attention(_rotated(q, rotary), k, v, attn_mask=sees)
+        a = F.scaled_dot_product_attention(_rotated(q, rotary), k, v, attn_mask=bias)
         h = h + _gated(self.attn_out(a.transpose(1, 2).flatten(2)), gate1)
         return h + _gated(self.mlp(_modulated(self.norm2(h), shift2, scale2)), gate2)
 
@@ -354,6 +357,13 @@ def _gated(h: Tensor, gate: Tensor | None) -> Tensor:
 def inverse_frequencies(dim: int, device: torch.device | None = None) -> Tensor:
     """By how much a place turns each of the pairs of a head: float32 [dim / 2]."""
     return 1 / 10000 ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+
+
+def _bias(sees: Tensor, h: Tensor) -> Tensor:
+    """What attention adds to its scores: made once, or each layer would make one, and autograd keep them all."""
+    casts = torch.is_autocast_enabled(h.device.type) and h.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(h.device.type) if casts else h.dtype
+    return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, -math.inf)
 
 
 def _rotary(positions: Tensor, dim: int, dtype: torch.dtype) -> Tensor:

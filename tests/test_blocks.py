@@ -111,8 +111,23 @@ def test_the_longest_sequence_is_that_of_one_stream(learned_positions):
         body(XT[:, [0] * 13], X0[:, [0] * 13])
 
 
-@pytest.mark.parametrize("block_length", [0, -1, 5, 24])
-def test_blocks_that_do_not_divide(block_length):
+@pytest.mark.parametrize("block_length", [5, 24])
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_a_short_last_block(block_length, conditioned):
+    """Each block alone, behind the clean ones; noise is by its own share of masks."""
+    model = make(conditioned)
+    found = logits_of(model, block_length)(XT, X0)
+    for start in range(0, L, block_length):
+        end = min(start + block_length, L)
+        seen, n = torch.cat([X0[:, :start], XT[:, start:end]], 1), end - start
+        level = LogLinear().total_noise((XT[:, start:end] == MASK).double().mean(1, keepdim=True)).float()
+        sigma = torch.cat([torch.zeros(len(XT), start), level.expand(-1, n)], 1) if conditioned else None
+        alone = model(seen, sigma, block_causal(end, block_length))[:, start:]
+        torch.testing.assert_close(found[:, start:end], alone)
+
+
+@pytest.mark.parametrize("block_length", [0, -1])
+def test_blocks_of_no_length(block_length):
     with pytest.raises(ValueError, match="block_length: expected"):
         two_streams(XT, X0, block_length)
     with pytest.raises(ValueError, match="block_length: expected"):

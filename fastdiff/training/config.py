@@ -118,3 +118,8 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected {what}, got {getattr(self, name)}")
         if self.complementary and self.batch_size % 2:
             raise ValueError(f"batch_size: expected an even number, as rows are complementary, got {self.batch_size}")
+
+    @property
+    def streams(self) -> int:
+        """Sequences side by side in a pass: with blocks the noised one and the clean one."""
+        return 2 if self.block_length else 1

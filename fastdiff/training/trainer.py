@@ -129,8 +129,8 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> Record:
-        """Held-out bits per token of the averaged weights, of blocks if they were trained so; for "dse-uniform" the loss
-        in nats per token.
+        """Held-out bits per token of the averaged weights, a likelihood of blocks where they are trained; for
+        "dse-uniform" the loss in nats per token.
 
         The standard error is that over sequences: masking noise, and how far they stand for their text.
         """
