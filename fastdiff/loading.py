@@ -130,7 +130,8 @@ class Loaded:
             ValueError: an unknown likelihood, or one that the uniform graph or a block model does not have.
         """
         if self.block_length is not None:
-            check_choice("likelihood", likelihood, ("time-free",))
+            if likelihood != "time-free":
+                raise ValueError(f"likelihood: expected 'time-free', the only one of a block model, got {likelihood!r}")
             return "block"
         check_choice("likelihood", likelihood, LIKELIHOODS if self.conditionals is not None else _OF_ANY_GRAPH)
         return "bound" if likelihood == "time-free" and self.conditionals is None else likelihood
