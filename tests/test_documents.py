@@ -56,4 +56,4 @@ def test_the_seams_of_the_readme_are_there():
     seams = re.findall(r"\| `(\w+)\.(\w+)\(", (ROOT / "README.md").read_text())
     assert len(seams) > 10
     for module, name in seams:
-        assert hasattr(importlib.import_module(f"fastdiff.integrations.{module}"), name)
+        assert f"def {name}(" in (ROOT / "fastdiff" / "integrations" / f"{module}.py").read_text()
