@@ -242,7 +242,7 @@ def test_compiles_whole(reduction, backend, device):
 
 def test_opcheck(backend, device):
     p = problem((2, 3), 7, device=device)
-    rows = [p["x0"], p["xt"], None, None, p["weight"], None, None]
+    rows = [p["x0"], p["xt"], None, None, p["weight"], None, None, None]
     constants = ["dce", p["mask_index"], True, -100, False, 1e-3, "mean"]
     z = p["z"].requires_grad_()
     torch.library.opcheck(getattr(torch.ops.fastdiff.row_loss, backend), (z, *rows, *constants, True, True))
