@@ -208,8 +208,8 @@ def _on_gpu(kernels: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _in_place_on_gpu(kernels: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
     *given, all_states, with_grad, with_stats = arguments
-    given.insert(_TENSORS - 1, None)  # num_items
-    rows = Rows(*given, reduction="none")
+    given = [*given[: _TENSORS - 1], None, *given[_TENSORS - 1 :], "none"]  # num_items, reduction
+    rows = Rows(*given)
     z, x0 = rows.z, rows.x0
     losses, one = z.new_empty(x0.shape, dtype=torch.float64), z.new_ones((), dtype=torch.float64)
     stats = new_stats(x0, z.dtype, with_stats)
