@@ -1,6 +1,7 @@
 """Fused kernels for discrete-diffusion language models: losses, masking and likelihoods, each in one pass."""
 
 from fastdiff.backends import BackendUnavailable
+from fastdiff.d3pm import d3pm_loss, linear_d3pm_loss
 from fastdiff.estimators import (
     InformationCurve,
     LogRatioEstimate,
@@ -62,6 +63,7 @@ __all__ = [
     "Uniform",
     "conditional_nll",
     "corrupt",
+    "d3pm_loss",
     "dce_loss",
     "dpo_loss",
     "dse_loss",
@@ -69,6 +71,7 @@ __all__ = [
     "exact_nll",
     "grpo_loss",
     "harmonic_mask",
+    "linear_d3pm_loss",
     "linear_dce_loss",
     "linear_dse_loss",
     "linear_sample_tokens",
