@@ -19,6 +19,7 @@ class Functor:
             hold numbers that no formula minds.
         masked: x_t is x0 or the mask, and masks are scored; else x_t is any id, and all tokens are scored.
         apart: which id kernels treat apart beside x0: "mask", if it is excluded, or "xt".
+        logits: what the row is taken for, if not itself, in the formula and for statistics.
         of_scores: rows are log scores, which can be scaled by sigma.
         still: sigma may be 0 where x_t = x0.
         extra: what `extra` is called in public; None if there is none.
@@ -30,6 +31,7 @@ class Functor:
     formula: Callable[[Any], Tensor]
     masked: bool = True
     apart: Literal["mask", "xt"] = "mask"
+    logits: Callable[[Any], Tensor] | None = None
     of_scores: bool = False
     still: bool = False
     extra: str | None = None

@@ -246,8 +246,7 @@ implement_on_gpus("row_loss_", _in_place_on_gpu, triton="row_loss")
 def reference_loss(rows: Rows) -> Tensor:
     check_row_values(rows)
     scored = scored_tokens(rows)
-    x0 = torch.where(rows.x0 != rows.ignore_index, rows.x0, 0)
-    loss = torch.where(scored, _reference_loss(rows, x0, scored), 0)
+    loss = torch.where(scored, FUNCTORS[rows.functor].formula(_harmless(rows, scored)), 0)
     if rows.weight is not None:
         loss = loss * torch.where(scored, rows.weight, 0)
     if rows.entropy_weight is not None:
@@ -259,30 +258,31 @@ def reference_loss(rows: Rows) -> Tensor:
     return loss.to(loss_dtype(rows.z.dtype))
 
 
-def _reference_loss(rows: Rows, x0: Tensor, scored: Tensor) -> Tensor:
+def _harmless(rows: Rows, scored: Tensor) -> Rows:
+    """The rows as formulas take them, where unscored tokens hold numbers that none minds."""
     functor = FUNCTORS[rows.functor]
 
     def safe(t: Tensor | None, otherwise: int) -> Any:
         return None if t is None else torch.where(scored, t, otherwise)
 
     z = torch.where(scored.unsqueeze(-1), rows.z, 0)  # unscored rows are not read, not even for NaN
-    xt, sigma = safe(rows.xt, 0), safe(rows.sigma, 1)
+    x0, xt, sigma, extra = safe(rows.x0, 0), safe(rows.xt, 0), safe(rows.sigma, 1), safe(rows.extra, 0)
     if functor.of_scores and rows.weight is not None:
         # A weight of 0 leaves nothing of a finite score, though its exponential be infinite.
         z = torch.where((rows.weight != 0).unsqueeze(-1) | ~z.isfinite(), z, 0)
     if rows.scale_by_sigma:
         z = reference.scale_by_sigma(z, sigma, xt)
-    given = dataclasses.replace(rows, z=z, x0=x0, xt=xt, sigma=sigma, extra=safe(rows.extra, 0), mask=scored)
-    return functor.formula(given)
+    given = dataclasses.replace(rows, z=z, x0=x0, xt=xt, sigma=sigma, extra=extra, mask=scored)
+    return given if functor.logits is None else dataclasses.replace(given, z=functor.logits(given))
 
 
 def reference_stats(rows: Rows, with_stats: bool) -> Tensor:
     if not with_stats:
         return new_stats(rows.x0, rows.z.dtype, False)
     scored = scored_tokens(rows)
-    z = torch.where(scored.unsqueeze(-1), rows.z, 0)
-    stats = reference.dce_stats(z, torch.where(scored, rows.x0, 0), rows.mask_index if rows.exclude_mask else None)
-    return torch.where(scored, stats, 0).to(loss_dtype(z.dtype))
+    given = _harmless(rows, scored)
+    stats = reference.dce_stats(given.z, given.x0, rows.mask_index if rows.exclude_mask else None)
+    return torch.where(scored, stats, 0).to(loss_dtype(rows.z.dtype))
 
 
 def scored_tokens(rows: Rows) -> Tensor:
