@@ -217,10 +217,10 @@ FASTDIFF_HD void dce_entropy_grad(const T* z, const Acc<T>* kept, T* grad, int64
   store_scaled(grad, out, n, share * size);
 }
 
-// weight (nll + z_loss logsumexp^2) + entropy_weight H. With x0 elsewhere, as if its number were 0 and its probability
+// weight (nll + penalty logsumexp^2) + entropy_weight H. With x0 elsewhere, as if its number were 0 and its probability
 // nothing: its nll is the log-sum-exp.
 template <bool kGrad, typename T>
-FASTDIFF_HD double dce_row(const Row<T>& row, double weight, double entropy_weight, double z_loss, Scratch<T>& scratch,
+FASTDIFF_HD double dce_row(const Row<T>& row, double weight, double entropy_weight, double penalty, Scratch<T>& scratch,
                            RowStats* stats) {
   using C = Acc<T>;
   const bool here = row.x0 >= 0;
@@ -240,8 +240,8 @@ FASTDIFF_HD double dce_row(const Row<T>& row, double weight, double entropy_weig
   // Neither is 1 added to a small sum, nor the shift to log(sum): digits would be lost.
   const double log_sum = here && all.shift == at_x0 ? std::log1p(others.sum) : std::log(all.sum);
   const double logsumexp = all.shift + log_sum;
-  const double drift = z_loss == 0 ? 0 : logsumexp;  // which may be infinite
-  const double slope = 1 + 2 * z_loss * drift;
+  const double drift = penalty == 0 ? 0 : logsumexp;  // which may be infinite
+  const double slope = 1 + 2 * penalty * drift;
   const double log_p = here ? (static_cast<double>(at_x0) - all.shift) - log_sum : -logsumexp;
   const C top = std::max({at_x0, max_before, max_after});
   const bool correct = at_x0 > max_before && at_x0 >= max_after && !std::isnan(all.sum);
@@ -264,7 +264,7 @@ FASTDIFF_HD double dce_row(const Row<T>& row, double weight, double entropy_weig
     if (here) store(row.grad + row.x0, static_cast<C>(weight * (std::expm1(log_p) + (slope - 1) * p) - pull));
     if (row.excluded >= 0) store(row.grad + row.excluded, C(0));
   }
-  return weight * (z_loss * drift * drift - log_p) + (with_entropy ? entropy_weight * h : 0);
+  return weight * (penalty * drift * drift - log_p) + (with_entropy ? entropy_weight * h : 0);
 }
 
 // ---------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ FASTDIFF_HD void row_loss_rows(const RowLoss& op, int64_t begin, int64_t end) {
     const Row<T> row{z, grad, op.num_states, op.x0[r], op.excluded(r)};
     if (op.functor == Functor::dce)
       op.loss[r] = dce_row<kGrad>(row, op.row_weight(r), op.entropy_weight ? op.entropy_weight[r] * op.scale : 0,
-                                  op.z_loss, scratch, op.stats ? op.stats + r : nullptr);
+                                  op.penalty, scratch, op.stats ? op.stats + r : nullptr);
     else if (op.functor == Functor::dse_uniform_logits)
       op.loss[r] = nelbo_row<kGrad>(row, op.row_weight(r), op.num_states * Noise(op.sigma[r]).inv_e1, scratch);
     else
@@ -119,12 +119,12 @@ void advise_huge_pages(Tensor fresh) {
 // for, [4, ...] per token, the log-sum-exp, the entropy, 1 where x0 has the largest number, and x0's -log p.
 std::tuple<Tensor, Tensor, Tensor> row_loss(Tensor z, Tensor x0, std::optional<Tensor> xt, std::optional<Tensor> mask,
                                             std::optional<Tensor> sigma, std::optional<Tensor> weight,
-                                            std::optional<Tensor> entropy_weight, std::optional<Tensor> num_items,
-                                            std::string functor, int64_t mask_index, bool exclude_mask,
-                                            int64_t ignore_index, bool scale_by_sigma, double z_loss,
-                                            std::string reduction, bool with_grad, bool with_stats) {
-  RowLoss op(z, x0, xt, mask, sigma, weight, entropy_weight, functor, mask_index, exclude_mask, ignore_index,
-             scale_by_sigma, z_loss);
+                                            std::optional<Tensor> entropy_weight, std::optional<Tensor> extra,
+                                            std::optional<Tensor> num_items, std::string functor, int64_t mask_index,
+                                            bool exclude_mask, int64_t ignore_index, bool scale_by_sigma,
+                                            double penalty, std::string reduction, bool with_grad, bool with_stats) {
+  RowLoss op(z, x0, xt, mask, sigma, weight, entropy_weight, extra, functor, mask_index, exclude_mask, ignore_index,
+             scale_by_sigma, penalty);
   const int64_t count = op.check();
   if (reduction == "mean") op.scale = 1.0 / std::max<int64_t>(count, 1);
   if (num_items) op.scale = 1.0 / *data<double>(*num_items);
@@ -145,11 +145,12 @@ std::tuple<Tensor, Tensor, Tensor> row_loss(Tensor z, Tensor x0, std::optional<T
 // is contiguous.
 std::tuple<Tensor, Tensor> row_loss_(Tensor z, Tensor x0, std::optional<Tensor> xt, std::optional<Tensor> mask,
                                      std::optional<Tensor> sigma, std::optional<Tensor> weight,
-                                     std::optional<Tensor> entropy_weight, std::string functor, int64_t mask_index,
-                                     bool exclude_mask, int64_t ignore_index, bool scale_by_sigma, double z_loss,
-                                     int64_t all_states, bool with_grad, bool with_stats) {
-  RowLoss op(z, x0, xt, mask, sigma, weight, entropy_weight, functor, mask_index, exclude_mask, ignore_index,
-             scale_by_sigma, z_loss, all_states);
+                                     std::optional<Tensor> entropy_weight, std::optional<Tensor> extra,
+                                     std::string functor, int64_t mask_index, bool exclude_mask, int64_t ignore_index,
+                                     bool scale_by_sigma, double penalty, int64_t all_states, bool with_grad,
+                                     bool with_stats) {
+  RowLoss op(z, x0, xt, mask, sigma, weight, entropy_weight, extra, functor, mask_index, exclude_mask, ignore_index,
+             scale_by_sigma, penalty, all_states);
   op.check();
   if (with_grad) op.grad = z.mutable_data_ptr();
   const auto [losses, stats] = run(op, x0, with_stats);

@@ -18,11 +18,11 @@ struct RowLoss {
   const void* z;
   const int64_t *x0, *xt;
   const bool* mask;
-  const double *sigma, *weight, *entropy_weight;
+  const double *sigma, *weight, *entropy_weight, *extra;
   Functor functor;
   int64_t mask_index, ignore_index, num_states, all_states, rows;
   bool exclude_mask, scale_by_sigma;
-  double z_loss, scale = 1;
+  double penalty, scale = 1;
   std::vector<uint8_t> scored;
   double* loss = nullptr;
   RowStats* stats = nullptr;
@@ -30,9 +30,9 @@ struct RowLoss {
 
   RowLoss(const Tensor& z_, const Tensor& x0_, const std::optional<Tensor>& xt_, const std::optional<Tensor>& mask_,
           const std::optional<Tensor>& sigma_, const std::optional<Tensor>& weight_,
-          const std::optional<Tensor>& entropy_weight_, const std::string& functor_, int64_t mask_index_,
-          bool exclude_mask_, int64_t ignore_index_, bool scale_by_sigma_, double z_loss_,
-          std::optional<int64_t> all_states_ = {})
+          const std::optional<Tensor>& entropy_weight_, const std::optional<Tensor>& extra_,
+          const std::string& functor_, int64_t mask_index_, bool exclude_mask_, int64_t ignore_index_,
+          bool scale_by_sigma_, double penalty_, std::optional<int64_t> all_states_ = {})
       : tensor(z_),
         z(z_.const_data_ptr()),
         x0(data<int64_t>(x0_)),
@@ -41,6 +41,7 @@ struct RowLoss {
         sigma(data<double>(sigma_)),
         weight(data<double>(weight_)),
         entropy_weight(data<double>(entropy_weight_)),
+        extra(data<double>(extra_)),
         functor(functor_named(functor_)),
         mask_index(mask_index_),
         ignore_index(ignore_index_),
@@ -49,7 +50,7 @@ struct RowLoss {
         rows(x0_.numel()),
         exclude_mask(exclude_mask_),
         scale_by_sigma(scale_by_sigma_),
-        z_loss(z_loss_),
+        penalty(penalty_),
         scored(rows) {}
 
   bool in_part() const { return all_states != num_states; }
@@ -83,7 +84,7 @@ struct RowLoss {
     for (int64_t r = 0; r < rows; ++r) {
       if (x0[r] == ignore_index) continue;
       check_row(r);
-      scored[r] = uniform() || (mask ? mask[r] : !xt || xt[r] == mask_index);
+      scored[r] = mask ? mask[r] : uniform() || !xt || xt[r] == mask_index;
       if (scored[r]) check_scored(r);
       count += scored[r];
     }

@@ -16,14 +16,14 @@ struct RowLoss {
   int64_t rows;
   const int64_t *x0, *xt;
   const bool* mask;
-  const double *sigma, *weight, *entropy_weight, *scale;
+  const double *sigma, *weight, *entropy_weight, *extra, *scale;
   void *loss, *grad;  // float or double; as z
   float* stats;       // [4, rows]
   int units;
   int64_t all_states, mask_index, ignore_index;
   Functor functor;
   bool exclude_mask, scale_by_sigma, loss_is_double;
-  double z_loss;
+  double penalty;
 };
 
 // What thread 0 finds out for all: constants of a row, in double.
@@ -201,7 +201,7 @@ __device__ Pair dce_pass(const Work<T>& work, float at_x0, float shift, double s
 }
 
 template <bool kGrad, bool kStats, bool kEntropy, typename T>
-__device__ Results dce_row(const Work<T>& work, double z_loss) {
+__device__ Results dce_row(const Work<T>& work, double penalty) {
   const float at_x0 = number_at(work, work.x0);
   const bool elsewhere = work.x0 == -1;
   const Online others = sum_exp(work);
@@ -211,11 +211,11 @@ __device__ Results dce_row(const Work<T>& work, double z_loss) {
   double grad_x0 = 0;
   if (work.leads() || work.minds(work.x0)) {
     const LogP log_p(others, at_x0, elsewhere);
-    const double drift = z_loss == 0 ? 0 : log_p.logsumexp;  // which may be infinite
+    const double drift = penalty == 0 ? 0 : log_p.logsumexp;  // which may be infinite
     results.logsumexp = log_p.logsumexp;
     results.nll = -log_p.x0;
-    results.loss = weight * (z_loss * drift * drift - log_p.x0);
-    grad_x0 = weight * (std::expm1(log_p.x0) + 2 * z_loss * drift * std::exp(log_p.x0));
+    results.loss = weight * (penalty * drift * drift - log_p.x0);
+    grad_x0 = weight * (std::expm1(log_p.x0) + 2 * penalty * drift * std::exp(log_p.x0));
   }
   if (!kGrad && !kStats) return results;
 
@@ -224,7 +224,7 @@ __device__ Results dce_row(const Work<T>& work, double z_loss) {
   const float rest = others.s * exp_(others.m - shift), all = rest + e_x0;
   const float log_all = at_x0 == shift ? log1pf(rest) : logf(all);
   const bool is_nothing = elsewhere && all == 0;  // a part of the row without weight
-  double slope = weight * (z_loss == 0 ? 1 : 1 + 2 * z_loss * (shift + log_all)), pull = entropy_weight;
+  double slope = weight * (penalty == 0 ? 1 : 1 + 2 * penalty * (shift + log_all)), pull = entropy_weight;
   slope = is_nothing ? 0 : slope / all, pull = is_nothing ? 0 : pull / all;
   constexpr bool kAtOnce = kGrad && !kEntropy;
   Pair sums = dce_pass<kAtOnce, kStats, false>(work, at_x0, shift, slope, 0);
@@ -349,7 +349,7 @@ __device__ Results row_results(const Work<T>& work, const RowLoss& op) {
   const Constants& constants = work.shared.constants;
   const double shift = constants.shift;
   if constexpr (kFunctor == Functor::dce) {
-    return dce_row<kGrad, kStats, kEntropy>(work, op.z_loss);
+    return dce_row<kGrad, kStats, kEntropy>(work, op.penalty);
   } else if constexpr (kFunctor == Functor::dse_absorb) {
     return dse_row<kGrad, ExpTerm>(work, -INFINITY, shift);
   } else if constexpr (kFunctor == Functor::dse_uniform) {
@@ -368,7 +368,7 @@ __global__ void __launch_bounds__(512, 1) row_loss_kernel(const __grid_constant_
   constexpr bool kUniform = kFunctor == Functor::dse_uniform || kFunctor == Functor::dse_uniform_logits;
   const int64_t r = blockIdx.x / Cluster::size();
   const int64_t x0 = op.x0[r], xt = op.xt ? op.xt[r] : -1;
-  const bool scored = x0 != op.ignore_index && (kUniform || (op.mask ? op.mask[r] : !op.xt || xt == op.mask_index));
+  const bool scored = x0 != op.ignore_index && (op.mask ? op.mask[r] : kUniform || !op.xt || xt == op.mask_index);
   const T* z = op.z.row<T>(r);
   T* to = kGrad ? static_cast<T*>(op.grad) + r * op.z.num_states : nullptr;
 
@@ -438,17 +438,17 @@ void launch_of(const RowLoss& op, const Tensor& z, const Grid& grid) {
 
 void launch_row_loss(Tensor z, Tensor x0, std::optional<Tensor> xt, std::optional<Tensor> mask,
                      std::optional<Tensor> sigma, std::optional<Tensor> weight, std::optional<Tensor> entropy_weight,
-                     Tensor scale, Tensor loss, std::optional<Tensor> grad, std::optional<Tensor> stats,
-                     std::string functor, int64_t mask_index, bool exclude_mask, int64_t ignore_index,
-                     bool scale_by_sigma, double z_loss, int64_t all_states) {
+                     std::optional<Tensor> extra, Tensor scale, Tensor loss, std::optional<Tensor> grad,
+                     std::optional<Tensor> stats, std::string functor, int64_t mask_index, bool exclude_mask,
+                     int64_t ignore_index, bool scale_by_sigma, double penalty, int64_t all_states) {
   RowLoss op{Rows(z), x0.numel(), data<int64_t>(x0), data<int64_t>(xt), data<bool>(mask)};
   op.sigma = data<double>(sigma), op.weight = data<double>(weight), op.entropy_weight = data<double>(entropy_weight),
-  op.scale = data<double>(scale);
+  op.extra = data<double>(extra), op.scale = data<double>(scale);
   op.loss = loss.mutable_data_ptr(), op.loss_is_double = loss.scalar_type() == ScalarType::Double;
   op.grad = grad ? grad->mutable_data_ptr() : nullptr, op.stats = stats ? mutable_data<float>(*stats) : nullptr;
   op.all_states = all_states, op.mask_index = mask_index, op.ignore_index = ignore_index;
   op.functor = functor_named(functor), op.exclude_mask = exclude_mask, op.scale_by_sigma = scale_by_sigma;
-  op.z_loss = z_loss;
+  op.penalty = penalty;
   const bool one_pass = op.functor == Functor::dse_absorb || op.functor == Functor::dse_uniform;
   const Shape shape = shape_of(z.size(-1) * z.element_size(), one_pass ? 0 : limits().shared - kShared);
   op.units = shape.units;
