@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from fastdiff import reference
 from fastdiff.checks import (
     Number,
     check_bool,
@@ -16,6 +17,7 @@ from fastdiff.checks import (
     per_token,
     vocabulary_index,
 )
+from fastdiff.ops.functors import FUNCTORS, Functor
 from fastdiff.ops.linear_loss import Head, linear_loss
 from fastdiff.ops.parallel import shard_of
 from fastdiff.ops.row_loss import IGNORE_NONE, Rows, row_loss
@@ -25,6 +27,29 @@ if TYPE_CHECKING:
 
 REDUCTIONS = ("none", "sum", "mean")
 PARAMETRIZATIONS = ("log_score", "logits", "log_probs", "scale_by_sigma")
+
+FUNCTORS["dce"] = Functor(
+    lambda r: reference.dce(r.z, r.x0, r.mask, r.mask_index if r.exclude_mask else None, r.penalty, r.sigma),
+    over_ranks="softmax",
+    from_sums=True,
+)
+FUNCTORS["dse_absorb"] = Functor(
+    lambda r: reference.dse_absorb(r.z, r.sigma, r.xt, r.x0, r.mask_index),
+    of_scores=True,
+    over_ranks="sum",
+    from_sums=True,
+)
+FUNCTORS["dse_uniform"] = Functor(
+    lambda r: reference.dse_uniform(r.z, r.sigma, r.xt, r.x0),
+    masked=False,
+    apart="xt",
+    of_scores=True,
+    still=True,
+    over_ranks="sum",
+)
+FUNCTORS["dse_uniform_logits"] = Functor(
+    lambda r: reference.dse_uniform_logits(r.z, r.sigma, r.xt, r.x0), masked=False, apart="xt"
+)
 
 
 class RowStats(NamedTuple):
@@ -199,7 +224,7 @@ def dce_rows(
         rows.mask = mask.contiguous()
     if weight is not None:
         rows.weight = per_token("weight", weight, shape, device).contiguous()
-    rows.z_loss = float(z_loss)
+    rows.penalty = float(z_loss)
     _reduce(rows, reduction, num_items)
     return rows
 
@@ -254,13 +279,14 @@ def _rows(
         sigma=None,
         weight=None,
         entropy_weight=None,
+        extra=None,
         num_items=None,
         functor=functor,
         mask_index=mask_index,
         exclude_mask=exclude_mask,
         ignore_index=ignore_index,
         scale_by_sigma=scale_by_sigma,
-        z_loss=0.0,
+        penalty=0.0,
         reduction="none",
     )
 

@@ -57,13 +57,25 @@ def staggered_score(graph: str, score: Tensor, dsigma: Tensor, mask_index: int |
 # 2. Losses. Each is a function of one row and a few scalars; unscored rows are 0.
 
 
-def dce(logits: Tensor, x0: Tensor, scored: Tensor, mask_index: int | None, z_loss: float = 0.0) -> Tensor:
-    """Masked cross-entropy, logsumexp_v z_v - z_x0 + z_loss logsumexp_v^2 over v != mask_index (None: over all v)."""
+def dce(
+    logits: Tensor,
+    x0: Tensor,
+    scored: Tensor,
+    mask_index: int | None,
+    z_loss: float = 0.0,
+    sigma: Tensor | None = None,
+) -> Tensor:
+    """Masked cross-entropy, logsumexp_v z_v - z_x0 + z_loss logsumexp_v^2 over v != mask_index (None: over all v).
+
+    With sigma it is divided by e1, and so the score entropy of the conditionals softmax(z).
+    """
     z = _without_mask(logits, mask_index)
     loss = _nll(z, torch.where(scored, x0, 0))
     if z_loss:
         top = z.detach().amax(-1, keepdim=True)  # torch.logsumexp's gradient loses the sum beside a large one
         loss = loss + z_loss * (top + (z - top).exp().sum(-1, keepdim=True).log()).squeeze(-1) ** 2
+    if sigma is not None:
+        loss = loss * _noise(sigma.double())[1]
     return torch.where(scored, loss, 0)
 
 

@@ -392,6 +392,7 @@ def row_loss_kernel(
     SIGMA,  # float64 [rows] or None
     WEIGHT,  # float64 [rows] or None
     ENTROPY_WEIGHT,  # float64 [rows] or None
+    EXTRA,  # float64 [rows] or None
     SCALE,  # float64 [], a factor of every loss
     LOSS,  # float32 or float64 [rows]
     GRAD,  # [rows, V] contiguous; anything without gradient
@@ -403,7 +404,7 @@ def row_loss_kernel(
     stride_inner,
     mask_index,
     ignore_index,
-    z_loss,
+    penalty,
     FUNCTOR: tl.constexpr,
     EXCLUDE_MASK: tl.constexpr,
     SCALE_BY_SIGMA: tl.constexpr,
@@ -460,7 +461,7 @@ def row_loss_kernel(
             if WITH_ENTROPY:
                 entropy_weight = tl.load(SCALE) * tl.load(ENTROPY_WEIGHT + r)
             loss, logsumexp, entropy, correct, nll = dce_row(
-                row, weight, entropy_weight, z_loss, WITH_GRAD, STATS is not None, WITH_ENTROPY, BLOCK, VEC
+                row, weight, entropy_weight, penalty, WITH_GRAD, STATS is not None, WITH_ENTROPY, BLOCK, VEC
             )
         elif FUNCTOR == "dse_absorb":
             loss = dse_row(row, weight, shift, zero, zero, inv_e1, -log_e1, "exp", WITH_GRAD, IN_PLACE, BLOCK, VEC)
@@ -512,6 +513,7 @@ def launch_row_loss(
     sigma: Tensor | None,
     weight: Tensor | None,
     entropy_weight: Tensor | None,
+    extra: Tensor | None,
     scale: Tensor,
     loss: Tensor,
     grad: Tensor | None,
@@ -521,13 +523,13 @@ def launch_row_loss(
     exclude_mask: bool,
     ignore_index: int,
     scale_by_sigma: bool,
-    z_loss: float,
+    penalty: float,
     all_states: int,
 ) -> None:
     num_states = z.shape[-1]
     row_loss_kernel[(x0.numel(),)](
-        z, x0, xt, mask, sigma, weight, entropy_weight, scale, loss, z if grad is None else grad, stats,
-        num_states, all_states, *row_strides(z), mask_index, ignore_index, z_loss,
+        z, x0, xt, mask, sigma, weight, entropy_weight, extra, scale, loss, z if grad is None else grad, stats,
+        num_states, all_states, *row_strides(z), mask_index, ignore_index, penalty,
         FUNCTOR=functor, EXCLUDE_MASK=exclude_mask, SCALE_BY_SIGMA=scale_by_sigma, WITH_GRAD=grad is not None,
         IN_PLACE=grad is z, CONTIGUOUS=z.is_contiguous(), VEC=16 // z.element_size(),
         **(SMALL if num_states <= SMALL["BLOCK"] else LARGE[z.element_size()]),
