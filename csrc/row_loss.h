@@ -193,6 +193,7 @@ struct PhiTerm<double> : Terms {
 };
 
 struct ScoreEntropy {
+  static constexpr int kPasses = 1;
   template <typename C>
   using Zero = ExpTerm<C>;  // where a is 0
   template <typename C>
@@ -263,6 +264,7 @@ struct DistanceTerm<double> : Terms {
 };
 
 struct ScoreMatching {
+  static constexpr int kPasses = 1;
   template <typename C>
   using Zero = SquareTerm<C>;
   template <typename C>
@@ -376,8 +378,12 @@ struct AffineRow {
 
 // ---------------------------------------------------------------------------------------------------------
 
-struct Softmax {};
-struct Affine {};
+struct Softmax {
+  static constexpr int kPasses = 2;
+};
+struct Affine {
+  static constexpr int kPasses = 3;
+};
 
 // Calls f with a functor's family.
 template <typename F>

@@ -164,7 +164,7 @@ template <typename T>
 struct Scratch {
   std::vector<Acc<T>> exponentials, shifts;
 
-  explicit Scratch(int64_t num_states) : shifts(num_states / kBlock + 3) {}
+  explicit Scratch(int64_t num_states) : shifts(num_states / kBlock + 4) {}
 
   FASTDIFF_HD Acc<T>* kept(const Row<T>& row) {
     if constexpr (std::is_same_v<Acc<T>, T>) {
