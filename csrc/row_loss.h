@@ -111,6 +111,7 @@ struct SoftmaxRow {
 struct ScoresRow {
   double a, log_a, a_x0, log_a_x0, scale;
 
+  ScoresRow() = default;
   FASTDIFF_HD ScoresRow(Functor functor, double sigma, int64_t num_states, bool moved) : scale(1) {
     const Noise noise(sigma);
     const double n = static_cast<double>(num_states);
