@@ -162,7 +162,7 @@ struct ExpSum {
 // own place), and each run's shift.
 template <typename T>
 struct Scratch {
-  std::vector<Acc<T>> exponentials, shifts;
+  std::vector<Acc<T>> exponentials, pulls, shifts;
 
   explicit Scratch(int64_t num_states) : shifts(num_states / kBlock + 4) {}
 
@@ -172,6 +172,11 @@ struct Scratch {
     }
     exponentials.resize(row.num_states);
     return exponentials.data();
+  }
+
+  FASTDIFF_HD Acc<T>* more(const Row<T>& row) {
+    pulls.resize(row.num_states);
+    return pulls.data();
   }
 };
 
@@ -292,54 +297,53 @@ FASTDIFF_HD double softmax_row(const Row<T>& row, const SoftmaxRow& softmax, dou
 // ---------------------------------------------------------------------------------------------------------
 // Affine: the exponentials are kept, the terms need their sum.
 
-// What a run's terms are made of, in the type they are computed in.
+// Of a run, in the type it is computed in: rho = slope e + offset for an exponential e, of which c is `share`.
 template <typename C>
-struct AffineTerm {
-  C c_per_exp, slope, offset, offset_w;
+struct AffineTerms {
+  double share;
+  C slope, offset, offset_w;
 
-  FASTDIFF_HD AffineTerm(const AffineRow& row, double share)
-      : c_per_exp(static_cast<C>(share)),
-        slope(static_cast<C>(row.slope)),
+  FASTDIFF_HD AffineTerms(const AffineRow& row, double share_)
+      : share(share_),
+        slope(static_cast<C>(row.slope * share)),
         offset(static_cast<C>(row.offset)),
         offset_w(static_cast<C>(row.offset_w)) {}
 
-  // c, w - log(rho) and 1 - 1/rho for an exponential.
-  FASTDIFF_HD void operator()(C exponential, C& c, C& gap, C& pull) const {
-    c = exponential * c_per_exp;
-    const C rho = slope * c + offset, w = slope * c + offset_w;
-    gap = log_gap(w, rho);
-    pull = w / rho;
+  // Sums of w - log(rho) and c (1 - 1/rho); with kKeep also e (1 - 1/rho) of each. Numbers are taken in pairs, which
+  // share a logarithm and a division.
+  template <bool kKeep, typename E>
+  FASTDIFF_HD void add(const E* kept, E* pulls, int64_t n, double& gap_sum, double& pull_sum) const {
+    const int64_t half = n / 2;
+    C gaps = 0, sum = 0;
+#pragma omp simd reduction(+ : gaps, sum)
+    for (int64_t v = 0; v < half; ++v) {
+      const C e = kept[v], rho = slope * e + offset, w = slope * e + offset_w;
+      const C e2 = kept[v + half], rho2 = slope * e2 + offset, w2 = slope * e2 + offset_w;
+      const C inverse = 1 / (rho * rho2), pull = e * w * (rho2 * inverse), pull2 = e2 * w2 * (rho * inverse);
+      gaps += log_gaps(w, rho, w2, rho2);
+      sum += pull + pull2;
+      if constexpr (kKeep) pulls[v] = static_cast<E>(pull), pulls[v + half] = static_cast<E>(pull2);
+    }
+    if (n % 2) {
+      const C e = kept[n - 1], rho = slope * e + offset, w = slope * e + offset_w, pull = e * w / rho;
+      gaps += log_gap(w, rho);
+      sum += pull;
+      if constexpr (kKeep) pulls[n - 1] = static_cast<E>(pull);
+    }
+    gap_sum += gaps;
+    pull_sum += share * sum;
   }
 };
 
-// Sums over a run of w - log(rho) and c (1 - 1/rho).
-template <typename C, typename E>
-FASTDIFF_HD void affine_sums(const AffineTerm<C>& term, const E* kept, int64_t n, double& gaps, double& pulls) {
-  C gap_sum = 0, pull_sum = 0;
-#pragma omp simd reduction(+ : gap_sum, pull_sum)
-  for (int64_t v = 0; v < n; ++v) {
-    C c, gap, pull;
-    term(kept[v], c, gap, pull);
-    gap_sum += gap;
-    pull_sum += c * pull;
-  }
-  gaps += gap_sum;
-  pulls += pull_sum;
-}
-
-// c (unit pull - masses), in parts of the larger factor, so that the others fit the working type.
-template <typename C, typename E, typename T>
-FASTDIFF_HD void affine_grad(const AffineTerm<C>& term, const E* kept, T* grad, int64_t n, double unit, double masses) {
-  const double size = std::max({std::fabs(unit), std::fabs(masses), std::numeric_limits<double>::min()});
-  const C a = static_cast<C>(unit / size), b = static_cast<C>(masses / size);
+// Numbers a x + b y times scale, in parts of the larger factor, so that the others fit the working type.
+template <typename C, typename T>
+FASTDIFF_HD void store_sum(T* to, const C* x, const C* y, int64_t n, double a, double b, double scale) {
+  const double size = std::max({std::fabs(a), std::fabs(b), std::numeric_limits<double>::min()});
+  const C of_x = static_cast<C>(a / size), of_y = static_cast<C>(b / size);
   C out[kBlock];
 #pragma omp simd
-  for (int64_t v = 0; v < n; ++v) {
-    C c, gap, pull;
-    term(kept[v], c, gap, pull);
-    out[v] = c * (a * pull - b);
-  }
-  store_scaled(grad, out, n, size);
+  for (int64_t v = 0; v < n; ++v) out[v] = of_x * x[v] + of_y * y[v];
+  store_scaled(to, out, n, scale * size);
 }
 
 // constants(c) are the row's, from its conditionals.
@@ -371,25 +375,23 @@ FASTDIFF_HD double affine_row(const Row<T>& row, double weight, bool moved, Scra
                        xt >= 0};
   const AffineRow affine = constants(c);
   // What has no room in float is computed in double.
-  const bool fits = affine.slope < 1e18 && affine.offset < 1e18 && affine.offset > 1e-18;
-  double gaps = 0, pulls = 0;
+  const bool fits = affine.slope < 1e18 && affine.offset < 1e18 && affine.offset > 1e-11;
+  double gaps = 0, mass = 0;
+  C* pulls = kGrad ? scratch.more(row) : nullptr;
   shift = scratch.shifts.data();
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
     const double c_per_exp = share(*shift++, 1);
     if (fits)
-      affine_sums(AffineTerm<C>(affine, c_per_exp), kept + first, n, gaps, pulls);
+      AffineTerms<C>(affine, c_per_exp).template add<kGrad>(kept + first, pulls + first, n, gaps, mass);
     else
-      affine_sums(AffineTerm<double>(affine, c_per_exp), kept + first, n, gaps, pulls);
+      AffineTerms<double>(affine, c_per_exp).template add<kGrad>(kept + first, pulls + first, n, gaps, mass);
   });
   if constexpr (kGrad) {
-    const double mass = affine.unit * pulls, masses = mass + affine.mass_x0 + affine.mass_xt;
+    mass *= affine.unit;
+    const double masses = mass + affine.mass_x0 + affine.mass_xt;
     shift = scratch.shifts.data();
     row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-      const double c_per_exp = share(*shift++, 1), unit = weight * affine.unit;
-      if (fits)
-        affine_grad(AffineTerm<C>(affine, c_per_exp), kept + first, row.grad + first, n, unit, weight * masses);
-      else
-        affine_grad(AffineTerm<double>(affine, c_per_exp), kept + first, row.grad + first, n, unit, weight * masses);
+      store_sum(row.grad + first, pulls + first, kept + first, n, affine.unit, -masses, weight * share(*shift++, 1));
     });
     // An id's mass less its share of all, where the two nearly cancel if its c is near 1.
     const double x0_grad = affine.mass_x0 * c.rest_x0 - c_x0 * (mass + affine.mass_xt);
