@@ -95,8 +95,8 @@ FASTDIFF_HD Term<double> scaled_phi(double s, double d, double a) {
   return {e - a * (1 + d), e - a};
 }
 
-// s^2 R(s) + linear - n log(2), where rho = 2^n (1 + s): rho - 1 - log(rho), if linear + s is rho - 1. Near 1, where n is
-// 0, s is w and linear is `near`, which keep their digits.
+// s^2 R(s) + linear - n log(2), where rho = 2^n (1 + s): rho - 1 - log(rho), if linear + s is rho - 1. Near 1, where n
+// is 0, s is w and linear is `near`, which keep their digits.
 FASTDIFF_HD float log_gap_of(float rho, float w, float near, float less_one) {
   constexpr uint32_t kRootHalf = 0x3F3504F3;
   const uint32_t shifted = bit_cast<uint32_t>(rho) + (0x3F800000 - kRootHalf);

@@ -158,13 +158,26 @@ struct ExpSum {
   }
 };
 
+// The log of a sum over exp(all.shift), and -log of x0's share in it. Neither is 1 added to a small sum, nor the shift
+// to the log: digits would be lost.
+struct LogSum {
+  double value, nll;
+
+  FASTDIFF_HD LogSum(const ExpSum& others, const ExpSum& all, double at_x0) {
+    const double ratio = others.sum * std::exp(others.shift - at_x0), ahead = at_x0 - all.shift;
+    value = ratio < 1 ? ahead + std::log1p(ratio) : std::log(all.sum);
+    nll = ratio < 1 ? std::log1p(ratio) : value - ahead;
+  }
+};
+
 // Room for a row between the passes: the exponentials, unless the gradient can hold them (which it cannot in the row's
-// own place), and each run's shift.
+// own place), what else goes with them, and each run's shift, later its share: what an exponential is of the whole sum.
 template <typename T>
 struct Scratch {
-  std::vector<Acc<T>> exponentials, pulls, shifts;
+  std::vector<Acc<T>> exponentials, pulls;
+  std::vector<double> shares;
 
-  explicit Scratch(int64_t num_states) : shifts(num_states / kBlock + 4) {}
+  explicit Scratch(int64_t num_states) : shares(num_states / kBlock + 4) {}
 
   FASTDIFF_HD Acc<T>* kept(const Row<T>& row) {
     if constexpr (std::is_same_v<Acc<T>, T>) {
@@ -174,9 +187,13 @@ struct Scratch {
     return exponentials.data();
   }
 
-  FASTDIFF_HD Acc<T>* more(const Row<T>& row) {
-    pulls.resize(row.num_states);
-    return pulls.data();
+  // From shifts, of which few differ.
+  FASTDIFF_HD void find_shares(const ExpSum& all) {
+    double before = NAN, share = 0;
+    for (double& x : shares) {
+      if (x != before) before = x, share = std::exp(x - all.shift) / all.sum;
+      x = share;
+    }
   }
 };
 
@@ -248,7 +265,8 @@ FASTDIFF_HD double softmax_row(const Row<T>& row, const SoftmaxRow& softmax, dou
   weight *= softmax.weight;
   ExpSum others{at_x0, 0};
   double before = xt < x0 ? at_xt : -kInfinity<double>, after = xt > x0 ? at_xt : -kInfinity<double>;  // the largest
-  C *kept = kGrad ? scratch.kept(row) : nullptr, *shift = scratch.shifts.data();
+  C* kept = kGrad ? scratch.kept(row) : nullptr;
+  double* shift = scratch.shares.data();
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
     C max;
     *shift++ = add_run<kGrad>(others, row.z + first, kGrad ? kept + first : kept, n, max);
@@ -259,23 +277,23 @@ FASTDIFF_HD double softmax_row(const Row<T>& row, const SoftmaxRow& softmax, dou
   if (others.shift == kInfinity<double>) others.sum = NAN;  // inf - inf, as in PyTorch
   ExpSum all = others;
   all.add(at_x0, here ? 1 : 0);
-  // Neither is 1 added to a small sum, nor the shift to log(sum): digits would be lost.
-  const double log_sum = here && all.shift == at_x0 ? std::log1p(others.sum) : std::log(all.sum);
-  const double logsumexp = all.shift + log_sum;
+  const LogSum log_sum(others, all, at_x0);
+  const double logsumexp = all.shift + log_sum.value;
   const double drift = penalty == 0 ? 0 : logsumexp;  // which may be infinite
   const double slope = 1 + 2 * penalty * drift;
-  const double log_p = here ? (at_x0 - all.shift) - log_sum : -logsumexp;
+  const double log_p = here ? -log_sum.nll : -logsumexp;
   const C top = static_cast<C>(std::max({at_x0, before, after}));
   const bool correct = at_x0 > before && at_x0 >= after && !std::isnan(all.sum);
   const bool with_entropy = entropy_weight != 0;
-  const double log_sum_top = log_sum - (top - all.shift);
+  const double log_sum_top = log_sum.value - (top - all.shift);
   const double h = stats || with_entropy ? entropy(row, at_x0, at_xt, top, log_sum_top) : 0;
   if (stats) *stats = {logsumexp, h, static_cast<double>(correct), -log_p};
   if constexpr (kGrad) {
-    shift = scratch.shifts.data();
+    if (!here && all.sum == 0) all.sum = kInfinity<double>;  // a part of the row without weight
+    scratch.find_shares(all);
+    const double* shares = scratch.shares.data();
     row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-      double share = std::exp(*shift++ - all.shift) / all.sum;
-      if (!here && all.sum == 0) share = 0;  // a part of the row without weight
+      const double share = *shares++;
       if (with_entropy && share != 0)
         entropy_grad(row.z + first, kept + first, row.grad + first, n, top, share,
                      weight * slope - entropy_weight * (h - log_sum_top), entropy_weight);
@@ -286,7 +304,7 @@ FASTDIFF_HD double softmax_row(const Row<T>& row, const SoftmaxRow& softmax, dou
       const double p = std::exp(log_p);
       return with_entropy && p > 0 ? entropy_weight * p * (log_p + h) : 0;
     };
-    const double p = std::exp(log_p), log_p_xt = (at_xt - all.shift) - log_sum;
+    const double p = std::exp(log_p), log_p_xt = (at_xt - all.shift) - log_sum.value;
     if (here) store(row.grad + x0, static_cast<C>(weight * (std::expm1(log_p) + (slope - 1) * p) - pull(log_p)));
     if (xt >= 0) store(row.grad + xt, static_cast<C>(weight * slope * std::exp(log_p_xt) - pull(log_p_xt)));
     if (left_out >= 0) store(row.grad + left_out, C(0));
@@ -335,15 +353,16 @@ struct AffineTerms {
   }
 };
 
-// Numbers a x + b y times scale, in parts of the larger factor, so that the others fit the working type.
+// to = a x + b y, where it may be y; in double if a factor leaves the range of float.
 template <typename C, typename T>
-FASTDIFF_HD void store_sum(T* to, const C* x, const C* y, int64_t n, double a, double b, double scale) {
-  const double size = std::max({std::fabs(a), std::fabs(b), std::numeric_limits<double>::min()});
-  const C of_x = static_cast<C>(a / size), of_y = static_cast<C>(b / size);
-  C out[kBlock];
+FASTDIFF_HD void store_sum(T* to, const C* x, const C* y, int64_t n, double a, double b) {
+  const auto narrow_a = static_cast<C>(a), narrow_b = static_cast<C>(b);
+  if ((std::isnormal(narrow_a) || a == 0) && (std::isnormal(narrow_b) || b == 0)) {
 #pragma omp simd
-  for (int64_t v = 0; v < n; ++v) out[v] = of_x * x[v] + of_y * y[v];
-  store_scaled(to, out, n, scale * size);
+    for (int64_t v = 0; v < n; ++v) store(to + v, static_cast<Acc<T>>(narrow_a * x[v] + narrow_b * y[v]));
+  } else {
+    for (int64_t v = 0; v < n; ++v) store(to + v, static_cast<Acc<T>>(a * x[v] + b * y[v]));
+  }
 }
 
 // constants(c) are the row's, from its conditionals.
@@ -353,7 +372,8 @@ FASTDIFF_HD double affine_row(const Row<T>& row, double weight, bool moved, Scra
   const auto [x0, left_out, xt] = row.apart;
   const double at_x0 = row.number(x0), at_xt = xt >= 0 ? row.number(xt) : -kInfinity<double>;
   ExpSum others{at_x0, 0};
-  C *kept = scratch.kept(row), *shift = scratch.shifts.data();
+  C* kept = scratch.kept(row);
+  double* shift = scratch.shares.data();
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
     C max;
     *shift++ = add_run<true>(others, row.z + first, kept + first, n, max);
@@ -365,33 +385,35 @@ FASTDIFF_HD double affine_row(const Row<T>& row, double weight, bool moved, Scra
   const auto share = [&](double its_shift, double sum)
                          __attribute__((always_inline)) { return sum / all.sum * std::exp(its_shift - all.shift); };
   const double c_xt = xt >= 0 ? share(at_xt, 1) : 0, c_x0 = share(at_x0, 1), c_others = share(others.shift, others.sum);
-  const double log_sum = all.shift == at_x0 ? std::log1p(rest.sum) : std::log(all.sum);
   const Conditionals c{c_x0,
                        moved ? c_xt : c_x0,
                        c_others + c_xt,
                        moved ? c_others + c_x0 : c_others,
-                       log_sum - (at_x0 - all.shift),
+                       LogSum(rest, all, at_x0).nll,
                        moved,
                        xt >= 0};
   const AffineRow affine = constants(c);
   // What has no room in float is computed in double.
   const bool fits = affine.slope < 1e18 && affine.offset < 1e18 && affine.offset > 1e-11;
   double gaps = 0, mass = 0;
-  C* pulls = kGrad ? scratch.more(row) : nullptr;
-  shift = scratch.shifts.data();
+  if constexpr (kGrad) scratch.pulls.resize(row.num_states);
+  C* pulls = scratch.pulls.data();
+  scratch.find_shares(all);
+  const double* shares = scratch.shares.data();
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-    const double c_per_exp = share(*shift++, 1);
+    const double share = *shares++;
     if (fits)
-      AffineTerms<C>(affine, c_per_exp).template add<kGrad>(kept + first, pulls + first, n, gaps, mass);
+      AffineTerms<C>(affine, share).template add<kGrad>(kept + first, pulls + first, n, gaps, mass);
     else
-      AffineTerms<double>(affine, c_per_exp).template add<kGrad>(kept + first, pulls + first, n, gaps, mass);
+      AffineTerms<double>(affine, share).template add<kGrad>(kept + first, pulls + first, n, gaps, mass);
   });
   if constexpr (kGrad) {
     mass *= affine.unit;
     const double masses = mass + affine.mass_x0 + affine.mass_xt;
-    shift = scratch.shifts.data();
+    shares = scratch.shares.data();
     row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-      store_sum(row.grad + first, pulls + first, kept + first, n, affine.unit, -masses, weight * share(*shift++, 1));
+      const double scale = weight * *shares++;
+      store_sum(row.grad + first, pulls + first, kept + first, n, scale * affine.unit, -scale * masses);
     });
     // An id's mass less its share of all, where the two nearly cancel if its c is near 1.
     const double x0_grad = affine.mass_x0 * c.rest_x0 - c_x0 * (mass + affine.mass_xt);
