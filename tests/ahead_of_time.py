@@ -11,9 +11,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastdiff.kernels import reverse_rows, row_loss, row_sample
+from fastdiff.ops import functors
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
-FUNCTORS = ["dce", "dse_absorb", "dse_uniform", "dse_uniform_logits"]
+FUNCTORS = list(functors.FUNCTORS)
 
 
 def compiled(kernel, types, config, capability):
@@ -33,7 +34,9 @@ def compiled(kernel, types, config, capability):
 
 
 def compiled_row_loss(functor, dtype, with_grad, with_stats, config, capability, in_place=False, with_entropy=False):
-    types = dict.fromkeys(["X0", "XT"], "*i64") | dict.fromkeys(["SIGMA", "WEIGHT", "ENTROPY_WEIGHT", "SCALE"], "*fp64")
+    types = dict.fromkeys(["X0", "XT"], "*i64") | dict.fromkeys(
+        ["SIGMA", "WEIGHT", "ENTROPY_WEIGHT", "EXTRA", "SCALE"], "*fp64"
+    )
     types |= dict(Z=POINTERS[dtype], GRAD=POINTERS[dtype], LOSS="*fp32", STATS="*fp32", penalty="fp32")
     types |= dict.fromkeys(["V", "all_states", "inner", "mask_index"], "i32")
     types |= dict.fromkeys(["stride_outer", "stride_inner", "ignore_index"], "i64")
@@ -43,6 +46,7 @@ def compiled_row_loss(functor, dtype, with_grad, with_stats, config, capability,
     constants |= dict(IN_PLACE=in_place, CONTIGUOUS=True, VEC=16 // dtype.itemsize)
     constants |= (dict(SIGMA=None) if functor == "dce" else {}) | ({} if with_stats else dict(STATS=None))
     constants |= {} if with_entropy else dict(ENTROPY_WEIGHT=None)
+    constants |= {} if functors.FUNCTORS[functor].extra else dict(EXTRA=None)
     return compiled(row_loss.row_loss_kernel, types, constants | config, capability)
 
 
