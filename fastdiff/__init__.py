@@ -21,6 +21,7 @@ from fastdiff.graphs import Absorbing, Uniform
 from fastdiff.linear_losses import linear_dce_loss, linear_dse_loss
 from fastdiff.logps import linear_token_logps, token_logps
 from fastdiff.losses import RowStats, dce_loss, dse_loss
+from fastdiff.mixture_noise import Mixture, mixture_reverse_step, mixture_weight
 from fastdiff.noising import (
     HarmonicMask,
     Masked,
@@ -35,7 +36,7 @@ from fastdiff.ops.scored_rows import scored_rows
 from fastdiff.preferences import DPOLoss, GRPOLoss, dpo_loss, grpo_loss
 from fastdiff.reverse import reverse_probs, reverse_step
 from fastdiff.sampling import Generated, sample
-from fastdiff.schedules import Cosine, Geometric, Linear, LogLinear, Polynomial
+from fastdiff.schedules import Cosine, Geometric, Hybrid, Linear, LogLinear, Polynomial
 from fastdiff.tokens import TokenStats, linear_sample_tokens, sample_tokens
 
 __version__ = "0.1.0"
@@ -49,11 +50,13 @@ __all__ = [
     "Generated",
     "Geometric",
     "HarmonicMask",
+    "Hybrid",
     "InformationCurve",
     "Linear",
     "LogLinear",
     "LogRatioEstimate",
     "Masked",
+    "Mixture",
     "NLLEstimate",
     "OrderedNLL",
     "Polynomial",
@@ -76,6 +79,8 @@ __all__ = [
     "log_likelihood_ratio",
     "mask_exactly",
     "mask_tokens",
+    "mixture_reverse_step",
+    "mixture_weight",
     "mutual_information",
     "one_pass_nll",
     "ordered_nll",
