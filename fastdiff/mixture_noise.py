@@ -160,11 +160,12 @@ def mixture_reverse_step(
 ) -> Tensor:
     """Draws x_s given x_t, each token by itself: masks may become tokens, and tokens others or masks.
 
-    By Bayes, p(x_s | x_t) is proportional to q(x_t | x_s) q_s(x_s | c), where c = softmax(logits) over the ids other than
-    the mask is the law of x0 given the other positions, as `mixture_loss` trains it. At sigma_next = 0 no mask stays.
+    By Bayes, p(x_s | x_t) is proportional to q(x_t | x_s) q_s(x_s | c), where c = softmax(logits) over the ids other
+    than the mask is the law of x0 given the other positions, as `mixture_loss` trains it. At sigma_next = 0 no mask
+    stays.
 
-    Whether an unmasked token becomes the mask is a draw of its own, draw32(seed, STEP, step, sample_id, 1, position); all
-    else is drawn as in `reverse_step`.
+    Whether an unmasked token becomes the mask is a draw of its own, draw32(seed, STEP, step, sample_id, 1, position);
+    all else is drawn as in `reverse_step`.
 
     Args:
         logits: [B, L, V] float32, float64, bfloat16 or float16.

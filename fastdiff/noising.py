@@ -5,7 +5,7 @@ at any batch shape and on any number of ranks. `seed=None` draws one from torch'
 """
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -229,7 +229,9 @@ def corrupt(
     if graph.mask_index is None:
         return ops.uniform_tokens(x0, p, names, graph.num_states, backend)
     if graph.name == "mixture":
-        x0, p = _redrawn(x0, p, names, graph, backend), p * (1 - graph.shares(x0.shape, x0.device))
+        mixture = cast("Mixture", graph)
+        p_mask = p * (1 - mixture.shares(x0.shape, x0.device))
+        x0, p = _redrawn(x0, p, names, mixture, backend), p_mask
     return ops.mask_tokens(x0, p, None, names, graph.mask_index, backend)[0]
 
 

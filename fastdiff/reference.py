@@ -35,7 +35,7 @@ def transp_transition(graph: str, i: Tensor, sigma: Tensor, num_states: int, mas
 
 
 def mixture_limit(share: Tensor, num_states: int, mask_index: int) -> Tensor:
-    """Mixture noise at infinite sigma, [...] -> [..., V]: a share uniform over the N = V - 1 other ids, the rest mask."""
+    """Mixture noise at infinite sigma, [...] -> [..., V]: a share uniform over N = V - 1 ids, the rest the mask."""
     share = share.double().unsqueeze(-1)
     mask = F.one_hot(torch.tensor(mask_index, device=share.device), num_states)
     return (1 - share) * mask + share / (num_states - 1) * (1 - mask)

@@ -81,8 +81,8 @@ def sample(  # type: ignore[misc]  # the overloads only tell apart what comes ba
     Args:
         model: xt int64 [b, L] -> logits [b, L, V] of the conditionals p(x_0 | x_t), or an object with `.logits`; or a
             pair (body, lm_head) of xt -> hidden states [b, L, D] and the last layer, whose logits are made only where
-            tokens are drawn. For scores, the uniform graph or a mixture a callable of xt and sigma, float32 [b]. A module is put
-            into evaluation mode meanwhile.
+            tokens are drawn. For scores, the uniform graph or a mixture a callable of xt and sigma, float32 [b]. A
+            module is put into evaluation mode meanwhile.
         num_samples, length: sequences, tokens in each (those of the prompt too). An infill has a length.
         steps: None means as many as there are positions after the prompt.
         mask_index: id of the mask (absorbing graph); None means `model.config.mask_token_id` where there is one, else
@@ -121,11 +121,10 @@ def sample(  # type: ignore[misc]  # the overloads only tell apart what comes ba
     _check_plan(sampler, given.shape[1] - start, steps=steps, block_length=block_length, schedule=schedule)
     options: dict[str, Any] = dict(mask_index=graph.mask_index, temperature=check_temperature(temperature))
     options |= dict(exclude=exclude, seed=seed, backend=backend)
-    share = _share(graph, schedule, parametrization, sampler)
-    if share is not None:
-        graph = dataclasses.replace(
-            graph, share=share(torch.ones((), dtype=torch.float64))
-        )  # of the noise it starts from
+    share = None
+    if isinstance(graph, Mixture):
+        share = _share(graph, schedule, parametrization, sampler)
+        graph = dataclasses.replace(graph, share=share(torch.ones((), dtype=torch.float64)))  # of what it starts from
     by_sigma = graph.name != "absorb" or parametrization not in ("logits", "log_probs")
     if by_sigma:
         only = dict(guidance=guidance or None, top_k=top_k, top_p=top_p, exclude_mask=None if exclude_mask else False)
@@ -160,12 +159,8 @@ def sample(  # type: ignore[misc]  # the overloads only tell apart what comes ba
     return Generated(canvas.xt, torch.stack(frames), network.num_forwards) if return_trajectory else canvas.xt
 
 
-def _share(
-    graph: AnyGraph, schedule: Schedule | None, parametrization: str, sampler: str
-) -> Callable[[Tensor], Tensor] | None:
-    """The share of uniform noise at times, of a mixture."""
-    if not isinstance(graph, Mixture):
-        return None
+def _share(graph: Mixture, schedule: Schedule | None, parametrization: str, sampler: str) -> Callable[[Tensor], Tensor]:
+    """The share of uniform noise, as a function of times."""
     if parametrization not in ("logits", "log_probs") or sampler == "euler":
         raise ValueError(
             "parametrization, sampler: a Mixture needs conditionals and 'tweedie' or 'ancestral', "
