@@ -18,6 +18,7 @@ from fastdiff.estimators import (
     upper_bound_nll,
 )
 from fastdiff.graphs import Absorbing, Uniform
+from fastdiff.implicit_score import implicit_score_entropy
 from fastdiff.linear_losses import linear_dce_loss, linear_dse_loss
 from fastdiff.logps import linear_token_logps, token_logps
 from fastdiff.losses import RowStats, dce_loss, dse_loss
@@ -72,6 +73,7 @@ __all__ = [
     "exact_nll",
     "grpo_loss",
     "harmonic_mask",
+    "implicit_score_entropy",
     "linear_dce_loss",
     "linear_dse_loss",
     "linear_sample_tokens",
