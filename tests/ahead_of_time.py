@@ -34,10 +34,12 @@ def compiled(kernel, types, config, capability):
 
 def compiled_row_loss(functor, dtype, with_grad, with_stats, config, capability, in_place=False, with_entropy=False):
     types = dict.fromkeys(["X0", "XT"], "*i64") | dict.fromkeys(["SIGMA", "WEIGHT", "ENTROPY_WEIGHT", "SCALE"], "*fp64")
-    types |= dict(Z=POINTERS[dtype], GRAD=POINTERS[dtype], LOSS="*fp32", STATS="*fp32", z_loss="fp32")
+    types |= dict(Z=POINTERS[dtype], GRAD=POINTERS[dtype], LOSS="*fp32", STATS="*fp32", penalty="fp32")
     types |= dict.fromkeys(["V", "all_states", "inner", "mask_index"], "i32")
     types |= dict.fromkeys(["stride_outer", "stride_inner", "ignore_index"], "i64")
-    constants = dict(MASK=None, FUNCTOR=functor, EXCLUDE_MASK=True, SCALE_BY_SIGMA=False, WITH_GRAD=with_grad)
+    constants = dict(
+        MASK=None, EXTRA=None, FUNCTOR=functor, EXCLUDE_MASK=True, SCALE_BY_SIGMA=False, WITH_GRAD=with_grad
+    )
     constants |= dict(IN_PLACE=in_place, CONTIGUOUS=True, VEC=16 // dtype.itemsize)
     constants |= (dict(SIGMA=None) if functor == "dce" else {}) | ({} if with_stats else dict(STATS=None))
     constants |= {} if with_entropy else dict(ENTROPY_WEIGHT=None)

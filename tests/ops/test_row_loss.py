@@ -108,7 +108,7 @@ def test_opcheck(functor, reduction):
         (p["moved"] if functor.startswith("dse_uniform") else p["xt"]),
         p["sigma"][:, None].expand(2, 3).contiguous(),
     )
-    rows = [p["x0"], xt, None, None if functor == "dce" else sigma, p["weight"], None, None]
+    rows = [p["x0"], xt, None, None if functor == "dce" else sigma, p["weight"], None, None, None]
     constants = [functor, p["mask_index"], True, -100, False, 1e-3, reduction]
     z = p["z"].requires_grad_()
     for with_grad in (False, True) if reduction == "mean" else (False,):
