@@ -76,7 +76,7 @@ def implicit() -> None:
 
     def log_score(xt: Tensor, sigma: Tensor) -> Tensor:
         count = xt.shape[1] // 8
-        log_c = masks_only(xt.reshape(-1, 8), sigma.repeat_interleave(count)).view(*xt.shape, V)
+        log_c = masks_only(xt.reshape(-1, 8), sigma.repeat_interleave(count)).reshape(*xt.shape, V)
         return log_c - torch.log(torch.expm1(sigma.double())).view(-1, 1, 1)
 
     for count in (1, 8):

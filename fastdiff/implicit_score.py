@@ -42,7 +42,8 @@ def implicit_score_entropy(
     The first sum is read from a pass over xt. The second takes a pass over one neighbour of each sequence, drawn
     uniformly and weighted by their number, so that value and gradient are unbiased. From conditionals of the absorbing
     graph the first sum is the same for all models, and that pass is left out. The denoising score entropy takes one
-    pass and looks at all positions, so that it varies less: this is for samples whose clean tokens are not known.
+    pass; and since here one neighbour stands for all, the value varies more, the longer the sequences are. It is for
+    noised tokens whose clean ones are not known.
 
     Args:
         model: callable xt [b, L] int64, sigma [b] float32 -> [b, L, V] as `parametrization` says, or -> an object with
