@@ -95,13 +95,14 @@ FASTDIFF_HD Term<double> scaled_phi(double s, double d, double a) {
   return {e - a * (1 + d), e - a};
 }
 
-// w - log(1 + w) from w and rho = 1 + w, each rounded by itself. With rho = 2^n (1 + s) it is s^2 R(s) + (w - s) - n
-// log(2), and near 0, where n = 0 and s = w, only s^2 R(s).
-FASTDIFF_HD float log_gap(float w, float rho) {
+// s^2 R(s) + linear - n log(2), where rho = 2^n (1 + s): rho - 1 - log(rho), if linear + s is rho - 1. Near 1, where n
+// is 0, s is w and linear is `near`, which keep their digits.
+FASTDIFF_HD float log_gap_of(float rho, float w, float near, float less_one) {
   constexpr uint32_t kRootHalf = 0x3F3504F3;
   const uint32_t shifted = bit_cast<uint32_t>(rho) + (0x3F800000 - kRootHalf);
   const float n = static_cast<float>(static_cast<int32_t>(shifted >> 23) - 127);
-  const float s = n == 0 ? w : bit_cast<float>((shifted & 0x007FFFFF) + kRootHalf) - 1.0f;
+  const float far = bit_cast<float>((shifted & 0x007FFFFF) + kRootHalf) - 1.0f;
+  const float s = n == 0 ? w : far, linear = n == 0 ? near : (less_one - far) - n * 0.693147181f;
   float p = 7.779105448e-2f;
   p = p * s - 1.277899054e-1f;
   p = p * s + 1.311441154e-1f;
@@ -111,12 +112,24 @@ FASTDIFF_HD float log_gap(float w, float rho) {
   p = p * s + 2.500078027e-1f;
   p = p * s - 3.333332531e-1f;
   p = p * s + 4.999999764e-1f;
-  return p * s * s + ((w - s) - n * 0.693147181f);
+  return p * s * s + linear;
 }
+
+// w - log(1 + w) from w and rho = 1 + w, each rounded by itself.
+FASTDIFF_HD float log_gap(float w, float rho) { return log_gap_of(rho, w, 0, w); }
 
 FASTDIFF_HD double log_gap(double w, double rho) {
   const double series = w * w * (1.0 / 2 - w * (1.0 / 3 - w * (1.0 / 4 - w * (1.0 / 5 - w / 6))));
   return std::fabs(w) < 1e-3 ? series : w - std::log(rho);
+}
+
+// The sum of two, in float by one logarithm: of w + w' and (1 + w) (1 + w') = 1 + (w + w' + w w').
+FASTDIFF_HD float log_gaps(float w, float rho, float w2, float rho2) {
+  const float sum = w + w2, cross = w * w2;
+  return log_gap_of(rho * rho2, sum + cross, -cross, sum);
+}
+FASTDIFF_HD double log_gaps(double w, double rho, double w2, double rho2) {
+  return log_gap(w, rho) + log_gap(w2, rho2);
 }
 
 }  // namespace fastdiff

@@ -111,6 +111,7 @@ struct SoftmaxRow {
 struct ScoresRow {
   double a, log_a, a_x0, log_a_x0, scale;
 
+  ScoresRow() = default;
   FASTDIFF_HD ScoresRow(Functor functor, double sigma, int64_t num_states, bool moved) : scale(1) {
     const Noise noise(sigma);
     const double n = static_cast<double>(num_states);
@@ -286,10 +287,11 @@ struct Conditionals {
 struct AffineRow {
   double a, slope, offset, offset_w;  // rho - 1 = slope c + offset_w, which keeps its digits near 0
   double unit;                        // a slope
-  double value, mass_x0, mass_xt = 0;
+  double value, mass_x0, mass_xt;
 
   FASTDIFF_HD AffineRow(Functor functor, double sigma, double extra, double penalty, int64_t num_states,
-                        const Conditionals& c) {
+                        const Conditionals& c)
+      : mass_xt(0) {
     const double n = static_cast<double>(num_states);
     if (functor == Functor::d3pm_uniform)
       d3pm_uniform(Noise(sigma), extra, Noise(sigma - extra), penalty, n, c);

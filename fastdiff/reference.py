@@ -159,20 +159,24 @@ def dse_uniform_logits(logits: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor) ->
 def csm_absorb(log_score: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor, mask_index: int) -> Tensor:
     """Concrete score matching at x_t = M, (1/2) sum_{y != M} (exp(s_y) - a_y)^2 with a = 1/e1 at x0 and 0 elsewhere."""
     s, scored = log_score.double(), xt == mask_index
-    _, inv_e1, log_e1 = _noise(torch.where(scored, sigma.double(), 1))
+    _, _, log_e1 = _noise(torch.where(scored, sigma.double(), 1))
     x0 = torch.where(scored, x0, 0).unsqueeze(-1)
     others = s.index_fill(-1, torch.tensor(mask_index, device=s.device), -torch.inf).scatter(-1, x0, -torch.inf)
-    at_x0 = inv_e1 * torch.expm1(s.gather(-1, x0).squeeze(-1) + log_e1)
+    at_x0 = _distance(s.gather(-1, x0).squeeze(-1), -log_e1)
     return torch.where(scored, (torch.exp(2 * others).sum(-1) + at_x0**2) / 2, 0)
 
 
 def csm_uniform(log_score: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor) -> Tensor:
     """Concrete score matching, (1/2) sum_{y != x_t} (exp(s_y) - a_y)^2, with the ratios a_y of `dse_uniform`."""
     s, log_a = log_score.double().scatter(-1, xt.unsqueeze(-1), 0), _log_ratio(log_score, sigma, xt, x0)
-    still = log_a == -torch.inf
-    safe = torch.where(still, 0, log_a)
-    off = torch.where(still, torch.exp(torch.where(still, s, 0)), torch.exp(safe) * torch.expm1(s - safe))
-    return off.scatter(-1, xt.unsqueeze(-1), 0).square().sum(-1) / 2
+    return _distance(s, log_a).scatter(-1, xt.unsqueeze(-1), 0).square().sum(-1) / 2
+
+
+def _distance(s: Tensor, log_a: Tensor) -> Tensor:
+    """exp(s) - a, with its digits where the two are close."""
+    d = s - log_a
+    near = d.abs() < 0.5
+    return torch.where(near, torch.exp(log_a) * torch.expm1(torch.where(near, d, 0)), torch.exp(s) - torch.exp(log_a))
 
 
 def leave_one_out(logits: Tensor, sigma: Tensor, xt: Tensor) -> Tensor:

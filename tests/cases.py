@@ -64,7 +64,7 @@ def loss_of(name, p, **options):
     rows = (p["hidden"], p["lm_head"]) if linear else (p["z"],)
     options |= dict(bias=p.get("bias")) if linear else {}
     loss, given, fixed = _call(name, p)
-    return getattr(fastdiff, "linear_" * linear + loss)(*rows, *(p[x] for x in given), **fixed, **options)
+    return getattr(fastdiff, "linear_" * linear + loss)(*rows, *(p[x] for x in given), **(fixed | options))
 
 
 def _call(name, p):

@@ -184,9 +184,8 @@ def loo(z, sigma, xt, x0, z_loss):
 
 def divergence(c, q, p, of_c):
     """sum q log(q / p) + p - q, its derivative for z through p' = of_c for c = softmax(z), and their sizes."""
-    counts = q > 0
-    log_ratio = np.log(np.where(counts, q, p) / p)
-    value, pull = q * log_ratio + p - q, of_c * (1 - q / p)
+    ratio = np.where(p > 0, q, 1) / np.where(p > 0, p, 1)
+    value, pull = p - q + q * np.log(np.where(q > 0, ratio, 1)), of_c * (1 - ratio)
     grad = c * (pull - (c * pull).sum(1, keepdims=True))
     unit = abs(pull) + of_c
     size = c * (unit + (c * unit).sum(1, keepdims=True))

@@ -158,13 +158,26 @@ struct ExpSum {
   }
 };
 
+// The log of a sum over exp(all.shift), and -log of x0's share in it. Neither is 1 added to a small sum, nor the shift
+// to the log: digits would be lost.
+struct LogSum {
+  double value, nll;
+
+  FASTDIFF_HD LogSum(const ExpSum& others, const ExpSum& all, double at_x0) {
+    const double ratio = others.sum * std::exp(others.shift - at_x0), ahead = at_x0 - all.shift;
+    value = ratio < 1 ? ahead + std::log1p(ratio) : std::log(all.sum);
+    nll = ratio < 1 ? std::log1p(ratio) : value - ahead;
+  }
+};
+
 // Room for a row between the passes: the exponentials, unless the gradient can hold them (which it cannot in the row's
-// own place), and each run's shift.
+// own place), what else goes with them, and each run's shift, later its share: what an exponential is of the whole sum.
 template <typename T>
 struct Scratch {
-  std::vector<Acc<T>> exponentials, shifts;
+  std::vector<Acc<T>> exponentials, pulls;
+  std::vector<double> shares;
 
-  explicit Scratch(int64_t num_states) : shifts(num_states / kBlock + 4) {}
+  explicit Scratch(int64_t num_states) : shares(num_states / kBlock + 4) {}
 
   FASTDIFF_HD Acc<T>* kept(const Row<T>& row) {
     if constexpr (std::is_same_v<Acc<T>, T>) {
@@ -172,6 +185,15 @@ struct Scratch {
     }
     exponentials.resize(row.num_states);
     return exponentials.data();
+  }
+
+  // From shifts, of which few differ.
+  FASTDIFF_HD void find_shares(const ExpSum& all) {
+    double before = NAN, share = 0;
+    for (double& x : shares) {
+      if (x != before) before = x, share = std::exp(x - all.shift) / all.sum;
+      x = share;
+    }
   }
 };
 
@@ -243,7 +265,8 @@ FASTDIFF_HD double softmax_row(const Row<T>& row, const SoftmaxRow& softmax, dou
   weight *= softmax.weight;
   ExpSum others{at_x0, 0};
   double before = xt < x0 ? at_xt : -kInfinity<double>, after = xt > x0 ? at_xt : -kInfinity<double>;  // the largest
-  C *kept = kGrad ? scratch.kept(row) : nullptr, *shift = scratch.shifts.data();
+  C* kept = kGrad ? scratch.kept(row) : nullptr;
+  double* shift = scratch.shares.data();
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
     C max;
     *shift++ = add_run<kGrad>(others, row.z + first, kGrad ? kept + first : kept, n, max);
@@ -254,23 +277,23 @@ FASTDIFF_HD double softmax_row(const Row<T>& row, const SoftmaxRow& softmax, dou
   if (others.shift == kInfinity<double>) others.sum = NAN;  // inf - inf, as in PyTorch
   ExpSum all = others;
   all.add(at_x0, here ? 1 : 0);
-  // Neither is 1 added to a small sum, nor the shift to log(sum): digits would be lost.
-  const double log_sum = here && all.shift == at_x0 ? std::log1p(others.sum) : std::log(all.sum);
-  const double logsumexp = all.shift + log_sum;
+  const LogSum log_sum(others, all, at_x0);
+  const double logsumexp = all.shift + log_sum.value;
   const double drift = penalty == 0 ? 0 : logsumexp;  // which may be infinite
   const double slope = 1 + 2 * penalty * drift;
-  const double log_p = here ? (at_x0 - all.shift) - log_sum : -logsumexp;
+  const double log_p = here ? -log_sum.nll : -logsumexp;
   const C top = static_cast<C>(std::max({at_x0, before, after}));
   const bool correct = at_x0 > before && at_x0 >= after && !std::isnan(all.sum);
   const bool with_entropy = entropy_weight != 0;
-  const double log_sum_top = log_sum - (top - all.shift);
+  const double log_sum_top = log_sum.value - (top - all.shift);
   const double h = stats || with_entropy ? entropy(row, at_x0, at_xt, top, log_sum_top) : 0;
   if (stats) *stats = {logsumexp, h, static_cast<double>(correct), -log_p};
   if constexpr (kGrad) {
-    shift = scratch.shifts.data();
+    if (!here && all.sum == 0) all.sum = kInfinity<double>;  // a part of the row without weight
+    scratch.find_shares(all);
+    const double* shares = scratch.shares.data();
     row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-      double share = std::exp(*shift++ - all.shift) / all.sum;
-      if (!here && all.sum == 0) share = 0;  // a part of the row without weight
+      const double share = *shares++;
       if (with_entropy && share != 0)
         entropy_grad(row.z + first, kept + first, row.grad + first, n, top, share,
                      weight * slope - entropy_weight * (h - log_sum_top), entropy_weight);
@@ -281,7 +304,7 @@ FASTDIFF_HD double softmax_row(const Row<T>& row, const SoftmaxRow& softmax, dou
       const double p = std::exp(log_p);
       return with_entropy && p > 0 ? entropy_weight * p * (log_p + h) : 0;
     };
-    const double p = std::exp(log_p), log_p_xt = (at_xt - all.shift) - log_sum;
+    const double p = std::exp(log_p), log_p_xt = (at_xt - all.shift) - log_sum.value;
     if (here) store(row.grad + x0, static_cast<C>(weight * (std::expm1(log_p) + (slope - 1) * p) - pull(log_p)));
     if (xt >= 0) store(row.grad + xt, static_cast<C>(weight * slope * std::exp(log_p_xt) - pull(log_p_xt)));
     if (left_out >= 0) store(row.grad + left_out, C(0));
@@ -292,54 +315,54 @@ FASTDIFF_HD double softmax_row(const Row<T>& row, const SoftmaxRow& softmax, dou
 // ---------------------------------------------------------------------------------------------------------
 // Affine: the exponentials are kept, the terms need their sum.
 
-// What a run's terms are made of, in the type they are computed in.
+// Of a run, in the type it is computed in: rho = slope e + offset for an exponential e, of which c is `share`.
 template <typename C>
-struct AffineTerm {
-  C c_per_exp, slope, offset, offset_w;
+struct AffineTerms {
+  double share;
+  C slope, offset, offset_w;
 
-  FASTDIFF_HD AffineTerm(const AffineRow& row, double share)
-      : c_per_exp(static_cast<C>(share)),
-        slope(static_cast<C>(row.slope)),
+  FASTDIFF_HD AffineTerms(const AffineRow& row, double share_)
+      : share(share_),
+        slope(static_cast<C>(row.slope * share)),
         offset(static_cast<C>(row.offset)),
         offset_w(static_cast<C>(row.offset_w)) {}
 
-  // c, w - log(rho) and 1 - 1/rho for an exponential.
-  FASTDIFF_HD void operator()(C exponential, C& c, C& gap, C& pull) const {
-    c = exponential * c_per_exp;
-    const C rho = slope * c + offset, w = slope * c + offset_w;
-    gap = log_gap(w, rho);
-    pull = w / rho;
+  // Sums of w - log(rho) and c (1 - 1/rho); with kKeep also e (1 - 1/rho) of each. Numbers are taken in pairs, which
+  // share a logarithm and a division.
+  template <bool kKeep, typename E>
+  FASTDIFF_HD void add(const E* kept, E* pulls, int64_t n, double& gap_sum, double& pull_sum) const {
+    const int64_t half = n / 2;
+    C gaps = 0, sum = 0;
+#pragma omp simd reduction(+ : gaps, sum)
+    for (int64_t v = 0; v < half; ++v) {
+      const C e = kept[v], rho = slope * e + offset, w = slope * e + offset_w;
+      const C e2 = kept[v + half], rho2 = slope * e2 + offset, w2 = slope * e2 + offset_w;
+      const C inverse = 1 / (rho * rho2), pull = e * w * (rho2 * inverse), pull2 = e2 * w2 * (rho * inverse);
+      gaps += log_gaps(w, rho, w2, rho2);
+      sum += pull + pull2;
+      if constexpr (kKeep) pulls[v] = static_cast<E>(pull), pulls[v + half] = static_cast<E>(pull2);
+    }
+    if (n % 2) {
+      const C e = kept[n - 1], rho = slope * e + offset, w = slope * e + offset_w, pull = e * w / rho;
+      gaps += log_gap(w, rho);
+      sum += pull;
+      if constexpr (kKeep) pulls[n - 1] = static_cast<E>(pull);
+    }
+    gap_sum += gaps;
+    pull_sum += share * sum;
   }
 };
 
-// Sums over a run of w - log(rho) and c (1 - 1/rho).
-template <typename C, typename E>
-FASTDIFF_HD void affine_sums(const AffineTerm<C>& term, const E* kept, int64_t n, double& gaps, double& pulls) {
-  C gap_sum = 0, pull_sum = 0;
-#pragma omp simd reduction(+ : gap_sum, pull_sum)
-  for (int64_t v = 0; v < n; ++v) {
-    C c, gap, pull;
-    term(kept[v], c, gap, pull);
-    gap_sum += gap;
-    pull_sum += c * pull;
-  }
-  gaps += gap_sum;
-  pulls += pull_sum;
-}
-
-// c (unit pull - masses), in parts of the larger factor, so that the others fit the working type.
-template <typename C, typename E, typename T>
-FASTDIFF_HD void affine_grad(const AffineTerm<C>& term, const E* kept, T* grad, int64_t n, double unit, double masses) {
-  const double size = std::max({std::fabs(unit), std::fabs(masses), std::numeric_limits<double>::min()});
-  const C a = static_cast<C>(unit / size), b = static_cast<C>(masses / size);
-  C out[kBlock];
+// to = a x + b y, where it may be y; in double if a factor leaves the range of float.
+template <typename C, typename T>
+FASTDIFF_HD void store_sum(T* to, const C* x, const C* y, int64_t n, double a, double b) {
+  const auto narrow_a = static_cast<C>(a), narrow_b = static_cast<C>(b);
+  if ((std::isnormal(narrow_a) || a == 0) && (std::isnormal(narrow_b) || b == 0)) {
 #pragma omp simd
-  for (int64_t v = 0; v < n; ++v) {
-    C c, gap, pull;
-    term(kept[v], c, gap, pull);
-    out[v] = c * (a * pull - b);
+    for (int64_t v = 0; v < n; ++v) store(to + v, static_cast<Acc<T>>(narrow_a * x[v] + narrow_b * y[v]));
+  } else {
+    for (int64_t v = 0; v < n; ++v) store(to + v, static_cast<Acc<T>>(a * x[v] + b * y[v]));
   }
-  store_scaled(grad, out, n, size);
 }
 
 // constants(c) are the row's, from its conditionals.
@@ -349,7 +372,8 @@ FASTDIFF_HD double affine_row(const Row<T>& row, double weight, bool moved, Scra
   const auto [x0, left_out, xt] = row.apart;
   const double at_x0 = row.number(x0), at_xt = xt >= 0 ? row.number(xt) : -kInfinity<double>;
   ExpSum others{at_x0, 0};
-  C *kept = scratch.kept(row), *shift = scratch.shifts.data();
+  C* kept = scratch.kept(row);
+  double* shift = scratch.shares.data();
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
     C max;
     *shift++ = add_run<true>(others, row.z + first, kept + first, n, max);
@@ -361,35 +385,35 @@ FASTDIFF_HD double affine_row(const Row<T>& row, double weight, bool moved, Scra
   const auto share = [&](double its_shift, double sum)
                          __attribute__((always_inline)) { return sum / all.sum * std::exp(its_shift - all.shift); };
   const double c_xt = xt >= 0 ? share(at_xt, 1) : 0, c_x0 = share(at_x0, 1), c_others = share(others.shift, others.sum);
-  const double log_sum = all.shift == at_x0 ? std::log1p(rest.sum) : std::log(all.sum);
   const Conditionals c{c_x0,
                        moved ? c_xt : c_x0,
                        c_others + c_xt,
                        moved ? c_others + c_x0 : c_others,
-                       log_sum - (at_x0 - all.shift),
+                       LogSum(rest, all, at_x0).nll,
                        moved,
                        xt >= 0};
   const AffineRow affine = constants(c);
   // What has no room in float is computed in double.
-  const bool fits = affine.slope < 1e18 && affine.offset < 1e18 && affine.offset > 1e-18;
-  double gaps = 0, pulls = 0;
-  shift = scratch.shifts.data();
+  const bool fits = affine.slope < 1e18 && affine.offset < 1e18 && affine.offset > 1e-11;
+  double gaps = 0, mass = 0;
+  if constexpr (kGrad) scratch.pulls.resize(row.num_states);
+  C* pulls = scratch.pulls.data();
+  scratch.find_shares(all);
+  const double* shares = scratch.shares.data();
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-    const double c_per_exp = share(*shift++, 1);
+    const double share = *shares++;
     if (fits)
-      affine_sums(AffineTerm<C>(affine, c_per_exp), kept + first, n, gaps, pulls);
+      AffineTerms<C>(affine, share).template add<kGrad>(kept + first, pulls + first, n, gaps, mass);
     else
-      affine_sums(AffineTerm<double>(affine, c_per_exp), kept + first, n, gaps, pulls);
+      AffineTerms<double>(affine, share).template add<kGrad>(kept + first, pulls + first, n, gaps, mass);
   });
   if constexpr (kGrad) {
-    const double mass = affine.unit * pulls, masses = mass + affine.mass_x0 + affine.mass_xt;
-    shift = scratch.shifts.data();
+    mass *= affine.unit;
+    const double masses = mass + affine.mass_x0 + affine.mass_xt;
+    shares = scratch.shares.data();
     row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-      const double c_per_exp = share(*shift++, 1), unit = weight * affine.unit;
-      if (fits)
-        affine_grad(AffineTerm<C>(affine, c_per_exp), kept + first, row.grad + first, n, unit, weight * masses);
-      else
-        affine_grad(AffineTerm<double>(affine, c_per_exp), kept + first, row.grad + first, n, unit, weight * masses);
+      const double scale = weight * *shares++;
+      store_sum(row.grad + first, pulls + first, kept + first, n, scale * affine.unit, -scale * masses);
     });
     // An id's mass less its share of all, where the two nearly cancel if its c is near 1.
     const double x0_grad = affine.mass_x0 * c.rest_x0 - c_x0 * (mass + affine.mass_xt);

@@ -39,8 +39,8 @@ struct Pair {
 // From the row's sums, for its second and third pass.
 struct AffinePass {
   float shift, inv_total, slope, offset, offset_w;
-  double c_x0, c_xt, rest_x0, rest_xt;
-  double a, unit, value, mass_x0, mass_xt;
+  Conditionals c;
+  AffineRow row;
 };
 
 struct Shared {
@@ -267,29 +267,21 @@ __device__ Results softmax_row(const Work<T>& work, double penalty) {
 // ---------------------------------------------------------------------------------------------------------
 // Affine: two sums in sequence, then the gradient.
 
-template <typename T>
-__device__ AffinePass affine_pass(const Work<T>& work, const Online& others, double at_x0, double at_xt, bool moved,
-                                  const RowLoss& op, int64_t r) {
+// Not inlined, as its registers would be the kernel's.
+__device__ __noinline__ void find(AffinePass& pass, const RowLoss& op, int64_t r, const Online& others, double at_x0,
+                                  double at_xt, bool moved, bool apart) {
   const double other = others.m, shift = fmax(fmax(other, at_xt), at_x0);
   const double e_others = others.s * std::exp(other - shift), e_xt = std::exp(at_xt - shift);
   const double e_x0 = std::exp(at_x0 - shift), rest = e_others + e_xt, total = rest + e_x0;
   const double log_sum = at_x0 == shift ? std::log1p(rest) : std::log(total);
-  const double c_x0 = e_x0 / total, rest_x0 = rest / total;
-  const Conditionals c{c_x0,
-                       moved ? e_xt / total : c_x0,
-                       rest_x0,
-                       moved ? (e_others + e_x0) / total : rest_x0,
-                       log_sum - (at_x0 - shift),
-                       moved,
-                       work.xt != -1};
-  const AffineRow row(op.traits.functor, op.sigma[r], op.extra ? op.extra[r] : 0, op.penalty, work.row.num_states, c);
-  AffinePass pass;
   pass.shift = static_cast<float>(shift), pass.inv_total = static_cast<float>(1 / total);
-  pass.slope = static_cast<float>(row.slope), pass.offset = static_cast<float>(row.offset);
-  pass.offset_w = static_cast<float>(row.offset_w);
-  pass.c_x0 = c_x0, pass.c_xt = e_xt / total, pass.rest_x0 = rest_x0, pass.rest_xt = c.rest_xt;
-  pass.a = row.a, pass.unit = row.unit, pass.value = row.value, pass.mass_x0 = row.mass_x0, pass.mass_xt = row.mass_xt;
-  return pass;
+  Conditionals& c = pass.c;
+  c.c_x0 = e_x0 / total, c.c_xt = moved ? e_xt / total : c.c_x0;
+  c.rest_x0 = rest / total, c.rest_xt = moved ? (e_others + e_x0) / total : c.rest_x0;
+  c.nll = log_sum - (at_x0 - shift), c.moved = moved, c.apart = apart;
+  pass.row = {op.traits.functor, op.sigma[r], op.extra ? op.extra[r] : 0, op.penalty, op.z.num_states, c};
+  pass.slope = static_cast<float>(pass.row.slope), pass.offset = static_cast<float>(pass.row.offset);
+  pass.offset_w = static_cast<float>(pass.row.offset_w);
 }
 
 // c, w - log(rho) and 1 - 1/rho of a number.
@@ -309,7 +301,7 @@ __device__ Results affine_row(const Work<T>& work, const RowLoss& op, int64_t r,
   Shared& shared = work.shared;
   const double at_x0 = number_at(work, work.x0), at_xt = number_at(work, work.xt), weight = shared.constants.weight;
   const Online others = sum_exp(work);
-  if (threadIdx.x == 0) shared.affine = affine_pass(work, others, at_x0, at_xt, moved, op, r);
+  if (threadIdx.x == 0) find(shared.affine, op, r, others, at_x0, at_xt, moved, work.xt != -1);
   __syncthreads();
   const AffinePass& pass = shared.affine;
   float gaps = 0, pulls = 0;
@@ -325,10 +317,12 @@ __device__ Results affine_row(const Work<T>& work, const RowLoss& op, int64_t r,
   const Pair sums = reduce_cluster(Pair{gaps, pulls}, shared.pair, Add());
   if constexpr (kGrad) {
     const Target<T> grad(work.grad, work.row.head);
-    const double mass = pass.unit * sums.b, masses = mass + pass.mass_x0 + pass.mass_xt;
+    const Conditionals& c = pass.c;
+    const AffineRow& row = pass.row;
+    const double mass = row.unit * sums.b, masses = mass + row.mass_x0 + row.mass_xt;
     // c (unit pull - masses), in parts of the larger factor, so that the others fit.
-    const double size = fmax(fmax(fabs(pass.unit), fabs(masses)), 1e-300);
-    const auto a = static_cast<float>(pass.unit / size), b = static_cast<float>(masses / size);
+    const double size = fmax(fmax(fabs(row.unit), fabs(masses)), 1e-300);
+    const auto a = static_cast<float>(row.unit / size), b = static_cast<float>(masses / size);
     const auto scale = static_cast<float>(weight * size);
     work.row.each([&](auto& few) {
       for (float& x : few.x) {
@@ -339,13 +333,13 @@ __device__ Results affine_row(const Work<T>& work, const RowLoss& op, int64_t r,
     });
     __syncthreads();
     // An id's mass less its share of all, where the two nearly cancel if its c is near 1.
-    const double x0_grad = pass.mass_x0 * pass.rest_x0 - pass.c_x0 * (mass + pass.mass_xt);
-    const double xt_grad = pass.mass_xt * pass.rest_xt - pass.c_xt * (mass + pass.mass_x0);
+    const double x0_grad = row.mass_x0 * c.rest_x0 - c.c_x0 * (mass + row.mass_xt);
+    const double xt_grad = row.mass_xt * c.rest_xt - c.c_xt * (mass + row.mass_x0);
     if (work.minds(work.x0)) store(work.grad + work.x0, static_cast<float>(weight * x0_grad));
     if (work.minds(work.xt)) store(work.grad + work.xt, static_cast<float>(weight * xt_grad));
     if (work.minds(work.left_out)) store(work.grad + work.left_out, 0.0f);
   }
-  return {weight * (pass.a * sums.a + pass.value)};
+  return {weight * (pass.row.a * sums.a + pass.row.value)};
 }
 
 // ---------------------------------------------------------------------------------------------------------

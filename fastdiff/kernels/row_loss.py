@@ -194,12 +194,12 @@ def scores_row(
     """Terms of the ratios p(y | x0) / p(x_t | x0), which are a_x0 at x0 and a elsewhere: where RATIOS is false, 0."""
     SQUARED: tl.constexpr = FUNCTOR == "csm_absorb" or FUNCTOR == "csm_uniform"
     RATIOS: tl.constexpr = FUNCTOR == "dse_uniform" or FUNCTOR == "csm_uniform"
-    f32, f64 = tl.float32, tl.float64
+    f32 = tl.float32
     _, rest, inv_e1 = survival(sigma)
     log_e1 = sigma + tl.log(rest)
-    shift = tl.full((), 0.0, f64)
+    shift = tl.full((), 0.0, tl.float64)
     if SCALE_BY_SIGMA:
-        shift = log_e1 + tl.log((all_states - 1).to(f64))
+        shift = log_e1 + tl.log((all_states - 1).to(tl.float64))
     if RATIOS:
         moved, k = row[7] != row[8], all_states * inv_e1
         log_r = tl.where(k < float("inf"), -log1p_(k), 0.0)  # with sigma = 0 r is 0, and log r is not needed
@@ -348,29 +348,30 @@ def softmax_row(
     grad_x0 = weight * (expm1_(log_p) + (slope - 1) * tl.exp(log_p))
     is_nothing = elsewhere & (total == 0)  # a part of the row without weight
     slope = tl.where(is_nothing, 0.0, weight * slope / total)
+    at_excluded = tl.zeros_like(total)
+    if OFFSET:
+        at_excluded = tl.where(same, grad_x0, slope * tl.exp(at_xt - shift))
     if WITH_GRAD or WITH_STATS or WITH_ENTROPY:
         AT_ONCE: tl.constexpr = WITH_GRAD and not WITH_ENTROPY
         AS_WELL: tl.constexpr = WITH_STATS or WITH_ENTROPY
+        dot_apart = x_exp(at_x0 - shift) + x_exp(at_xt - shift)
+        first = (total == total) & ((at_xt < at_x0) | ((at_xt == at_x0) & (row[7] < row[8])))
         dot, ahead = softmax_pass(row, shift, x_x0, slope, pull, AT_ONCE, AS_WELL, False, BLOCK, VEC)
         if AS_WELL:
-            dots = dot.to(tl.float64) + x_exp(at_x0 - shift) + x_exp(at_xt - shift)
-            entropy = log_total - dots / total
-            first = (ahead == 0) & ((at_xt < at_x0) | ((at_xt == at_x0) & (row[7] < row[8])))
-            correct = tl.where(first & (total == total), 1.0, 0.0).to(tl.float64)
+            entropy = log_total - (dot.to(tl.float64) + dot_apart) / total
+            correct = tl.where(first & (ahead == 0), 1.0, 0.0).to(tl.float64)
     if WITH_ENTROPY:
         loss += entropy_weight * entropy
         p = tl.exp(log_p)
         grad_x0 -= entropy_weight * tl.where(p == 0, 0.0, p * (log_p + entropy))
         pull = tl.where(is_nothing, 0.0, entropy_weight / total)
         slope -= tl.where(is_nothing, 0.0, pull * (entropy - log_total))
+        if OFFSET:
+            at_excluded = tl.where(same, grad_x0, slope * tl.exp(at_xt - shift) - pull * x_exp(at_xt - shift))
         if WITH_GRAD:
             tl.debug_barrier()  # as above
             softmax_pass(row, shift, x_x0, slope, pull, True, False, True, BLOCK, VEC)
     if WITH_GRAD:
-        at_excluded = pull * 0
-        if OFFSET:
-            grad_xt = slope * tl.exp(at_xt - shift) - pull * x_exp(at_xt - shift)
-            at_excluded = tl.where(same, grad_x0, grad_xt)
         store_apart(row, grad_x0, at_excluded)
     return loss, logsumexp, entropy, correct, -log_p
 
@@ -502,27 +503,31 @@ def affine_row(
         found = mixture(sigma, extra, n - 1, moved, apart, c_x0, c_xt, rest_x0, nll)
     a, slope, offset, offset_w, unit, value, mass_x0, mass_xt = found
     constants = (shift.to(f32), (1 / total).to(f32), slope.to(f32), offset.to(f32), offset_w.to(f32))
+    # An id apart has its mass less its share of all, in two parts: without what the loops add, and with it. They and
+    # all else that waits for the loops take few registers.
+    unit, apart_mass = weight * unit, weight * (mass_x0 + mass_xt)
+    grad_x0 = (weight * (mass_x0 * rest_x0 - c_x0 * mass_xt)).to(f32)
+    grad_xt = (weight * (mass_xt * rest_xt - c_xt * mass_x0)).to(f32)
+    share_x0, share_xt = c_x0.to(f32), c_xt.to(f32)
+    a, value = weight * a, weight * value
     gaps, pulls = tl.zeros((BLOCK,), f32), tl.zeros((BLOCK,), f32)
     for i in range(num_blocks(row, BLOCK, VEC)):
         c, gap, pull = affine_terms(block_of(row, i, BLOCK, VEC), row, xt, constants)
         gaps += gap
         pulls += c * pull
     edge_c, edge_gap, edge_pull = affine_terms(edge_of(row, VEC), row, xt, constants)
-    gap_sum = tl.sum(gaps, 0).to(tl.float64) + tl.sum(edge_gap, 0)
-    mass = unit * (tl.sum(pulls, 0).to(tl.float64) + tl.sum(edge_c * edge_pull, 0))
-
     if WITH_GRAD:
-        gradient = ((weight * unit).to(f32), (weight * (mass + mass_x0 + mass_xt)).to(f32))
+        mass = unit * (tl.sum(pulls, 0).to(tl.float64) + tl.sum(edge_c * edge_pull, 0))
+        gradient = (unit.to(f32), (mass + apart_mass).to(f32))
         for i in range(num_blocks(row, BLOCK, VEC)):
             affine_store(block_of(row, i, BLOCK, VEC), row, xt, constants, gradient)
         affine_store(edge_of(row, VEC), row, xt, constants, gradient)
-        # An id's mass less its share of all, where the two nearly cancel if its c is near 1.
-        grad_x0 = weight * (mass_x0 * rest_x0 - c_x0 * (mass + mass_xt))
-        grad_xt = weight * (mass_xt * rest_xt - c_xt * (mass + mass_x0))
+        grad_x0 -= share_x0 * mass.to(f32)
+        grad_xt -= share_xt * mass.to(f32)
         store_apart(row, grad_x0, grad_x0 * 0 if MIXED else tl.where(moved, grad_xt, grad_x0))
         if MIXED:
             store_at(row, tl.where(apart, xt, -1), grad_xt)
-    return weight * (a * gap_sum + value)
+    return a * (tl.sum(gaps, 0).to(tl.float64) + tl.sum(edge_gap, 0)) + value
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -652,7 +657,12 @@ def scale_kernel(GRAD, FACTOR, size, BLOCK: tl.constexpr):
 # few enough registers that nothing spills. Vocabularies of one block (bytes, characters, DNA) take a small one.
 SMALL = dict(BLOCK=1024, num_warps=4)
 LARGE = {2: dict(BLOCK=4096, num_warps=8), 4: dict(BLOCK=2048, num_warps=8)}  # by the bytes of a number
-SCALE = dict(BLOCK=4096, num_warps=8)
+AFFINE = ("dse_uniform_logits", "d3pm_uniform", "mixture")  # whose constants take registers, too
+
+
+def config(functor: str, num_states: int, size: int) -> dict[str, int]:
+    """Of the kernel, for numbers of so many bytes."""
+    return SMALL if num_states <= SMALL["BLOCK"] or functor in AFFINE else LARGE[size]
 
 
 def launch_row_loss(
@@ -682,7 +692,7 @@ def launch_row_loss(
         num_states, all_states, *row_strides(z), mask_index, ignore_index, penalty,
         FUNCTOR=functor, EXCLUDE_MASK=exclude_mask, SCALE_BY_SIGMA=scale_by_sigma, WITH_GRAD=grad is not None,
         IN_PLACE=grad is z, CONTIGUOUS=z.is_contiguous(), VEC=16 // z.element_size(),
-        **(SMALL if num_states <= SMALL["BLOCK"] else LARGE[z.element_size()]),
+        **config(functor, num_states, z.element_size()),
     )  # fmt: skip
 
 

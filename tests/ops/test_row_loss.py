@@ -1,6 +1,7 @@
 """The compiled row losses against the reference: values, gradients, shapes, layouts, bad input."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -22,7 +23,8 @@ from exact import EXTENDED, dse_uniform_logits
 from torch.utils.checkpoint import checkpoint
 
 import fastdiff
-from fastdiff import dce_loss, dse_loss
+from fastdiff import Geometric, d3pm_loss, dce_loss, dse_loss, loo_loss
+from fastdiff.ops.row_loss import row_loss
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
@@ -100,27 +102,80 @@ def test_gradcheck(name):
         )
 
 
+def rows_of(name, p, monkeypatch, **options):
+    """What a loss gives the operator."""
+    with monkeypatch.context() as patched:
+        patched.setattr(fastdiff.losses, "row_loss", lambda rows, *_: (rows, rows))
+        return loss_of(name, p, **options)
+
+
+FUNCTORS = [
+    "dce_z",
+    "absorb",
+    "uniform",
+    "uniform_logits",
+    "csm_absorb",
+    "csm_uniform",
+    "loo",
+    "d3pm_uniform",
+    "mixture",
+]
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("functor", ["dce", "dse_absorb", "dse_uniform", "dse_uniform_logits"])
-def test_opcheck(functor, reduction):
-    p = problem((2, 3), 7)
-    xt, sigma = (
-        (p["moved"] if functor.startswith("dse_uniform") else p["xt"]),
-        p["sigma"][:, None].expand(2, 3).contiguous(),
-    )
-    rows = [p["x0"], xt, None, None if functor == "dce" else sigma, p["weight"], None, None, None]
-    constants = [functor, p["mask_index"], True, -100, False, 1e-3, reduction]
-    z = p["z"].requires_grad_()
+@pytest.mark.parametrize("name", FUNCTORS)
+def test_opcheck(name, reduction, monkeypatch):
+    z, *given = rows_of(name, problem((2, 3), 7), monkeypatch, reduction=reduction).arguments()
+    z.requires_grad_()
     for with_grad in (False, True) if reduction == "mean" else (False,):
-        for with_stats in (False, True) if functor == "dce" else (False,):
-            torch.library.opcheck(torch.ops.fastdiff.row_loss.cpu, (z, *rows, *constants, with_grad, with_stats))
+        for with_stats in (False, True) if name in ("dce_z", "loo") else (False,):
+            torch.library.opcheck(torch.ops.fastdiff.row_loss.cpu, (z, *given, with_grad, with_stats))
     upstream = torch.rand(() if reduction == "mean" else (2, 3))
-    torch.library.opcheck(torch.ops.fastdiff.row_loss_backward.cpu, (upstream, None, z.detach(), *rows, *constants))
+    torch.library.opcheck(torch.ops.fastdiff.row_loss_backward.cpu, (upstream, None, z.detach(), *given))
     torch.library.opcheck(torch.ops.fastdiff.scale_grad.default, (z.detach(), torch.tensor(2.0)))
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum"])
-@pytest.mark.parametrize("name", ["dce", "absorb", "uniform"])
+@pytest.mark.parametrize("spread", [0.3, 1.0, 6.0])
+@pytest.mark.parametrize("name", FUNCTORS[4:])
+def test_errors_are_at_most_twice_those_of_the_formula_in_float32(name, spread, monkeypatch):
+    """Relative errors, by the loss and by the largest entry of the gradient of each row."""
+    p = problem((4, 16), 5003, spread=spread)
+    rows = rows_of(name, p | dict(weight=torch.ones(4, 16)), monkeypatch)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        z, sigma, extra = (None if t is None else t.to(dtype) for t in (rows.z, rows.sigma, rows.extra))
+        z.requires_grad_()
+        given = dataclasses.replace(rows, z=z, sigma=sigma, extra=extra, mask=torch.ones(4, 16) == 1)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.Tensor, "double", lambda t: t)
+            functor = fastdiff.ops.functors.FUNCTORS[rows.functor]
+            if functor.logits is not None:
+                given = dataclasses.replace(given, z=functor.logits(given))
+            loss = functor.formula(given) * (4 if name == "d3pm_uniform" else 1)
+        results.append((loss.detach(), torch.autograd.grad(loss.sum(), z)[0]))
+    results.append(loss_and_grad(name, p | dict(weight=torch.ones(4, 16)), reduction="sum", backend="cpu"))
+    exact, plain, got = ([t.double() for t in result] for result in results)
+    got[0] = loss_of(name, p | dict(weight=torch.ones(4, 16)), backend="cpu").double()
+    sizes = exact[0].abs().clamp_min(1e-30), exact[1].abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    for right, formula, ours, size in zip(exact, plain, got, sizes, strict=True):
+        errors = [((t - right).abs() / size).max() for t in (ours, formula)]
+        print(name, spread, errors)
+        assert errors[0] <= 2 * errors[1], errors
+
+
+@pytest.mark.parametrize(
+    ("name", "reduction"),
+    [
+        ("dce", "none"),
+        ("dce", "sum"),
+        ("absorb", "sum"),
+        ("uniform", "none"),
+        ("csm_uniform", "sum"),
+        ("loo", "none"),
+        ("d3pm_uniform", "sum"),
+        ("mixture", "none"),
+    ],
+)
 def test_compiles_whole(name, reduction):
     p = problem((2, 3), 11)
 
@@ -408,6 +463,72 @@ def test_bad_input_to_dse(change, error, message, backend):
     z, sigma, xt, x0 = (arguments.pop(k) for k in ("z", "sigma", "xt", "x0"))
     with pytest.raises(error, match=message):
         dse_loss(z, sigma, xt, x0, **arguments)
+
+
+BAD_NEW = [
+    ("csm_uniform", dict(parametrization="logits"), ValueError, "parametrization: expected one of"),
+    ("csm_absorb", dict(graph="star"), ValueError, "graph: expected one of"),
+    ("csm_absorb", dict(sigma=0.0), ValueError, "sigma: expected numbers > 0"),
+    ("loo", dict(sigma=0.0), ValueError, "sigma: expected numbers > 0"),
+    ("loo", dict(moved=torch.full((2, 3), 9)), ValueError, r"xt: expected ids in \[0, 9\)"),
+    ("loo", dict(mask=torch.ones(2, 3)), TypeError, "mask: expected a bool tensor"),
+    ("d3pm_uniform", dict(step=0), ValueError, r"step: expected steps in \[1, 4\], got 0"),
+    ("d3pm_uniform", dict(step=torch.tensor([1, 5])), ValueError, r"step: expected steps in \[1, 4\], got 5"),
+    ("d3pm_uniform", dict(step=1.5), TypeError, "step: expected an int"),
+    ("d3pm_uniform", dict(step=torch.ones(2)), TypeError, "step: expected int64 or int32 steps"),
+    ("d3pm_uniform", dict(num_steps=0), ValueError, "num_steps: expected at least 1"),
+    ("d3pm_uniform", dict(auxiliary=-1.0), ValueError, "auxiliary: expected a number >= 0"),
+    ("d3pm_uniform", dict(graph="star"), ValueError, "graph: expected one of"),
+    ("mixture", dict(share=1.5), ValueError, r"share: expected numbers in \[0, 1\]"),
+    ("mixture", dict(share=torch.ones(3)), ValueError, "share: expected a number or a shape"),
+    ("mixture", dict(x0=torch.full((2, 3), 8)), ValueError, "x0: expected a token"),
+    ("mixture", dict(sigma=-1.0), ValueError, "sigma: expected finite numbers >= 0"),
+    ("mixture", dict(mask_index=9), ValueError, "mask_index: expected an id"),
+]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("name", "change", "error", "message"), BAD_NEW)
+def test_bad_input_to_the_other_losses(name, change, error, message, backend):
+    p = problem((2, 3), 9)
+    tensors = {k: v for k, v in change.items() if k in p and k != "mask_index"}
+    options = {k: v for k, v in change.items() if k not in tensors}
+    with pytest.raises(error, match=message):
+        loss_of(name, p | tensors, backend=backend, **options)
+
+
+def test_noise_levels_out_of_order_are_refused(monkeypatch):
+    rows = rows_of("d3pm_uniform", problem((2, 3), 9), monkeypatch)
+    rows.extra = rows.sigma.clone()
+    for backend in ("cpu", "reference"):
+        with pytest.raises(ValueError, match=r"sigma_s: expected numbers in \[0, sigma\)"):
+            row_loss(dataclasses.replace(rows), backend)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_d3pms_absorbing_loss_is_weighted_cross_entropy(backend):
+    """For any schedule: the last step to the data is one, too, where noise is left at time 0."""
+    p, noise = problem((4, 6), 9), Geometric(0.5, 5.0)
+    step = torch.tensor([1, 2, 3, 4])
+    alpha = torch.exp(-noise.total_noise(torch.arange(5, dtype=torch.float64) / 4))
+    alpha[0] = 1
+    weight = 4 * ((alpha[step - 1] - alpha[step]) / (1 - alpha[step]) + 0.1)
+    got = d3pm_loss(
+        p["z"], step, p["xt"], p["x0"], num_steps=4, schedule=noise, auxiliary=0.1, weight=2.0, backend=backend
+    )
+    torch.testing.assert_close(got, dce_loss(p["z"], p["x0"], xt=p["xt"], weight=2 * weight, backend=backend))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_leave_one_out_is_cross_entropy_of_raised_logits(backend):
+    p = problem((3, 4), 50, torch.float64)
+    sigma, mask = p["sigma"][:, None], p["xt"] != p["x0"]
+    raised = p["z"] + F.one_hot(p["moved"], 50) * torch.log1p(50 / torch.expm1(sigma))[..., None]
+    options = dict(mask=mask, weight=p["weight"], z_loss=0.1, return_stats=True, backend=backend)
+    got, stats = loo_loss(p["z"], sigma, p["moved"], p["x0"], **options)
+    expected, expected_stats = dce_loss(raised, p["x0"], exclude_mask=False, **options)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(stats, expected_stats)
 
 
 def test_still_tokens_need_no_noise_in_the_uniform_graph():
