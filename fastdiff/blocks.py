@@ -34,14 +34,14 @@ def two_streams(xt: Tensor, x0: Tensor, block_length: int) -> tuple[Tensor, Tens
 
     Args:
         xt, x0: [B, L] int64 or int32, noised and clean tokens.
-        block_length: a divisor of L.
+        block_length: tokens of a block; the last may be shorter.
 
     Returns:
         tokens [B, 2 L]; positions [2 L] int64, 0..L-1 twice; sees [2 L, 2 L] bool, which tokens (columns) each token
         attends to, as `two_streams_mask`.
 
     Raises:
-        TypeError, ValueError: tokens that do not fit together; a block_length that does not divide L.
+        TypeError, ValueError: tokens that do not fit together; a block_length below 1.
     """
     check_tokens("x0", x0, None)
     check_tokens("xt", xt, x0.shape, x0.device)
@@ -61,9 +61,9 @@ def two_streams_mask(length: int, block_length: int) -> Callable[[Any, Any, Tens
 
     Args:
         length: L, of each half.
-        block_length: a divisor of it.
+        block_length: tokens of a block; the last may be shorter.
     """
-    num_blocks(length, block_length)
+    check_integer("block_length", block_length, 1)
 
     def sees(batch: Any, head: Any, query: Tensor, key: Tensor) -> Tensor:
         query_block, key_block = query % length // block_length, key % length // block_length
@@ -77,7 +77,7 @@ def block_causal(length: int, block_length: int, device: torch.device | None = N
     """Which tokens (columns) each token of one sequence sees: all of its own block and of those before, bool [L, L].
 
     Args:
-        length: L; the last block may be a shorter one.
+        length, block_length: as `two_streams_mask`.
     """
     block = torch.arange(length, device=device) // check_integer("block_length", block_length, 1)
     return block.unsqueeze(1) >= block
@@ -171,6 +171,13 @@ def block_strata(names: Tensor, n: int, *, seed: int | Tensor, step: int) -> Ten
     """
     moved = scaled(draw32(seed, Purpose.TIME, step, 0, 1, 0), n).to(names.device)
     return (spread(n, names.device)[names] + moved) % n
+
+
+def mean_of_blocks(values: Tensor, block_length: int) -> Tensor:
+    """The mean of a block of values [B, L], for each in it, [B, L]; the last block may be shorter."""
+    block = torch.arange(values.shape[1], device=values.device) // block_length
+    sums = values.new_zeros(len(values), -(-len(block) // block_length)).index_add(1, block, values)
+    return (sums / block.bincount())[:, block]
 
 
 def per_token_of_blocks(value: Tensor, tokens: Tensor) -> Tensor:

@@ -4,14 +4,15 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.blocks import num_blocks, two_streams
+from fastdiff.block_cache import BlockCache
+from fastdiff.blocks import mean_of_blocks, two_streams
 from fastdiff.checks import check_integer, check_tensor, check_tokens
 from fastdiff.files import import_safetensors, read_config, write_atomically
 
@@ -103,6 +104,7 @@ class DiffusionTransformer(nn.Module):
         sees: Tensor | None = None,
         positions: Tensor | None = None,
         first: int | None = None,
+        past: Sequence[Callable[[Tensor, Tensor], tuple[Tensor, ...]]] | None = None,
     ) -> Tensor:
         """Hidden states in front of `lm_head`: [B, L, dim].
 
@@ -113,6 +115,8 @@ class DiffusionTransformer(nn.Module):
                 None means all.
             positions: [L] int64 in [0, max_length), of sequences that hold several side by side; None counts them.
             first: how many tokens, from the front, are wanted: [B, first, dim]; None means all.
+            past: for each layer, what makes of keys and values of xt, [B, heads, L, dim / heads], those of all tokens
+                that are attended to, which `sees` then counts.
 
         Raises:
             TypeError, ValueError: a wrong dtype, shape or length; ids, sigma or positions out of range (on the CPU).
@@ -125,8 +129,8 @@ class DiffusionTransformer(nn.Module):
         c = None if sigma is None or self.sigma_map is None else self.sigma_map(sigma)
         rotary = _rotary(positions, self.config.dim // self.config.heads, h.dtype)
         bias = None if sees is None else _bias(sees, h)
-        for block in self.blocks:
-            h = block(h, rotary, c, bias)
+        for layer, block in enumerate(self.blocks):
+            h = block(h, rotary, c, bias, past and past[layer])
         return self.output_layer(h[:, :first], None if c is None else c[:, :first])
 
     def conditionals(
@@ -146,20 +150,35 @@ class DiffusionTransformer(nn.Module):
         """For the block estimators: (body, last layer) of p(x0 in a block | xt in it, x0 in the blocks before).
 
         body(xt [b, L], x0 [b, L]) gives the hidden states [b, L, dim] of all blocks in one pass of twice the tokens. A
-        model that sees the noise level is asked at total_noise(m / block_length) for a block with m masks.
+        model that sees the noise level is asked at total_noise(m / n) for a block of n tokens with m masks.
 
         Raises (body):
-            TypeError, ValueError: a block_length that does not divide L, or as `body`, of L tokens.
+            TypeError, ValueError: as `two_streams`, or as `body`, of L tokens.
         """
 
         def body(xt: Tensor, x0: Tensor) -> Tensor:
             sigma = None
             if self.sigma_map is not None:
-                share = (xt == mask_index).double().unflatten(1, (num_blocks(xt.shape[1], block_length), -1)).mean(2)
-                sigma = total_noise(share).float().repeat_interleave(block_length, 1)
+                sigma = total_noise(mean_of_blocks((xt == mask_index).double(), block_length)).float()
             return noised_stream(self.body, xt, sigma, x0=x0, block_length=block_length)
 
         return body, self.lm_head
+
+    def cache(
+        self,
+        batch_size: int,
+        block_length: int,
+        mask_index: int | None = None,
+        total_noise: Callable[[Tensor], Tensor] | None = None,
+    ) -> BlockCache:
+        """Keys and values of clean blocks, of a model trained in blocks, for `sample(cache=)`; empty at first.
+
+        Args:
+            batch_size: sequences.
+            block_length: as in training.
+            mask_index, total_noise: as in `block_conditionals`, for a model that sees the noise level only.
+        """
+        return BlockCache(self, batch_size, block_length, mask_index, total_noise)
 
     def save_pretrained(self, folder: str | os.PathLike, **sections: dict) -> None:
         """Write config.json and model.safetensors into a folder, each whole or not at all.
@@ -255,13 +274,23 @@ class _Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
         self.adaLN_modulation = nn.Linear(config.cond_dim, 6 * dim) if config.cond_dim else None
 
-    def forward(self, h: Tensor, rotary: Tensor, c: Tensor | None, bias: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        h: Tensor,
+        rotary: Tensor,
+        c: Tensor | None,
+        bias: Tensor | None,
+        past: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None,
+    ) -> Tensor:
         # h [B, L, D], c [B, 1 or L, C], bias [L, L] or more
         shift1, scale1, gate1, shift2, scale2, gate2 = _parts(self.adaLN_modulation, c, 6)
         qkv = self.attn_qkv(_modulated(self.norm1(h), shift1, scale1)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, L, D / heads]
         v = v.contiguous()  # a view would have autograd keep q and k whole, beside the turned ones
-        a = F.scaled_dot_product_attention(_rotated(q, rotary), _rotated(k, rotary), v, attn_mask=bias)
+        k = _rotated(k, rotary)
+        if past is not None:
+            k, v = past(k, v)
+        a = F.scaled_dot_product_attention(_rotated(q, rotary), k, v, attn_mask=bias)
         h = h + _gated(self.attn_out(a.transpose(1, 2).flatten(2)), gate1)
         return h + _gated(self.mlp(_modulated(self.norm2(h), shift2, scale2)), gate2)
 

@@ -50,8 +50,14 @@ def test_streams(block_length):
     assert torch.equal(block_causal(L, block_length), sees[L:, L:])
 
 
-def test_a_last_block_may_be_short_where_no_noise_is():
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_a_last_block_may_be_short(conditioned):
+    """But not where blocks are noised. It is what a longer sequence's block would be that ends there."""
     assert block_causal(5, 2).sum(1).tolist() == [2, 2, 4, 4, 5]
+    logits = logits_of(make(conditioned), 4)
+    assert torch.equal(logits(XT[:, :10], X0[:, :10])[:, :8], logits(XT, X0)[:, :8])
+    alone = logits_of(make(conditioned), 10)
+    torch.testing.assert_close(logits(XT[:, :3], X0[:, :3]), alone(XT[:, :3], X0[:, :3]), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("conditioned", [False, True])
@@ -111,12 +117,11 @@ def test_the_longest_sequence_is_that_of_one_stream(learned_positions):
         body(XT[:, [0] * 13], X0[:, [0] * 13])
 
 
-@pytest.mark.parametrize("block_length", [0, -1, 5, 24])
-def test_blocks_that_do_not_divide(block_length):
-    with pytest.raises(ValueError, match="block_length: expected"):
-        two_streams(XT, X0, block_length)
-    with pytest.raises(ValueError, match="block_length: expected"):
-        logits_of(make(), block_length)(XT, X0)
+def test_blocks_of_nothing():
+    with pytest.raises(ValueError, match="block_length: expected at least 1, got 0"):
+        two_streams(XT, X0, 0)
+    with pytest.raises(ValueError, match="block_length: expected at least 1, got -1"):
+        logits_of(make(), -1)(XT, X0)
 
 
 def test_streams_that_do_not_fit():

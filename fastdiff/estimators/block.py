@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from fastdiff.checks import check_choice, check_integer
 from fastdiff.estimators.chains import Passes
 from fastdiff.estimators.estimate import NLLEstimate, sum_of_independent
-from fastdiff.estimators.scoring import Model, Scorer, equal_rows
+from fastdiff.estimators.scoring import Scorer, equal_rows
 from fastdiff.estimators.time_free import (
     PROPOSALS,
     STORED_LOSSES,
@@ -30,13 +30,14 @@ from fastdiff.estimators.time_free import (
     subset,
     without_controls,
 )
+from fastdiff.evaluating import BlockModel
 from fastdiff.noising import Masked
 
 _BLOCK_NAME = 2**40  # from one block's draws to those of the next, beyond names that people give
 
 
 def block_nll(
-    model: Model,
+    model: BlockModel,
     x0: Tensor,
     *,
     mask_index: int,

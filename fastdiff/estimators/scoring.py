@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdiff.checks import check_bool, check_tensor, check_tokens, check_values
 from fastdiff.estimators.replay import replayed
-from fastdiff.evaluating import Model, evaluating, model_parts
+from fastdiff.evaluating import BlockModel, Model, evaluating, model_parts
 from fastdiff.linear_losses import linear_dce_loss
 from fastdiff.losses import dce_loss
 from fastdiff.noising import Masked, mask_exactly
@@ -30,7 +30,7 @@ class Scorer:
 
     def __init__(
         self,
-        model: Model,
+        model: Model | BlockModel,
         x0: Tensor,
         mask_index: int,
         *,
