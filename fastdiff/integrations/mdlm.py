@@ -18,7 +18,10 @@ from fastdiff.losses import dse_loss
 from fastdiff.tokens import sample_tokens
 
 # What a loss that makes no logits does not call.
-BYPASSED = ("forward", "_forward_pass_diffusion", "_subs_parameterization", "_sedd_parameterization", "_score_entropy")
+BYPASSED = (
+    *("forward", "_forward_pass_diffusion", "_subs_parameterization", "_sedd_parameterization", "_score_entropy"),
+    *("_d3pm_parameterization", "_d3pm_loss", "_reconstruction_loss"),
+)
 LAST_LAYERS = ("output_layer.linear", "backbone.output_layer.linear", "model.lm_head")  # DIT, the hub's, DiMamba
 
 
