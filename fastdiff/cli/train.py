@@ -49,6 +49,9 @@ def train(
     depth: Annotated[int | None, _setting("depth", "blocks of the model")] = None,
     heads: Annotated[int | None, _setting("heads", "attention heads")] = None,
     loss: Annotated[str | None, _setting("loss", ", ".join(LOSSES))] = None,
+    block_length: Annotated[
+        int | None, _setting("block_length", "tokens of a block, of block diffusion; 0: no blocks")
+    ] = None,
     times: Annotated[str | None, _setting("times", "noise levels: stratified or importance")] = None,
     complementary: Annotated[bool | None, _flag("complementary", "each sequence twice, under complements")] = None,
     steps: Annotated[int | None, _setting("steps", "optimiser steps")] = None,

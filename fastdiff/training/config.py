@@ -17,7 +17,7 @@ _CHOICES = {
     "track": ("none", "tensorboard", "wandb"),
 }
 _LEAST = {"steps": 1, "batch_size": 1, "accumulation": 1, "warmup": 0, "save_every": 1, "keep": 1, "seed": 0}
-_LEAST |= {"eval_every": 0, "eval_sequences": 2, "eval_samples": 3, "shards": 0, "keep_every": 0}
+_LEAST |= {"eval_every": 0, "eval_sequences": 2, "eval_samples": 3, "shards": 0, "keep_every": 0, "block_length": 0}
 # What a resumed run may change: where it ends, what is written down, and how the same numbers are come by.
 MAY_CHANGE = {"steps", "save_every", "keep", "keep_every", "eval_every", "eval_sequences", "eval_samples", "track"}
 MAY_CHANGE |= {"accumulation", "sharding", "shards", "recompute", "compile"}
@@ -34,6 +34,8 @@ class TrainConfig:
             "dce-k": with exactly m masked, m stratified over 1..L, weight L / m.
             "dce-harmonic": with m of probability 1 / (m H_L), weight H_L.
             "dse-absorb", "dse-uniform": score entropy of a model that sees the noise level, log-linear schedule.
+        block_length: tokens of a block, of block diffusion: blocks are noised each at a level of its own, and seen
+            with the clean blocks before them; losses then bound a block's likelihood given these. 0: sequences whole.
         steps: optimiser steps.
         times: how noise levels (times, shares or numbers of masks) are drawn: "stratified", or by "importance", also
             stratified but under a law that is learned from the losses (`ImportanceTimes`); not with "dce-harmonic".
@@ -67,6 +69,7 @@ class TrainConfig:
     loss: str = "dce-k"
     times: str = "stratified"
     complementary: bool = False
+    block_length: int = 0
     steps: int = 1000
     batch_size: int = 64
     accumulation: int = 1
@@ -107,6 +110,7 @@ class TrainConfig:
             "batch_size": (f"a multiple of accumulation = {self.accumulation}", whole),
             "times": ("'stratified' for loss 'dce-harmonic'", not learned or self.loss != "dce-harmonic"),
             "complementary": ("False unless loss is 'dce-k'", not self.complementary or self.loss == "dce-k"),
+            "block_length": ("0 for loss 'dse-uniform'", not self.block_length or self.loss != "dse-uniform"),
             "shards": ("0 unless sharding is 'hybrid'", self.shards == 0 or self.sharding == "hybrid"),
         }
         for name, (what, holds) in expected.items():
@@ -114,3 +118,8 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected {what}, got {getattr(self, name)}")
         if self.complementary and self.batch_size % 2:
             raise ValueError(f"batch_size: expected an even number, as rows are complementary, got {self.batch_size}")
+
+    @property
+    def streams(self) -> int:
+        """Sequences side by side in a pass: with blocks the noised one and the clean one."""
+        return 2 if self.block_length else 1

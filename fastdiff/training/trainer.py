@@ -18,9 +18,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from fastdiff.blocks import num_blocks
 from fastdiff.checkpoints import Checkpoints
 from fastdiff.data import TokenSource
-from fastdiff.estimators import time_free_nll
+from fastdiff.estimators import block_nll, time_free_nll
 from fastdiff.model import DiffusionTransformer
 from fastdiff.times import ImportanceTimes
 from fastdiff.training.config import DTYPES, MAY_CHANGE, TrainConfig
@@ -90,13 +91,13 @@ class Trainer:
         for part in parts:
             with synchronising(self.called, last=part is parts[-1]), self._autocast():
                 names: dict[str, Any] = {"seed": c.seed, "step": self.step, "first": first, "batch_size": c.batch_size}
-                names |= {"law": self.law, "complementary": c.complementary}
+                names |= {"law": self.law, "complementary": c.complementary, "block_length": c.block_length}
                 batch = noise(part, c.loss, self.model.config.num_states, **names)
                 if batch.times is None:
                     value = diffusion_loss(self.called, batch, c.loss, reduction="mean", num_items=x0.numel())
                 else:
                     losses = diffusion_loss(self.called, batch, c.loss)
-                    met.append((batch.times, losses.detach()))
+                    met.append((batch.times, losses.detach().view(len(batch.times), -1)))
                     value = losses.sum() / x0.numel()
                 value.backward()
             loss += value.detach()
@@ -128,7 +129,8 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> Record:
-        """Held-out bits per token of the averaged weights; for "dse-uniform" the loss in nats per token.
+        """Held-out bits per token of the averaged weights, a likelihood of blocks where they are trained; for
+        "dse-uniform" the loss in nats per token.
 
         The standard error is that over sequences: masking noise, and how far they stand for their text.
         """
@@ -155,9 +157,12 @@ class Trainer:
             return torch.stack(losses).double().mean((0, 2))
         options: dict[str, Any] = {"num_samples": c.eval_samples, "seed": c.seed}
         options["sample_ids"] = torch.arange(first, first + len(x0), device=x0.device)
-        mask_index = num_states - 1
+        options["mask_index"] = mask_index = num_states - 1
+        if c.block_length:
+            blocks = self.averaged.block_conditionals(c.block_length, mask_index, SCHEDULE.total_noise)
+            return block_nll(blocks, x0, block_length=c.block_length, **options).bits_per_token
         model = self.averaged.conditionals(mask_index, SCHEDULE.total_noise)
-        return time_free_nll(model, x0, mask_index=mask_index, **options).bits_per_token
+        return time_free_nll(model, x0, **options).bits_per_token
 
     def save(self, checkpoints: Checkpoints) -> None:
         """Write a checkpoint, which holds all that the numbers of a resumed run come of."""
@@ -210,6 +215,8 @@ def check_fit(config: TrainConfig, model: DiffusionTransformer, source: TokenSou
     if bool(model.config.cond_dim) != conditioned:
         what = "> 0" if conditioned else "= 0"
         raise ValueError(f"model: expected cond_dim {what} for loss {config.loss!r}, got {model.config.cond_dim}")
+    if config.block_length:
+        num_blocks(source.sequences(0, 1).shape[1], config.block_length)
     n = len(source.validation(config.eval_sequences)) if config.eval_every else 2
     if n < 2:
         raise ValueError(f"eval_every: expected 2 held-out sequences or more to evaluate on, got {n}; 0 does without")
