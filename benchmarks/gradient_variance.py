@@ -1,6 +1,6 @@
 """Variance of a batch's gradient under each way to noise it, at an equal number of rows through the network.
 
-`python benchmarks/gradient_variance.py FILE.json`; some five minutes on one core. The network, on bytes, is trained
+`python benchmarks/gradient_variance.py FILE.json`; some ten minutes on one core. The network, on bytes, is trained
 first. Sequences and noise are drawn anew for each batch; every way estimates the same loss, or nearly: shares of masks
 below 0.001 are left out where a share is drawn, and not a number of masks.
 """
@@ -47,16 +47,18 @@ def trained(loss: str, x0: Tensor, step: int, **options: object) -> Noised:
     return noise(x0, loss, NUM_BYTES + 1, seed=0, step=step, **options)
 
 
-def learned(model, source, loss: str, *, complementary: bool = False, summed: bool = False) -> Way:
-    """The same by importance. summed: learned from squares of summed losses, as in improved DDPM."""
+def learned(
+    model, source, loss: str, times: int = 1, *, complementary: bool = False, summed: bool = False
+) -> tuple[Way, int]:
+    """The same by importance. summed: its law follows squares of summed losses, as in improved DDPM."""
     law = ImportanceTimes(eps=0 if loss == "dce-k" else 1e-3)
     way = partial(trained, loss, law=law, complementary=complementary)
     with torch.no_grad():
         for step in range(LEARNED):
-            batch = way(rows(source, -1 - step, 1 + complementary), step)
+            batch = way(rows(source, -1 - step, times), step)
             losses = diffusion_loss(model, batch, loss)
             law.update(batch.times, losses.sum(1, keepdim=True) if summed else losses)
-    return way
+    return way, times
 
 
 def rows(source, step: int, times: int) -> Tensor:
@@ -72,15 +74,16 @@ def ways(model, source) -> dict[str, tuple[Way, int]]:
         "dce-lambda, independent shares": (partial(by_share, "iid"), 1),
         "dce-lambda, antithetic shares": (partial(by_share, "antithetic"), 1),
         "dce-lambda": (partial(trained, "dce-lambda"), 1),
-        "dce-lambda, importance": (importance("dce-lambda"), 1),
+        "dce-lambda, importance": importance("dce-lambda"),
         "dce-harmonic": (partial(trained, "dce-harmonic"), 1),
         "dce-k, independent counts": (by_count, 1),
         DEFAULT: (partial(trained, "dce-k"), 1),
-        "dce-k, importance": (importance("dce-k"), 1),
-        "dce-k, importance by summed losses": (importance("dce-k", summed=True), 1),
+        "dce-k, importance": importance("dce-k"),
+        "dce-k, importance by summed losses": importance("dce-k", summed=True),
         "dce-k, two masks a sequence": (partial(trained, "dce-k"), 2),
         "dce-k, complementary": (partial(trained, "dce-k", complementary=True), 2),
-        "dce-k, complementary, importance": (importance("dce-k", complementary=True), 2),
+        "dce-k, two masks a sequence, importance": importance("dce-k", 2),
+        "dce-k, complementary, importance": importance("dce-k", 2, complementary=True),
     }
 
 
@@ -131,7 +134,7 @@ def main() -> None:
             f"{it['loss']:.3f} ± {it['loss_stderr']:.3f}",
             f"{it['loss_deviation']:.3f}",
         )
-    Console(width=120).print(table)
+    Console(width=140).print(table)
     record = {"torch": torch.__version__, "repeats": options.repeats, "steps": options.steps, "ways": found}
     options.file.write_text(json.dumps(record, indent=1) + "\n")
 
