@@ -29,6 +29,9 @@ TOPOLOGIES = [
 LOSSES = ("dce-t", "dce-k", "dce-harmonic", "dse-absorb", "dse-uniform", "dse-absorb in blocks of 4")
 
 
+IMPORTANCE = dict(times="importance", complementary=True)
+
+
 def trained(loss, large=False, out=None, resume=False, dtype=torch.float64, **settings):
     """Weights and their averages by name, whole; and the records, which the first rank has."""
     objectives.LARGE_VOCABULARY = 2 if large else 4096
@@ -67,6 +70,7 @@ def one_process():
     for loss in LOSSES:
         torch.save(trained(loss), FOLDER / loss)
     torch.save(trained("dse-absorb", dtype=torch.float32), FOLDER / "float32")
+    torch.save(trained("dce-k", **IMPORTANCE), FOLDER / "importance")
 
 
 def _holds(cases):
@@ -82,6 +86,8 @@ def two_ranks():
     _holds(cases)
     found = trained("dse-absorb", dtype=torch.float32, sharding="full")
     _near(found, torch.load(FOLDER / "float32"), "float32", tolerance=1e-5)
+    found = trained("dce-k", sharding="full", large=True, accumulation=2, **IMPORTANCE)
+    _near(found, torch.load(FOLDER / "importance"), "importance")
 
 
 def four_ranks():
