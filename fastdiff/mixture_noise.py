@@ -121,7 +121,7 @@ def mixture_weight(
         graph: the noise, with its share.
 
     Returns:
-        float64 [...]. Published training clamps it: `.clamp(max=2)`.
+        float64 [...]. GIDD's "clip" is this `.clamp(max=2)`.
 
     Raises:
         ValueError, TypeError: an argument does not fit; on the CPU also a token that this noise cannot give, and a rate

@@ -89,11 +89,12 @@ def moves_back(
 
 
 class Plan(NamedTuple):
-    """How many steps, in blocks of how many positions (None: one block), or by which moves."""
+    """How many steps, in blocks of how many positions (None: one block), or by which moves; the first step's number."""
 
     steps: int
     block_length: int | None
     moves: list[Move]
+    first: int = 0
 
 
 class Step(NamedTuple):
@@ -106,7 +107,7 @@ class Step(NamedTuple):
 
 def by_noise(canvas: Canvas, plan: Plan) -> Iterator[Step]:
     """Each mask by itself, as often as noise would have put it there: known before any network is asked."""
-    for number, move in enumerate(plan.moves):
+    for number, move in enumerate(plan.moves, plan.first):
         masked = canvas.moving()
         if not masked.any():
             return
@@ -138,7 +139,7 @@ def by_blocks(canvas: Canvas, plan: Plan) -> Iterator[Step]:
             if not masked.any():
                 break
             size = masks // steps + (i < masks % steps)
-            yield Step(block * steps + i, masked & (size > 0).unsqueeze(1), size)
+            yield Step(plan.first + block * steps + i, masked & (size > 0).unsqueeze(1), size)
 
 
 def largest(score: Tensor, among: Tensor, size: Tensor) -> Tensor:
@@ -177,19 +178,21 @@ class Network:
         self.body, self.lm_head, self.bias = model_parts(model)
         self.guidance, self.num_forwards = guidance, 0
 
-    def __call__(self, xt: Tensor, *sigma: Tensor) -> Tensor:
+    def __call__(self, xt: Tensor, *given: Tensor) -> Tensor:
         """Logits or scores [b, L, V], or hidden states [b, L, D] where the last layer is apart."""
         self.num_forwards += len(xt)
         what, width = ("logits", "V") if self.lm_head is None else ("last_hidden_state", "D")
-        output = self.body(xt, *sigma)
+        output = self.body(xt, *given)
         output = getattr(output, what, output)
         if not isinstance(output, Tensor) or output.dim() != 3 or output.shape[:2] != xt.shape:
             came = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f"model: expected [{xt.shape[0]}, {xt.shape[1]}, {width}] numbers, got {came}")
         return output
 
-    def tokens(self, xt: Tensor, free: Tensor, **options: Any) -> Any:
-        """What `sample_tokens` draws; a last layer apart is applied only where tokens are drawn.
+    def tokens(self, xt: Tensor, free: Tensor, rows: Tensor, **options: Any) -> Any:
+        """What `sample_tokens` draws for the sequences `rows`.
+
+        A last layer apart is applied only where tokens are drawn.
 
         With guidance w, from un + (w + 1) (cond - un), un being what comes where the given tokens are masked too: of
         logits, or, since the last layer is linear, of hidden states.
@@ -200,7 +203,7 @@ class Network:
             z = torch.lerp(un, cond, self.guidance + 1)
         else:
             z = self(xt)
-        return draw_tokens(z, self.lm_head, self.bias, xt, **options)
+        return draw_tokens(z, self.lm_head, self.bias, xt, sample_ids=rows, **options)
 
 
 def draw_tokens(z: Tensor, lm_head: Tensor | None, bias: Tensor | None, xt: Tensor, **options: Any) -> Any:
@@ -219,8 +222,8 @@ def unmask(canvas: Canvas, network: Network, plan: Plan, sampler: Sampler, optio
         rows = where.any(1).nonzero().squeeze(1)
         if len(rows):
             xt, where = canvas.xt[rows], where[rows]
-            names = dict(step=number, sample_ids=rows, return_stats=bool(sampler.statistic))
-            drawn = network.tokens(xt, canvas.free[rows], mask=where, **names, **options)
+            names = dict(step=number, return_stats=bool(sampler.statistic))
+            drawn = network.tokens(xt, canvas.free[rows], rows, mask=where, **names, **options)
             if sampler.statistic:
                 tokens, stats = drawn
                 drawn = tokens.where(largest(getattr(stats, sampler.statistic), where, size[rows]), xt)
