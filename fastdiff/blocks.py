@@ -77,7 +77,7 @@ def block_causal(length: int, block_length: int, device: torch.device | None = N
     """Which tokens (columns) each token of one sequence sees: all of its own block and of those before, bool [L, L].
 
     Args:
-        length: L; the last block may be a shorter one.
+        length, block_length: as `two_streams_mask`.
     """
     block = torch.arange(length, device=device) // check_integer("block_length", block_length, 1)
     return block.unsqueeze(1) >= block
@@ -171,6 +171,13 @@ def block_strata(names: Tensor, n: int, *, seed: int | Tensor, step: int) -> Ten
     """
     moved = scaled(draw32(seed, Purpose.TIME, step, 0, 1, 0), n).to(names.device)
     return (spread(n, names.device)[names] + moved) % n
+
+
+def mean_of_blocks(values: Tensor, block_length: int) -> Tensor:
+    """The mean of a block of values [B, L], for each in it, [B, L]; the last block may be shorter."""
+    block = torch.arange(values.shape[1], device=values.device) // block_length
+    sums = values.new_zeros(len(values), -(-len(block) // block_length)).index_add(1, block, values)
+    return (sums / block.bincount())[:, block]
 
 
 def per_token_of_blocks(value: Tensor, tokens: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.block_cache import BlockCache
-from fastdiff.blocks import two_streams
+from fastdiff.blocks import mean_of_blocks, two_streams
 from fastdiff.checks import check_integer, check_tensor, check_tokens
 from fastdiff.files import import_safetensors, read_config, write_atomically
 
@@ -149,20 +149,17 @@ class DiffusionTransformer(nn.Module):
     ) -> tuple[Callable[[Tensor, Tensor], Tensor], nn.Linear]:
         """For the block estimators: (body, last layer) of p(x0 in a block | xt in it, x0 in the blocks before).
 
-        body(xt [b, L], x0 [b, L]) gives the hidden states [b, L, dim] of all blocks in one pass of twice the tokens.
-        The last may be short. A model that sees the noise level is asked at total_noise(m / n) for a block of n tokens
-        with m masks.
+        body(xt [b, L], x0 [b, L]) gives the hidden states [b, L, dim] of all blocks in one pass of twice the tokens. A
+        model that sees the noise level is asked at total_noise(m / n) for a block of n tokens with m masks.
 
         Raises (body):
-            TypeError, ValueError: as `body`, of L tokens.
+            TypeError, ValueError: as `two_streams`, or as `body`, of L tokens.
         """
 
         def body(xt: Tensor, x0: Tensor) -> Tensor:
             sigma = None
             if self.sigma_map is not None:
-                blocks = (xt == mask_index).double().split(block_length, 1)
-                share = torch.cat([block.mean(1, keepdim=True).expand_as(block) for block in blocks], 1)
-                sigma = total_noise(share).float()
+                sigma = total_noise(mean_of_blocks((xt == mask_index).double(), block_length)).float()
             return noised_stream(self.body, xt, sigma, x0=x0, block_length=block_length)
 
         return body, self.lm_head

@@ -48,8 +48,8 @@ class ImportanceTimes:
             t and weight, float64 [n] on the CPU.
         """
         index = torch.arange(check_integer("n", n, 1), device="cpu")
-        seed, step = resolve_seed(seed, None, None), check_integer("step", step)
-        v = (index + uniform(seed, Purpose.TIME, step, 0, 0, index)) / n
+        key = resolve_seed(seed, None, None)
+        v = (index + uniform(key, Purpose.TIME, check_integer("step", step), 0, 0, index)) / n
         ends = self._density.cumsum(0) / self.bins
         at = torch.searchsorted(ends, v, right=True).clamp_max(self.bins - 1)
         density = self._density[at]
@@ -73,13 +73,12 @@ class ImportanceTimes:
             what = f"{t.dtype} {tuple(t.shape)} and {tuple(losses.shape)}"
             raise ValueError(f"t, losses: expected float64 [n] and [n, L], got {what}")
         at = ((t - self.eps) / (1 - self.eps) * self.bins).long().clamp(0, self.bins - 1)
-        there = {"device": losses.device, "non_blocking": True}
-        squares = losses.detach().double().square().sum(1) * self._density[at].to(**there) ** 2
-        met = squares.new_zeros(2, self.bins)
-        met.index_add_(1, at.to(**there), torch.stack([squares, torch.ones_like(squares)]))
+        at, density, before = (x.to(losses.device, non_blocking=True) for x in (at, self._density[at], self._met))
+        squares = (losses.detach() * density.unsqueeze(1)).square().sum(1)
+        met = torch.zeros_like(before).index_add_(1, at, torch.stack([squares, torch.ones_like(squares)]))
         if group is not None:
             dist.all_reduce(met, group=group)
-        self._met = self._met.to(**there) + met
+        self._met = before + met
         self._updates += 1
         if self._updates % RENEWED == 0:
             self._renew()
