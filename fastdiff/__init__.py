@@ -1,6 +1,7 @@
 """Fused kernels for discrete-diffusion language models: losses, masking and likelihoods, each in one pass."""
 
 from fastdiff.backends import BackendUnavailable
+from fastdiff.blocks import MaskedBlocks, block_causal, mask_blocks, two_streams, two_streams_mask
 from fastdiff.estimators import (
     InformationCurve,
     LogRatioEstimate,
@@ -55,12 +56,14 @@ __all__ = [
     "LogLinear",
     "LogRatioEstimate",
     "Masked",
+    "MaskedBlocks",
     "NLLEstimate",
     "OrderedNLL",
     "Polynomial",
     "RowStats",
     "TokenStats",
     "Uniform",
+    "block_causal",
     "block_nll",
     "conditional_nll",
     "corrupt",
@@ -76,6 +79,7 @@ __all__ = [
     "linear_sample_tokens",
     "linear_token_logps",
     "log_likelihood_ratio",
+    "mask_blocks",
     "mask_exactly",
     "mask_tokens",
     "mutual_information",
@@ -91,5 +95,7 @@ __all__ = [
     "time_free_nll",
     "time_integral_nll",
     "token_logps",
+    "two_streams",
+    "two_streams_mask",
     "upper_bound_nll",
 ]
