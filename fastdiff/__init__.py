@@ -37,6 +37,7 @@ from fastdiff.preferences import DPOLoss, GRPOLoss, dpo_loss, grpo_loss
 from fastdiff.reverse import reverse_probs, reverse_step
 from fastdiff.sampling import Generated, sample
 from fastdiff.schedules import Cosine, Geometric, Linear, LogLinear, Polynomial
+from fastdiff.times import ImportanceTimes
 from fastdiff.tokens import TokenStats, linear_sample_tokens, sample_tokens
 
 __version__ = "0.1.0"
@@ -50,6 +51,7 @@ __all__ = [
     "Generated",
     "Geometric",
     "HarmonicMask",
+    "ImportanceTimes",
     "InformationCurve",
     "Linear",
     "LogLinear",
