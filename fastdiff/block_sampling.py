@@ -52,7 +52,7 @@ def checked_block_length(block_length: int | None, cache: Cache | None, given: T
             raise ValueError("block_length: expected that of the block model, got None")
         return check_integer("block_length", block_length, 1)
     if block_length not in (None, cache.block_length):
-        raise ValueError(f"block_length: expected that of the cache, {cache.block_length}, or None, got {block_length}")
+        raise ValueError(f"block_length: expected the block model's, {cache.block_length}, or None, got {block_length}")
     check_tokens("cache.tokens", cache.tokens, None)
     b, held = cache.tokens.shape
     if b != len(given):

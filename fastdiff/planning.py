@@ -188,9 +188,16 @@ class Plan:
             blocks = (depth - 1) * self.tokens * self.model.dim * self.stream + self.activations_of_a_block
         else:
             blocks = depth * self.activations_of_a_block
-        streams = self.training.streams
-        bias = self.size * (streams * self.length) ** 2 if streams > 1 else 0  # of attention, for all layers
-        return blocks + bias + self._norm(self.last_tokens, modulated=bool(self.model.cond_dim))
+        return blocks + self._of_all_blocks() + self._norm(modulated=bool(self.model.cond_dim))
+
+    def _of_all_blocks(self) -> int:
+        """What attention adds to its scores, of two streams, and what each token's noise level becomes."""
+        if not self.training.block_length:
+            return 0
+        bias = self.size * (self.training.streams * self.length) ** 2
+        level: Any = self.network.sigma_map
+        waves = level.mlp[0].in_features + 5 * self.model.cond_dim if level is not None else 0
+        return bias + 4 * self.tokens * waves
 
     @property
     def activations_of_a_block(self) -> int:
@@ -200,15 +207,21 @@ class Plan:
         linear = 1 + 1 + 1 + 4  # inputs of attn_qkv, attn_out and the two of the MLP
         attention = 2 + 1 + 1  # q and k turned by their positions; v; the output
         branches = 2 if conditioned else 0  # outputs of both, which gates multiply
+        levels = 6 + 2 if self._level_per_token else 0  # what modulates, and scales plus 1
         gelu = 4
         softmax = 4 * self.tokens * self.model.heads  # its logarithm, in float32
-        kept = self.size * wide * (linear + attention + branches + gelu)
-        return kept + softmax + 2 * self._norm(self.tokens, conditioned)
+        kept = self.size * wide * (linear + attention + branches + levels + gelu)
+        return kept + softmax + 2 * self._norm(conditioned)
 
-    def _norm(self, tokens: int, modulated: bool) -> int:
+    @property
+    def _level_per_token(self) -> bool:
+        """Whether the noise level is one for each token, where otherwise a sequence has one."""
+        return bool(self.model.cond_dim and self.training.block_length)
+
+    def _norm(self, modulated: bool) -> int:
         """Input in float32, mean and deviation; and the output, where the noise level scales it."""
         output = self.stream if modulated else 0
-        return tokens * (self.model.dim * (4 + output) + 2 * 4)
+        return self.tokens * (self.model.dim * (4 + output) + 2 * 4)
 
     def _backward_of_a_block(self) -> int:
         """Gradients of the MLP's inner layer and of the stream; sharded, also of a block's weights, on their way."""
@@ -268,7 +281,9 @@ class Plan:
         for their last product where nothing needs it again."""
         dim, depth, passes = self.model.dim, self.model.depth, self.gpus * self.training.accumulation
         block: Any = self.network.blocks[0]
-        weights = sum(layer.weight.numel() for layer in (block.attn_qkv, block.attn_out, block.mlp[0], block.mlp[2]))
+        layers = [block.attn_qkv, block.attn_out, block.mlp[0], block.mlp[2]]
+        layers += [block.adaLN_modulation] if self._level_per_token else []
+        weights = sum(layer.weight.numel() for layer in layers)
         attention = 4 * self.training.streams * self.length * dim  # q k^T, and its product with v
         forward = depth * self.tokens * (2 * weights + attention)
         last = 2 * self.multiplied * dim * self.model.num_states

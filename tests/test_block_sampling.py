@@ -306,7 +306,7 @@ def test_bad_caches() -> None:
         sample(model, cache=cache, **options)
     with pytest.raises(ValueError, match=r"^cache: expected one of num_samples = 3 sequences, got one of 2"):
         sample(model, cache=model.cache(2, 4), **options)
-    with pytest.raises(ValueError, match=r"^block_length: expected that of the cache, 4, or None, got 2"):
+    with pytest.raises(ValueError, match=r"^block_length: expected the block model's, 4, or None, got 2"):
         sample(model, cache=cache, block_length=2, **options)
     ahead = model.cache(3, 4)
     ahead.append(torch.cat([prompt, prompt], 1))

@@ -51,17 +51,6 @@ def test_streams(block_length):
 
 
 @pytest.mark.parametrize("conditioned", [False, True])
-def test_a_last_block_may_be_short(conditioned):
-    """But not where blocks are noised. It is what a longer sequence's block would be that ends there."""
-    assert block_causal(5, 2).sum(1).tolist() == [2, 2, 4, 4, 5]
-    logits = logits_of(make(conditioned), 4)
-    short, whole = logits(XT[:, :10], X0[:, :10]), logits(XT, X0)
-    torch.testing.assert_close(short[:, :8], whole[:, :8], rtol=0, atol=1e-12)
-    alone = logits_of(make(conditioned), 10)
-    torch.testing.assert_close(logits(XT[:, :3], X0[:, :3]), alone(XT[:, :3], X0[:, :3]), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("conditioned", [False, True])
 @pytest.mark.parametrize("block_length", [1, 3, 4])
 def test_what_a_position_sees(block_length, conditioned):
     """Its own noised block and the clean blocks before, and nothing else."""
@@ -118,11 +107,27 @@ def test_the_longest_sequence_is_that_of_one_stream(learned_positions):
         body(XT[:, [0] * 13], X0[:, [0] * 13])
 
 
-def test_blocks_of_nothing():
-    with pytest.raises(ValueError, match="block_length: expected at least 1, got 0"):
-        two_streams(XT, X0, 0)
-    with pytest.raises(ValueError, match="block_length: expected at least 1, got -1"):
-        logits_of(make(), -1)(XT, X0)
+@pytest.mark.parametrize("block_length", [5, 24])
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_a_short_last_block(block_length, conditioned):
+    """Each block alone, behind the clean ones; noise is by its own share of masks."""
+    model = make(conditioned)
+    found = logits_of(model, block_length)(XT, X0)
+    for start in range(0, L, block_length):
+        end = min(start + block_length, L)
+        seen, n = torch.cat([X0[:, :start], XT[:, start:end]], 1), end - start
+        level = LogLinear().total_noise((XT[:, start:end] == MASK).double().mean(1, keepdim=True)).float()
+        sigma = torch.cat([torch.zeros(len(XT), start), level.expand(-1, n)], 1) if conditioned else None
+        alone = model(seen, sigma, block_causal(end, block_length))[:, start:]
+        torch.testing.assert_close(found[:, start:end], alone)
+
+
+@pytest.mark.parametrize("block_length", [0, -1])
+def test_blocks_of_no_length(block_length):
+    with pytest.raises(ValueError, match="block_length: expected"):
+        two_streams(XT, X0, block_length)
+    with pytest.raises(ValueError, match="block_length: expected"):
+        logits_of(make(), block_length)(XT, X0)
 
 
 def test_streams_that_do_not_fit():

@@ -430,7 +430,7 @@ def test_memory_bounds_do_not_change_the_result(proposal: str, monkeypatch: pyte
     network, x0 = RandomNetwork(10), random_tokens(6, 10)
     options = {"mask_index": 4, "num_samples": 16, "proposal": proposal}
     expected = time_free_nll(network, x0, **options)
-    monkeypatch.setattr(time_free, "_STORED_LOSSES", 2 * 16 * 10)
+    monkeypatch.setattr(time_free, "STORED_LOSSES", 2 * 16 * 10)
     monkeypatch.setattr(scoring, "_LOGITS_PER_BATCH", 5 * 10 * 1024)
     network.asked.clear()
     bounded = time_free_nll(network, x0, **options)
