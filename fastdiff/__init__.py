@@ -44,6 +44,7 @@ from fastdiff.reverse import reverse_probs, reverse_step
 from fastdiff.sampling import Generated, sample
 from fastdiff.schedules import Cosine, Geometric, Hybrid, Linear, LogLinear, Polynomial
 from fastdiff.score_matching import csm_loss, linear_csm_loss
+from fastdiff.times import ImportanceTimes
 from fastdiff.tokens import TokenStats, linear_sample_tokens, sample_tokens
 
 __version__ = "0.1.0"
@@ -58,6 +59,7 @@ __all__ = [
     "Geometric",
     "HarmonicMask",
     "Hybrid",
+    "ImportanceTimes",
     "InformationCurve",
     "Linear",
     "LogLinear",
