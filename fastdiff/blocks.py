@@ -110,8 +110,8 @@ def mask_blocks(
     """Masks the tokens of each block at a rate of its own, drawn for all blocks of a batch together.
 
     The sum of the masked tokens' losses, each times its weight 1 / rate, is an unbiased estimate of the block bound on
-    -log p(x0) in nats if rates is (0, 1). Clipped rates (those of BD3-LM bring the variance down) give the mean of the
-    same integrand over them alone, which is another objective.
+    -log p(x0) in nats if rates is (0, 1). Clipped rates, as BD3-LM trains with, give the mean of the same integrand
+    over them alone, which is another objective.
 
     Rates are stratified: of N blocks in a batch one falls into each N-th of the range. A row has rates from all over
     it, and where a block stands says nothing of its rate, for the strata move on from step to step.
