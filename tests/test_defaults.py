@@ -45,6 +45,14 @@ def body(xt):
     return EMBED[xt].cumsum(1)
 
 
+def importance_times():
+    law = fastdiff.ImportanceTimes()
+    for step in range(40):
+        t, weight = law.sample(64, seed=1, step=step)
+        law.update(t, weight.unsqueeze(1) * SPREAD)
+    return law.sample(5, seed=2)
+
+
 class LastLayer(torch.nn.Module):
     """A model that nothing has been asked of yet."""
 
@@ -130,6 +138,7 @@ CALLS = {
         fastdiff.sample_mask_counts(7, 9, proposal=p, **DRAWN) for p in ("stratified", "uniform", "harmonic")
     ],
     "sample_times": lambda: [fastdiff.sample_times(7, method=m, **DRAWN) for m in ("iid", "antithetic", "stratified")],
+    "importance times": importance_times,
     "without a seed": lambda: [fastdiff.mask_tokens(X0, P, mask_index=M), fastdiff.sample_times(3)],
     "corrupt": lambda: [fastdiff.corrupt(X0, SIGMA, g, **DRAWN) for g in (Absorbing(V), Uniform(V))],
     "graphs": lambda: [

@@ -89,13 +89,14 @@ def noise(
     second = None if second is None else second.repeat_interleave(blocks)
     of_blocks = _Rows(names, block_strata(names, draws, seed=seed, step=step), draws, second)
     noised = _noised(x0.reshape(-1, block_length), loss, num_states, of_blocks, law, seed, step)
-    sigma, weight = (per_token_of_blocks(value, x0) for value in (noised.sigma, noised.weight))
+    sigma, weight = (per_token_of_blocks(value, x0, block_length) for value in (noised.sigma, noised.weight))
     return noised._replace(x0=x0, xt=noised.xt.view(x0.shape), sigma=sigma, weight=weight, block_length=block_length)
 
 
 def _noised(
     x0: Tensor, loss: str, num_states: int, rows: _Rows, law: ImportanceTimes | None, seed: int, step: int
 ) -> Noised:
+    """`noise` of rows [n, L], whatever they are."""
     names, strata, draws, second = rows
     n, length = x0.shape
     there = partial(Tensor.to, device=x0.device, non_blocking=True)
