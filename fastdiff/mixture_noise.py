@@ -23,6 +23,7 @@ from fastdiff.checks import (
 from fastdiff.logps import token_logps
 from fastdiff.ops.row_sample import row_sample
 from fastdiff.philox import Purpose, draw32
+from fastdiff.schedules import Hybrid, Schedule
 from fastdiff.tokens import check_temperature, token_rows
 
 _MOST = 1e20  # of expm1(sigma) and of odds: beyond, the law is at its limit, and float32 would overflow
@@ -60,6 +61,18 @@ class Mixture:
         if self.share is None:
             raise ValueError("share: expected a number or a tensor in [0, 1], got None")
         return check_share("share", self.share, shape, device)
+
+    def at(self, schedule: Schedule, t: Tensor) -> tuple["Mixture", Tensor]:
+        """The noise at times t, with its share, and the rate of that, in the shape and type of t.
+
+        A `Hybrid` schedule says the share, where this one has none; with another it is this one's at all times.
+        """
+        if not isinstance(schedule, Hybrid):
+            share = self.shares(torch.Size(), t.device).to(t.dtype)
+            return dataclasses.replace(self, share=share.expand_as(t)), torch.zeros_like(t)
+        if self.share is not None:
+            raise ValueError(f"share: expected None, for the schedule has its own, got {self.share}")
+        return dataclasses.replace(self, share=schedule.share(t)), schedule.rate_share(t)
 
     def transition(self, i: Tensor, sigma: Number | Tensor) -> Tensor:
         """Probabilities p(x_t = . | x_0 = i), float64 [..., V]; they sum to 1."""

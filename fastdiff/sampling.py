@@ -16,7 +16,7 @@ from fastdiff.evaluating import Model, evaluating, model_parts
 from fastdiff.graphs import Absorbing, Uniform
 from fastdiff.losses import PARAMETRIZATIONS
 from fastdiff.mixture_noise import Mixture
-from fastdiff.schedules import Hybrid, LogLinear, Schedule
+from fastdiff.schedules import LogLinear, Schedule
 from fastdiff.tokens import check_temperature
 from fastdiff.unmasking import SAMPLERS, TIMED, Canvas, Network, Plan, moves_back, reverse, unmask
 
@@ -199,12 +199,7 @@ def _share(graph: Mixture, schedule: Schedule | None, parametrization: str, samp
             "parametrization, sampler: a Mixture needs conditionals and 'tweedie' or 'ancestral', "
             f"got {parametrization!r} and {sampler!r}"
         )
-    if isinstance(schedule, Hybrid):
-        if graph.share is not None:
-            raise ValueError(f"share: expected None, for the schedule has its own, got {graph.share}")
-        return schedule.share
-    share = graph.shares(torch.Size(), torch.device("cpu"))
-    return lambda t: share.expand_as(t)
+    return lambda t: graph.at(schedule or LogLinear(), t)[0].shares(t.shape, t.device)
 
 
 def _canvas(network: Network, given: Tensor, graph: AnyGraph, start: int, seed: int) -> Canvas:
