@@ -301,6 +301,9 @@ struct AffineRow {
       dse_uniform(n * Noise(sigma).inv_e1, n, c);
   }
 
+  // Whether float has room for the product of two rhos, and for what multiplies their reciprocals.
+  FASTDIFF_HD bool fits_float() const { return slope < 1e18 && offset < 1e18 && offset > 1e-11; }
+
  private:
   // Score entropy of the uniform graph at the score that conditionals imply, which is p_t(y) / p_t(x_t) with p_t(y)
   // proportional to 1 + k c_y, k = N / e1. With rho_y the score over the ratio a_y, and w_y = rho_y - 1,

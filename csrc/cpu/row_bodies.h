@@ -393,8 +393,7 @@ FASTDIFF_HD double affine_row(const Row<T>& row, double weight, bool moved, Scra
                        moved,
                        xt >= 0};
   const AffineRow affine = constants(c);
-  // What has no room in float is computed in double.
-  const bool fits = affine.slope < 1e18 && affine.offset < 1e18 && affine.offset > 1e-11;
+  const bool fits = affine.fits_float();  // else in double
   double gaps = 0, mass = 0;
   if constexpr (kGrad) scratch.pulls.resize(row.num_states);
   C* pulls = scratch.pulls.data();

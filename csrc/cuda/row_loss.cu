@@ -39,6 +39,7 @@ struct Pair {
 // From the row's sums, for its second and third pass.
 struct AffinePass {
   float shift, inv_total, slope, offset, offset_w;
+  bool in_pairs;
   Conditionals c;
   AffineRow row;
 };
@@ -281,18 +282,43 @@ __device__ __noinline__ void find(AffinePass& pass, const RowLoss& op, int64_t r
   c.nll = log_sum - (at_x0 - shift), c.moved = moved, c.apart = apart;
   pass.row = {op.traits.functor, op.sigma[r], op.extra ? op.extra[r] : 0, op.penalty, op.z.num_states, c};
   pass.slope = static_cast<float>(pass.row.slope), pass.offset = static_cast<float>(pass.row.offset);
-  pass.offset_w = static_cast<float>(pass.row.offset_w);
+  pass.offset_w = static_cast<float>(pass.row.offset_w), pass.in_pairs = pass.row.fits_float();
 }
 
-// c, w - log(rho) and 1 - 1/rho of a number.
-struct AffineTerms {
-  float c, gap, pull;
+// c, rho and w = rho - 1 of a few numbers.
+template <int kMany>
+struct AffineFew {
+  Few<kMany> c, rho, w;
+  bool in_pairs;  // which share a logarithm and a division
 
-  __device__ AffineTerms(float z, const AffinePass& pass) {
-    c = exp_(z - pass.shift) * pass.inv_total;
-    const float rho = fmaf(pass.slope, c, pass.offset), w = fmaf(pass.slope, c, pass.offset_w);
-    gap = log_gap(w, rho);
-    pull = divide_(w, rho);
+  __device__ AffineFew(const Few<kMany>& few, const AffinePass& pass)
+      : c(few), rho(few), w(few), in_pairs(kMany > 1 && pass.in_pairs) {
+    for (int i = 0; i < kMany; ++i) {
+      c.x[i] = exp_(few.x[i] - pass.shift) * pass.inv_total;
+      rho.x[i] = fmaf(pass.slope, c.x[i], pass.offset), w.x[i] = fmaf(pass.slope, c.x[i], pass.offset_w);
+    }
+  }
+
+  // The sum of w - log(rho).
+  __device__ float gaps() const {
+    float sum = 0;
+    if (in_pairs)
+      for (int i = 0; i + 1 < kMany; i += 2) sum += log_gaps(w.x[i], rho.x[i], w.x[i + 1], rho.x[i + 1]);
+    else
+      for (int i = 0; i < kMany; ++i) sum += log_gap(w.x[i], rho.x[i]);
+    return sum;
+  }
+
+  // 1 - 1/rho in the place of w.
+  __device__ void pull() {
+    if (in_pairs) {
+      for (int i = 0; i + 1 < kMany; i += 2) {
+        const float inverse = divide_(1, rho.x[i] * rho.x[i + 1]);
+        w.x[i] *= rho.x[i + 1] * inverse, w.x[i + 1] *= rho.x[i] * inverse;
+      }
+    } else {
+      for (int i = 0; i < kMany; ++i) w.x[i] = divide_(w.x[i], rho.x[i]);
+    }
   }
 };
 
@@ -306,13 +332,13 @@ __device__ Results affine_row(const Work<T>& work, const RowLoss& op, int64_t r,
   const AffinePass& pass = shared.affine;
   float gaps = 0, pulls = 0;
   work.row.each([&](auto& few) {
-    for (int i = 0; i < few.kSize; ++i) {
-      const AffineTerms terms(few.x[i], pass);
-      const int id = few.first + i;
-      const bool apart = id == work.x0 || id == work.left_out || id == work.xt;
-      gaps += apart ? 0 : terms.gap;
-      pulls += apart ? 0 : terms.c * terms.pull;
-    }
+    AffineFew terms(few, pass);
+    work.set_apart(terms.c, 0);
+    work.set_apart(terms.rho, 1);
+    work.set_apart(terms.w, 0);
+    gaps += terms.gaps();
+    terms.pull();
+    for (int i = 0; i < few.kSize; ++i) pulls += terms.c.x[i] * terms.w.x[i];
   });
   const Pair sums = reduce_cluster(Pair{gaps, pulls}, shared.pair, Add());
   if constexpr (kGrad) {
@@ -325,10 +351,9 @@ __device__ Results affine_row(const Work<T>& work, const RowLoss& op, int64_t r,
     const auto a = static_cast<float>(row.unit / size), b = static_cast<float>(masses / size);
     const auto scale = static_cast<float>(weight * size);
     work.row.each([&](auto& few) {
-      for (float& x : few.x) {
-        const AffineTerms terms(x, pass);
-        x = scale * (terms.c * fmaf(a, terms.pull, -b));
-      }
+      AffineFew terms(few, pass);
+      terms.pull();
+      for (int i = 0; i < few.kSize; ++i) few.x[i] = scale * (terms.c.x[i] * fmaf(a, terms.w.x[i], -b));
       grad.put(few);
     });
     __syncthreads();

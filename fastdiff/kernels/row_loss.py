@@ -657,6 +657,7 @@ def scale_kernel(GRAD, FACTOR, size, BLOCK: tl.constexpr):
 # few enough registers that nothing spills. Vocabularies of one block (bytes, characters, DNA) take a small one.
 SMALL = dict(BLOCK=1024, num_warps=4)
 LARGE = {2: dict(BLOCK=4096, num_warps=8), 4: dict(BLOCK=2048, num_warps=8)}  # by the bytes of a number
+SCALE = dict(BLOCK=4096, num_warps=8)
 AFFINE = ("dse_uniform_logits", "d3pm_uniform", "mixture")  # whose constants take registers, too
 
 
