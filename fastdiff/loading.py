@@ -124,7 +124,7 @@ class Loaded:
         return time_integral_nll(self.conditionals, x0, **names, **options)  # type: ignore[arg-type]
 
     def name_of(self, likelihood: str) -> str:
-        """What `estimate` gives for a likelihood: "bound" where a time-free one is asked of the uniform graph, "block"
+        """What `estimate` gives for a likelihood: "bound" where a time-free one is asked of uniform noise, "block"
         where it is of a block model.
 
         Raises:
