@@ -245,7 +245,9 @@ def _law(
     came = torch.where(masked, to_mask, to_id)
     kappa = 1 + survives / came.clamp_min(1 / _MOST)
     lam = -kappa * torch.where(masked, odds * (1 - share_after), uniform)
-    here = torch.where(masked, -torch.inf, torch.nan)  # the mask has no conditional; another id its own, of the row
+    here = torch.full_like(kappa, torch.nan).masked_fill(
+        masked, -torch.inf
+    )  # the mask has no conditional; another id its own, of the row
     law = torch.stack([-uniform, torch.where(masked, 0, kappa), lam, here], -1)
     return law, came > 0, (to_id * noise_after * (1 - share_after), torch.exp(-sigma), noise * share / ids)
 

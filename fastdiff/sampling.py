@@ -145,7 +145,9 @@ def sample(  # type: ignore[misc]  # the overloads only tell apart what comes ba
     share = None
     if isinstance(graph, Mixture):
         share = _share(graph, schedule, parametrization, sampler)
-        graph = dataclasses.replace(graph, share=share(torch.ones((), dtype=torch.float64)))  # of what it starts from
+        graph = dataclasses.replace(
+            graph, share=share(torch.ones((), dtype=torch.float64, device="cpu"))
+        )  # of what it starts from
     by_sigma = graph.name != "absorb" or parametrization not in ("logits", "log_probs")
     if by_sigma:
         only: dict[str, Any] = dict(guidance=guidance or None, top_k=top_k, top_p=top_p)
