@@ -44,7 +44,7 @@ FUNCTORS["dse_uniform"] = Functor(
     masked=False,
     apart="xt",
     of_scores=True,
-    still=True,
+    clean=True,
     over_ranks="sum",
 )
 FUNCTORS["dse_uniform_logits"] = Functor(

@@ -15,6 +15,7 @@ from fastdiff.ops.row_loss import Rows
 FUNCTORS["mixture"] = Functor(
     lambda r: reference.mixture(r.z, r.sigma, r.extra, r.xt, r.x0, r.mask_index),
     masked=False,
+    clean=True,
     extra="share",
     extra_range=lambda r: (~((r.extra >= 0) & (r.extra <= 1)), "numbers in [0, 1]"),
 )
@@ -42,8 +43,8 @@ def mixture_loss(
 
     Args:
         logits: [..., V] as in `dce_loss`; the mask's is not read.
-        sigma: total noise, > 0; a number or a tensor over a prefix of the token shape ([B] is one per sequence), or one
-            that broadcasts to it. It has no gradient.
+        sigma: total noise, >= 0; a number or a tensor over a prefix of the token shape ([B] is one per sequence), or
+            one that broadcasts to it. It has no gradient.
         share: of the noise that is uniform, in [0, 1], shaped as sigma. At 0 a masked token's loss is
             alpha times cross-entropy.
         xt, x0: [...] int64 noised and clean tokens; x0 is not the mask. Where x0 = ignore_index the loss is 0.

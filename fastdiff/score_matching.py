@@ -23,7 +23,7 @@ FUNCTORS["csm_uniform"] = Functor(
     masked=False,
     apart="xt",
     of_scores=True,
-    still=True,
+    clean=True,
     over_ranks="sum",
 )
 

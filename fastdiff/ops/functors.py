@@ -21,7 +21,7 @@ class Functor:
         apart: which id kernels treat apart beside x0: "mask", if it is excluded, or "xt".
         logits: what the row is taken for, if not itself, in the formula and for statistics.
         of_scores: rows are log scores, which can be scaled by sigma.
-        still: sigma may be 0 where x_t = x0.
+        clean: sigma may be 0: everywhere or, of scores, where x_t = x0.
         extra: what `extra` is called in public; None if there is none.
         extra_range: of tokens, where `extra` is out of its range, and what that is, if values are checked.
         over_ranks: how rows cut over ranks come together: a "sum" of parts, a "softmax", or not at all.
@@ -33,7 +33,7 @@ class Functor:
     apart: Literal["mask", "xt"] = "mask"
     logits: Callable[[Any], Tensor] | None = None
     of_scores: bool = False
-    still: bool = False
+    clean: bool = False
     extra: str | None = None
     extra_range: Callable[[Any], tuple[Tensor, str]] | None = None
     over_ranks: Literal["sum", "softmax"] | None = None

@@ -309,7 +309,8 @@ def check_row_values(rows: Rows) -> None:
         check_values("x0", x0, scored & (x0 == rows.mask_index), "a token, not the mask")
     if sigma is not None:
         check_values("sigma", sigma, live & ~((sigma >= 0) & sigma.isfinite()), "finite numbers >= 0")
-        needed = scored & (xt != x0) if functor.still and not rows.scale_by_sigma else scored
+        clean = functor.clean and not rows.scale_by_sigma
+        needed = scored & (xt != x0) & functor.of_scores if clean else scored
         check_values("sigma", sigma, needed & (sigma == 0), "numbers > 0 where a token was masked or moved")
     if rows.extra is not None and functor.extra is not None and functor.extra_range is not None:
         wrong, expected = functor.extra_range(rows)
