@@ -1,6 +1,7 @@
 """Fused kernels for discrete-diffusion language models: losses, masking and likelihoods, each in one pass."""
 
 from fastdiff.backends import BackendUnavailable
+from fastdiff.blocks import MaskedBlocks, block_causal, mask_blocks, two_streams, two_streams_mask
 from fastdiff.d3pm import d3pm_loss, linear_d3pm_loss
 from fastdiff.estimators import (
     InformationCurve,
@@ -62,6 +63,7 @@ __all__ = [
     "LogLinear",
     "LogRatioEstimate",
     "Masked",
+    "MaskedBlocks",
     "Mixture",
     "NLLEstimate",
     "OrderedNLL",
@@ -69,6 +71,7 @@ __all__ = [
     "RowStats",
     "TokenStats",
     "Uniform",
+    "block_causal",
     "block_nll",
     "conditional_nll",
     "corrupt",
@@ -92,6 +95,7 @@ __all__ = [
     "linear_token_logps",
     "log_likelihood_ratio",
     "loo_loss",
+    "mask_blocks",
     "mask_exactly",
     "mask_tokens",
     "mixture_loss",
@@ -110,5 +114,7 @@ __all__ = [
     "time_free_nll",
     "time_integral_nll",
     "token_logps",
+    "two_streams",
+    "two_streams_mask",
     "upper_bound_nll",
 ]

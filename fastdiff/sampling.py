@@ -26,7 +26,7 @@ AnyModel = Model | Callable[..., Any]  # of xt, or of xt and sigma
 
 class Generated(NamedTuple):
     """Tokens [B, L], the trajectory [steps done + 1, B, L] from noise to them, and how many passes that took, each
-    sequence that the network was asked about counting as one."""
+    sequence that the network was asked about counting as one; clean blocks that a cache takes up are not counted."""
 
     tokens: Tensor
     trajectory: Tensor
