@@ -27,7 +27,8 @@ from fastdiff.schedules import Hybrid, Schedule
 from fastdiff.tokens import check_temperature, token_rows
 
 _MOST = 1e20  # of expm1(sigma) and of odds: beyond, the law is at its limit, and float32 would overflow
-_ROUNDING = 1e-12
+_ROUNDING = 1e-12  # in probabilities and rates
+_FORGOTTEN = 64.0  # sigma at which no draw of 32 bits leaves a token as it was
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,9 +103,6 @@ class Mixture:
         sigma = per_token("sigma", sigma, i.shape, i.device)
         check_values("sigma", sigma, ~((sigma >= 0) & sigma.isfinite()), "finite numbers >= 0")
         return sigma, self.shares(i.shape, i.device)
-
-
-_FORGOTTEN = 64.0  # sigma at which no draw of 32 bits leaves a token as it was
 
 
 def check_share(name: str, share: Number | Tensor, shape: torch.Size, device: torch.device) -> Tensor:
