@@ -13,8 +13,9 @@ import fastdiff
 from fastdiff import data, reference
 from fastdiff.graphs import Absorbing, Uniform
 from fastdiff.integrations import bd3lm, dream, llada, mdlm, radd
+from fastdiff.mixture_noise import Mixture
 from fastdiff.model import DiffusionTransformer, ModelConfig
-from fastdiff.schedules import Cosine, Geometric, Linear, LogLinear, Polynomial
+from fastdiff.schedules import Cosine, Geometric, Hybrid, Linear, LogLinear, Polynomial
 from fastdiff.training import TrainConfig, noise, train
 
 B, L, V, D, M = 3, 6, 5, 4, 4  # the mask is the last
@@ -93,6 +94,22 @@ def token_logps_with_grad(logits):
     return logps, entropy, *torch.autograd.grad(entropy.sum(), logits)
 
 
+def mixtures(schedule):
+    (sigma, dsigma), (graph, dshare) = schedule(TIME), Mixture(V).at(schedule, TIME)
+    xt = fastdiff.corrupt(X0, sigma, graph, **DRAWN)
+    steps = [
+        fastdiff.mixture_reverse_step(LOGITS, xt, sigma, graph.share, sigma_next=sigma / 2, backend=b, **DRAWN)
+        for b in (None, "reference")
+    ]
+    options = dict(graph=Mixture(V), schedule=schedule, parametrization="logits")
+    return (
+        *(xt, steps, schedule.inverse(sigma), graph.transition(X0, sigma), graph.transp_transition(X0, sigma)),
+        fastdiff.mixture_weight(xt, X0, sigma, dsigma, graph, dshare=dshare),
+        fastdiff.sample(network, num_samples=2, length=L, **options, **DRAWN),
+        nll_of(fastdiff.dse_nll(network, X0, num_samples=8, **options, **DRAWN)),
+    )
+
+
 def denoised(codebase, **attributes):
     diffusion = SimpleNamespace(
         parameterization="subs",
@@ -149,6 +166,12 @@ CALLS = {
             lambda g: (g.reverse_rate(XT, SCORES.exp()), g.staggered_score(SCORES.exp(), 0.2)),
         )
     ],
+    "mixtures": lambda: mixtures(Hybrid()),
+    "implicit_score_entropy": lambda: [
+        fastdiff.implicit_score_entropy(network, XT, SIGMA, parametrization=p, **kind, **DRAWN)
+        for kind in (dict(mask_index=M), dict(graph="uniform"))
+        for p in ("log_score", "scale_by_sigma", "logits")
+    ],
     "sample_limit": lambda: (Absorbing(V).sample_limit(2, 3), Uniform(V).sample_limit(2, 3, seed=1)),
     "schedules": lambda: [
         (s(TIME), s.alpha(TIME), s.inverse(SIGMA))
@@ -193,7 +216,9 @@ CALLS = {
     "interval": lambda: fastdiff.exact_nll(network, X0, mask_index=M).to_dict(),
     "reference": lambda: (reference.subsets(3), reference.count_law(4, "harmonic"), reference.count_law(4, "uniform")),
     "models": lambda: (THIN(XT), CONDITIONED(XT, SIGMA)),
-    "noise": lambda: [noise(X0, loss, V, seed=1, step=2) for loss in ("dce-t", "dce-lambda", "dce-k", "dse-absorb")],
+    "noise": lambda: [
+        noise(X0, loss, V, seed=1, step=2) for loss in ("dce-t", "dce-lambda", "dce-k", "dse-absorb", "gidd")
+    ],
     "train": trained,
     "text": lambda: (
         TEXT.sequences(2, 5),

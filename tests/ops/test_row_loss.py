@@ -27,7 +27,7 @@ from fastdiff import Geometric, d3pm_loss, dce_loss, dse_loss, loo_loss, mixture
 from fastdiff.ops.row_loss import row_loss, scored_tokens
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_agrees_with_the_reference(name, dtype, reduction):
