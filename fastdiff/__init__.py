@@ -7,6 +7,7 @@ from fastdiff.estimators import (
     LogRatioEstimate,
     NLLEstimate,
     OrderedNLL,
+    block_nll,
     conditional_nll,
     dse_nll,
     exact_nll,
@@ -19,11 +20,13 @@ from fastdiff.estimators import (
     upper_bound_nll,
 )
 from fastdiff.graphs import Absorbing, Uniform
+from fastdiff.implicit_score import implicit_score_entropy
 from fastdiff.leave_one_out import linear_loo_loss, loo_loss
 from fastdiff.linear_losses import linear_dce_loss, linear_dse_loss
 from fastdiff.logps import linear_token_logps, token_logps
 from fastdiff.losses import RowStats, dce_loss, dse_loss
 from fastdiff.mixture import linear_mixture_loss, mixture_loss
+from fastdiff.mixture_noise import Mixture, mixture_reverse_step, mixture_weight
 from fastdiff.noising import (
     HarmonicMask,
     Masked,
@@ -38,7 +41,7 @@ from fastdiff.ops.scored_rows import scored_rows
 from fastdiff.preferences import DPOLoss, GRPOLoss, dpo_loss, grpo_loss
 from fastdiff.reverse import reverse_probs, reverse_step
 from fastdiff.sampling import Generated, sample
-from fastdiff.schedules import Cosine, Geometric, Linear, LogLinear, Polynomial
+from fastdiff.schedules import Cosine, Geometric, Hybrid, Linear, LogLinear, Polynomial
 from fastdiff.score_matching import csm_loss, linear_csm_loss
 from fastdiff.tokens import TokenStats, linear_sample_tokens, sample_tokens
 
@@ -53,17 +56,20 @@ __all__ = [
     "Generated",
     "Geometric",
     "HarmonicMask",
+    "Hybrid",
     "InformationCurve",
     "Linear",
     "LogLinear",
     "LogRatioEstimate",
     "Masked",
+    "Mixture",
     "NLLEstimate",
     "OrderedNLL",
     "Polynomial",
     "RowStats",
     "TokenStats",
     "Uniform",
+    "block_nll",
     "conditional_nll",
     "corrupt",
     "csm_loss",
@@ -75,6 +81,7 @@ __all__ = [
     "exact_nll",
     "grpo_loss",
     "harmonic_mask",
+    "implicit_score_entropy",
     "linear_csm_loss",
     "linear_d3pm_loss",
     "linear_dce_loss",
@@ -88,6 +95,8 @@ __all__ = [
     "mask_exactly",
     "mask_tokens",
     "mixture_loss",
+    "mixture_reverse_step",
+    "mixture_weight",
     "mutual_information",
     "one_pass_nll",
     "ordered_nll",

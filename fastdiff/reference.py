@@ -34,6 +34,19 @@ def transp_transition(graph: str, i: Tensor, sigma: Tensor, num_states: int, mas
     return alpha * F.one_hot(i, num_states) + came
 
 
+def mixture_limit(share: Tensor, num_states: int, mask_index: int) -> Tensor:
+    """Mixture noise at infinite sigma, [...] -> [..., V]: a share uniform over N = V - 1 ids, the rest the mask."""
+    share = share.double().unsqueeze(-1)
+    mask = F.one_hot(torch.tensor(mask_index, device=share.device), num_states)
+    return (1 - share) * mask + share / (num_states - 1) * (1 - mask)
+
+
+def mixture_transition(i: Tensor, sigma: Tensor, share: Tensor, num_states: int, mask_index: int) -> Tensor:
+    """The column p(x_t = . | x_0 = i) of mixture noise: [...] tokens -> [..., num_states]."""
+    alpha = torch.exp(-sigma.double()).unsqueeze(-1)
+    return alpha * F.one_hot(i, num_states) + (1 - alpha) * mixture_limit(share, num_states, mask_index)
+
+
 def reverse_rate(graph: str, i: Tensor, score: Tensor, mask_index: int | None) -> Tensor:
     """Rates of leaving i in reverse time, Q(i, y) score_y off the diagonal, for dsigma = 1: [..., V]."""
     score = score.double()
@@ -309,6 +322,25 @@ def absorb_reverse_step(logits: Tensor, xt: Tensor, sigma_t: Tensor, sigma_s: Te
     mask = torch.zeros_like(z).index_fill(-1, at_mask, 1)
     probs = stay * mask + (1 - stay) * c
     return torch.where((xt == mask_index).unsqueeze(-1), probs, F.one_hot(xt, z.shape[-1]).double())
+
+
+def mixture_reverse_step(
+    logits: Tensor, xt: Tensor, sigma_t: Tensor, share_t: Tensor, sigma_s: Tensor, share_s: Tensor, mask_index: int
+) -> Tensor:
+    """p(x_s | x_t) of mixture noise, proportional to q(x_t | y) q_s(y | c): [..., V].
+
+    c = softmax over y != M is the law of x_0 before x_t at this position is looked at. Between s and t a token survives
+    with a = alpha_t / alpha_s and else becomes y with probability b_y = q_t(y) - a q_s(y), q the noise alone.
+    """
+    z, num_states = _without_mask(logits, mask_index), logits.shape[-1]
+    (alpha_t, noise_t), (alpha_s, noise_s) = (
+        (torch.exp(-s).unsqueeze(-1), -torch.expm1(-s).unsqueeze(-1) * mixture_limit(share, num_states, mask_index))
+        for s, share in ((sigma_t.double(), share_t), (sigma_s.double(), share_s))
+    )
+    here, a = xt.unsqueeze(-1), alpha_t / alpha_s
+    came = (noise_t - a * noise_s).expand(z.shape).gather(-1, here) + a * F.one_hot(xt, num_states)
+    probs = came * (alpha_s * torch.softmax(z, -1) + noise_s)
+    return probs / probs.sum(-1, keepdim=True)
 
 
 def euler_step(graph: str, log_score: Tensor, xt: Tensor, step_size: Tensor, mask_index: int | None) -> Tensor:
