@@ -207,10 +207,6 @@ def d3pm_uniform(
     c_xt, rest = c.gather(-1, xt.unsqueeze(-1)), torch.where(here, 0, c).sum(-1, keepdim=True)
     log_ratio = torch.where(here, _log_mixed(k_s, c, rest), torch.log1p(k_s * c))
     log_ratio = log_ratio - torch.where(moved, torch.log1p(k_t * c_xt), _log_mixed(k_t, c_xt, rest))
-    # At x_t the two nearly cancel, with k_s - k_t = n k_t / (o_s k_ts).
-    excess = n / o_s * k_t / k_ts / (1 + k_t * c_xt) * torch.where(moved, c_xt, -rest / (1 + k_s))
-    near = there & (excess > -0.5)
-    log_ratio = torch.where(near, torch.log1p(torch.where(near, excess, 0)), log_ratio)
     # q is a product of three (1 - alpha) / n, times 1 + k where its two ids are one.
     q = o_ts * o_s / (n * o_t) * torch.where(there, 1 + k_ts, 1) * torch.where(here, 1 + k_s, 1)
     nll = _nll(logits.double(), x0)
