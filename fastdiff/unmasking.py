@@ -3,6 +3,7 @@
 An order is a generator: at each step it looks at the canvas, which is filled between two steps, and says where to draw.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.evaluating import Model, model_parts
+from fastdiff.mixture_noise import mixture_reverse_step
 from fastdiff.philox import Purpose, draw32
 from fastdiff.reverse import reverse_step
 from fastdiff.schedules import Schedule
@@ -22,7 +24,8 @@ from fastdiff.tokens import linear_sample_tokens, sample_tokens
 class Canvas:
     """Sequences that are filled in place.
 
-    xt: [B, L] int64. free: [B, L] bool, tokens that are not given. mask_index: None in the uniform graph. start: the
+    xt: [B, L] int64. free: [B, L] bool, tokens that are not given. mask_index: None where other
+    tokens may change too. start: the
     first position after the prompt. seed: names the draws.
     """
 
@@ -43,11 +46,25 @@ class Canvas:
 
 
 class Move(NamedTuple):
-    """One step back from noise sigma: to sigma_next = after, or (Euler) by step_size = after, which is dt dsigma."""
+    """One step back from noise sigma: to sigma_next = after, or (Euler) by step_size = after, which is dt dsigma.
+
+    shares: in a mixture, those of uniform noise before and after.
+    """
 
     sigma: float
     after: float
     euler: bool
+    shares: tuple[float, float] | None = None
+
+    def draw(self, output: Tensor, xt: Tensor, **options: Any) -> Tensor:
+        """The tokens after the step, from what a network says of those before."""
+        if self.shares is not None:
+            before, after = self.shares
+            return mixture_reverse_step(
+                output, xt, self.sigma, before, sigma_next=self.after, share_next=after, **options
+            )
+        step: dict[str, Any] = {"step_size" if self.euler else "sigma_next": self.after}
+        return reverse_step(output, xt, self.sigma, **step, **options)
 
     def stay(self) -> float:
         """The probability that a mask stays one, from conditionals whatever they are."""
@@ -57,12 +74,18 @@ class Move(NamedTuple):
         return -math.expm1(-self.after) / masked
 
 
-def moves_back(schedule: Schedule, steps: int, euler: bool) -> list[Move]:
+def moves_back(
+    schedule: Schedule, steps: int, euler: bool, share: Callable[[Tensor], Tensor] | None = None
+) -> list[Move]:
     """Steps evenly spaced in time, of which the last goes to no noise at all: the final denoise, also for Euler."""
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu")
     sigma, dsigma = (values.tolist() for values in schedule(times))
     moves = [Move(sigma[i], dsigma[i] / steps if euler else sigma[i + 1], euler) for i in range(steps)]
-    return moves[:-1] + [Move(last.sigma, 0.0, False) for last in moves[-1:]]
+    moves = moves[:-1] + [Move(last.sigma, 0.0, False) for last in moves[-1:]]
+    if share is None:
+        return moves
+    shares = share(times).tolist()
+    return [move._replace(shares=pair) for move, pair in zip(moves, itertools.pairwise(shares), strict=True)]
 
 
 class Plan(NamedTuple):
@@ -217,7 +240,6 @@ def reverse(canvas: Canvas, network: Network, plan: Plan, options: dict[str, Any
             return
         xt = canvas.xt[rows]
         output = network(xt, torch.full((len(rows),), move.sigma, dtype=torch.float32, device=xt.device))
-        after: dict[str, Any] = {"step_size" if move.euler else "sigma_next": move.after}
-        drawn = reverse_step(output, xt, move.sigma, step=number, sample_ids=rows, **after, **options)
+        drawn = move.draw(output, xt, step=number, sample_ids=rows, **options)
         canvas.xt[rows] = drawn.where(moving[rows], xt)
         yield

@@ -312,6 +312,9 @@ def test_bad_caches() -> None:
     ahead.append(torch.cat([prompt, prompt], 1))
     with pytest.raises(ValueError, match=r"^cache: expected the tokens that the sequences begin with, got 16 others"):
         sample(model, cache=ahead, **options)
+    short = DiffusionTransformer(ModelConfig(5, 11, 16, 1, 2)).cache(3, 4)
+    with pytest.raises(ValueError, match=r"^length: expected at most 11 tokens, for which the cache is, got 12"):
+        sample(model, cache=short, **options)
     part = Recomputing(None, 3, 4)
     part.append(prompt[:, :3])
     with pytest.raises(ValueError, match=r"^cache: expected whole blocks of 4 tokens, got 3 tokens"):

@@ -321,6 +321,8 @@ def _load(folder: Path, device: torch.device, trust_remote_code: bool) -> tuple[
         thin = DiffusionTransformer.from_pretrained(folder).to(device)
         if thin.config.num_states != NUM_BYTES + 1:
             raise ValueError(f"pretrained: expected a model of bytes and a mask, got {thin.config}")
+        if read_config(folder).get("training", {}).get("block_length"):
+            raise ValueError(f"pretrained: expected a model of whole sequences, got one of blocks, {folder}")
         return thin.conditionals(NUM_BYTES, SCHEDULE.total_noise), of_config(thin.config) | dict(
             tokenizer=Bytes(), mask_index=NUM_BYTES
         )
