@@ -1,6 +1,7 @@
 """Fused kernels for discrete-diffusion language models: losses, masking and likelihoods, each in one pass."""
 
 from fastdiff.backends import BackendUnavailable
+from fastdiff.distillation import distill_loss, linear_distill_loss
 from fastdiff.estimators import (
     InformationCurve,
     LogRatioEstimate,
@@ -63,6 +64,7 @@ __all__ = [
     "conditional_nll",
     "corrupt",
     "dce_loss",
+    "distill_loss",
     "dpo_loss",
     "dse_loss",
     "dse_nll",
@@ -70,6 +72,7 @@ __all__ = [
     "grpo_loss",
     "harmonic_mask",
     "linear_dce_loss",
+    "linear_distill_loss",
     "linear_dse_loss",
     "linear_sample_tokens",
     "linear_token_logps",
