@@ -10,51 +10,64 @@
 
 namespace fastdiff {
 
-FASTDIFF_HD Term<double> phi(double d) { return scaled_phi(d, d, 1); }
+// phi(d) for |d| < 1.
+FASTDIFF_HD float near_phi(float d) {
+  float p = 2.765987155e-6f;
+  p = p * d + 2.535379608e-5f;
+  p = p * d + 1.984511484e-4f;
+  p = p * d + 1.388546742e-3f;
+  p = p * d + 8.333304899e-3f;
+  p = p * d + 4.166673397e-2f;
+  p = p * d + 1.666666708e-1f;
+  p = p * d + 4.999999980e-1f;
+  return p * d * d;
+}
+FASTDIFF_HD double near_phi(double d) { return scaled_phi(d, d, 1).value; }
 
-// Below exp(-kFar) q, p adds nothing to the digits of a term, which is q.
+// p phi(d) and q - p. Infinite where q is 0 and p is not.
 template <typename C>
-constexpr C kFar = sizeof(C) == sizeof(float) ? 20 : 600;
-
-// p phi(d) and q - p. For d > kFar p counts as exp(-kFar) q, lest q be lost where p is 0, or vanishes in its type.
-// Infinite where q is 0 and p is not.
-template <typename C>
-FASTDIFF_HD Term<C> kl_term(C log_p, C log_q, C d) {
-  const C least = log_q - kFar<C>, p = exp_(log_p > least ? log_p : least);
-  const Term<C> t = phi(d > kFar<C> ? kFar<C> : d);
-  return {d < -std::numeric_limits<C>::max() ? std::numeric_limits<C>::infinity() : p * t.value, p * t.slope};
+FASTDIFF_HD Term<C> kl_term(C p, C q, C d) {
+  const C difference = q - p, phi = near_phi(d);
+  const C finite = d > C(1000) ? C(1000) : d;  // where p is 0
+  const bool near = std::fabs(d) < 1;
+  const C value = near ? p * phi : difference - p * finite;
+  return {d < -std::numeric_limits<C>::max() ? std::numeric_limits<C>::infinity() : value,
+          near ? p * (phi + d) : difference};
 }
 
-// The log-probability of x * scale in a softmax whose log-sum-exp, in two parts, keeps its digits in float. NaN if that
-// is not finite, as in PyTorch.
+// exp(scale x) over its sum, of which the sum of exp(scale (x - top)) is known. NaN for a row that has +inf or only
+// -inf, as in PyTorch.
 template <typename C>
-struct LogSoftmax {
-  C scale, high, low;
+struct Softmax {
+  C scale, top, factor;
+  double log_sum;  // less scale top
 
-  FASTDIFF_HD LogSoftmax(double scale_, double logsumexp)
-      : scale(static_cast<C>(scale_)), high(static_cast<C>(logsumexp)), low(static_cast<C>(logsumexp - high)) {
-    if (!(std::fabs(logsumexp) < std::numeric_limits<C>::infinity())) high = low = std::numeric_limits<C>::quiet_NaN();
+  FASTDIFF_HD Softmax(double scale_, C top_, double sum)
+      : scale(static_cast<C>(scale_)), top(top_), factor(static_cast<C>(1 / sum)), log_sum(std::log(sum)) {
+    if (!(sum > 0)) factor = std::numeric_limits<C>::quiet_NaN(), log_sum = factor;
   }
-  FASTDIFF_HD C operator()(C x) const { return (x * scale - high) - low; }
+  FASTDIFF_HD C operator()(C x) const { return exp_((x - top) * scale) * factor; }
+  FASTDIFF_HD double log(C x) const { return (static_cast<double>(x) - top) * scale - log_sum; }
 };
 
 // The terms of a row whose student has numbers z and whose teacher t.
 template <typename C>
 struct KlRow {
-  LogSoftmax<C> student, teacher;
+  Softmax<C> student, teacher;
   C shift;
 
-  FASTDIFF_HD KlRow(double scale, double student_sum, double teacher_sum)
-      : student(scale, student_sum),
-        teacher(scale, teacher_sum),
-        shift((student.high - teacher.high) + (student.low - teacher.low)) {}
+  FASTDIFF_HD KlRow(const Softmax<C>& student_, const Softmax<C>& teacher_)
+      : student(student_),
+        teacher(teacher_),
+        shift(static_cast<C>(student.scale * (static_cast<double>(student.top) - teacher.top) +
+                             (student.log_sum - teacher.log_sum))) {}
   // log q - log p, without the rounding of either.
   FASTDIFF_HD C log_ratio(C z, C t) const { return z == t ? -shift : (z - t) * student.scale - shift; }
   FASTDIFF_HD Term<C> forward(C z, C t) const { return kl_term(teacher(t), student(z), log_ratio(z, t)); }
   FASTDIFF_HD C reverse(C z, C t) const { return kl_term(student(z), teacher(t), -log_ratio(z, t)).value; }
   // The reverse loss's derivative for z * scale.
   FASTDIFF_HD C reverse_slope(C z, C t, C loss) const {
-    const C q = exp_(student(z));
+    const C q = student(z);
     return q == 0 ? 0 : q * (log_ratio(z, t) - loss);
   }
 };
@@ -65,20 +78,22 @@ struct Outcome {
 
   FASTDIFF_HD double log_ratio() const { return log_q == log_p ? 0 : log_q - log_p; }
   FASTDIFF_HD double term(bool reverse) const {
-    return reverse ? kl_term(log_q, log_p, -log_ratio()).value : kl_term(log_p, log_q, log_ratio()).value;
+    const double p = std::exp(log_p), q = std::exp(log_q);
+    return reverse ? kl_term(q, p, -log_ratio()).value : kl_term(p, q, log_ratio()).value;
   }
   // The loss's derivative for log q if the other outcomes keep their shares of what is left.
   FASTDIFF_HD double slope(bool reverse, double loss) const {
-    if (!reverse) return kl_term(log_p, log_q, log_ratio()).slope;
     const double q = std::exp(log_q);
+    if (!reverse) return kl_term(std::exp(log_p), q, log_ratio()).slope;
     return q == 0 ? 0 : q * (log_ratio() - loss);
   }
 };
 
-// log of what probabilities with this sum leave to the others, and what is to be taken off their logarithms.
-FASTDIFF_HD double log_left(double sum) {
-  return sum < 1 ? std::log1p(-sum) : -std::numeric_limits<double>::infinity();
+// log of what probabilities with this sum leave to the other ids, and what is to be taken off their logarithms. Where
+// there are no others, and above 1, a sum is off by rounding.
+FASTDIFF_HD double log_left(double sum, bool are_all) {
+  return are_all || sum >= 1 ? -std::numeric_limits<double>::infinity() : std::log1p(-sum);
 }
-FASTDIFF_HD double log_excess(double sum) { return sum > 1 ? std::log(sum) : 0; }
+FASTDIFF_HD double log_excess(double sum, bool are_all) { return are_all || sum > 1 ? std::log(sum) : 0; }
 
 }  // namespace fastdiff

@@ -64,8 +64,8 @@ def distill_loss(
         kl: "forward" or "reverse".
         temperature: > 0, divides the logits. The loss is not multiplied by its square, as some do to keep gradients of
             one size; weight can.
-        teacher_ids: [..., k] int64 ids, in any order, different within a row. Their probabilities sum to at most 1; a
-            sum above 1 by rounding is divided by.
+        teacher_ids: [..., k] int64 ids, in any order, different within a row. Their probabilities sum to at most 1. A
+            sum that is off by rounding, above 1 or where there are no other ids, is divided by.
         mask_index: the mask's id, negative from the end.
         exclude_mask: leave v = mask_index out of both distributions. False is for vocabularies without a mask, too.
         reduction: "none" for [...] losses, "sum", or "mean" over the scored positions (0 if there are none).

@@ -132,15 +132,17 @@ def dse_uniform_logits(logits: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor) ->
 def distill(z: Tensor, teacher: Tensor, ids: Tensor | None, mask_index: int | None, reverse: bool) -> Tensor:
     """KL(p || q), or KL(q || p) if reverse, of q = softmax(z) and p = softmax(teacher) over v != mask_index (None: all).
 
-    With ids [..., k] the teacher holds log p at those ids, and all other ids count as one. A sum of p above 1, by
-    rounding, is divided by.
+    With ids [..., k] the teacher holds log p at those ids, and all other ids count as one. A sum of p that is off by
+    rounding, above 1 or where there are no others, is divided by.
     """
     log_q = torch.log_softmax(_without_mask(z, mask_index), -1)
     if ids is None:
         log_p = torch.log_softmax(_without_mask(teacher, mask_index), -1)
     else:
-        log_p = teacher.double() - teacher.double().exp().sum(-1, keepdim=True).clamp_min(1).log()
-        rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp_min(0).log()
+        total = teacher.double().exp().sum(-1, keepdim=True)
+        are_all = ids.shape[-1] == z.shape[-1] - (mask_index is not None)
+        log_p = teacher.double() - (total if are_all else total.clamp_min(1)).log()
+        rest = (1 - (torch.ones_like(total) if are_all else total)).clamp_min(0).log()
         others = log_q.scatter(-1, ids, -torch.inf)
         none = torch.isneginf(others).all(-1, keepdim=True)
         others = torch.logsumexp(torch.where(none, 0, others), -1, keepdim=True)

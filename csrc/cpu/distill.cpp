@@ -57,17 +57,43 @@ struct RowDistill {
   }
 };
 
-template <typename C, typename T>
-FASTDIFF_HD const C* scaled(const T* from, int64_t n, C scale, C* buffer) {
-#pragma omp simd
-  for (int64_t v = 0; v < n; ++v) buffer[v] = load(from[v]) * scale;
-  return buffer;
-}
-
 template <typename C>
-FASTDIFF_HD double logsumexp(const ExpSum<C>& all) {
-  return all.shift + std::log(all.sum);
-}
+struct ScaledExpTerm {
+  C shift, scale;
+
+  FASTDIFF_HD Term<C> operator()(C z) const {
+    const C e = exp_((z - shift) * scale);
+    return {e, e};
+  }
+};
+
+// The sum of exp(scale (z - shift)). Scaled are differences alone: what rounding does to large numbers would not
+// cancel.
+template <typename C>
+struct ScaledSum {
+  double scale;
+  C shift = -kInfinity<C>;
+  double sum = 0;
+
+  FASTDIFF_HD void add(C other_shift, double other_sum) {
+    const C top = other_shift > shift ? other_shift : shift;
+    // != rather than <, so that a NaN among the shifts reaches the sum
+    if (shift != top) sum *= std::exp((static_cast<double>(shift) - top) * scale);
+    if (other_shift != top) other_sum *= std::exp((static_cast<double>(other_shift) - top) * scale);
+    shift = top;
+    sum += other_sum;
+  }
+  // With the shift that others took, unless that lets the exponentials grow too large.
+  FASTDIFF_HD void add_run(const C* z, int64_t n) {
+    const C rate = static_cast<C>(scale);
+    C from = std::max(shift, std::numeric_limits<C>::lowest());  // never -inf
+    Block<C> block = sum_terms<false>(ScaledExpTerm<C>{from, rate}, z, static_cast<C*>(nullptr), n);
+    if ((block.max - from) * rate > 60)
+      block = sum_terms<false>(ScaledExpTerm<C>{from = block.max, rate}, z, static_cast<C*>(nullptr), n);
+    add(from, block.sum);
+  }
+  FASTDIFF_HD Softmax<C> softmax() const { return {scale, shift, sum}; }
+};
 
 // The terms' sum; of the forward one also what they are made of, for the gradient.
 template <bool kGrad, bool kReverse, typename C>
@@ -95,14 +121,13 @@ FASTDIFF_HD void reverse_slopes(const KlRow<C>& kl, const C* z, const C* t, C* o
 template <bool kGrad, bool kReverse, typename T>
 FASTDIFF_HD double distill_row(const RowDistill& op, const Row<T>& row, const T* teacher, double weight) {
   using C = Acc<T>;
-  const C scale = static_cast<C>(op.scale);
-  ExpSum<C> student{-kInfinity<C>, 0}, taught = student;
-  C in[kBlock], in_teacher[kBlock], out[kBlock], max;
+  ScaledSum<C> student{op.scale}, taught{op.scale};
+  C in[kBlock], in_teacher[kBlock], out[kBlock];
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-    add_run<false>(student, scaled(row.z + first, n, scale, out), out, n, max);
-    add_run<false>(taught, scaled(teacher + first, n, scale, out), out, n, max);
+    student.add_run(widened(row.z + first, n, in), n);
+    taught.add_run(widened(teacher + first, n, in_teacher), n);
   });
-  const KlRow<C> kl(op.scale, logsumexp(student), logsumexp(taught));
+  const KlRow<C> kl(student.softmax(), taught.softmax());
   double loss = 0;
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
     const C *z = widened(row.z + first, n, in), *t = widened(teacher + first, n, in_teacher);
@@ -125,38 +150,39 @@ template <bool kGrad, typename T>
 FASTDIFF_HD double distill_row_at(const RowDistill& op, const Row<T>& row, const int64_t* ids, const double* log_p,
                                   double weight) {
   using C = Acc<T>;
-  const C scale = static_cast<C>(op.scale);
-  ExpSum<C> rest{-kInfinity<C>, 0};
-  C out[kBlock], max;
+  ScaledSum<C> rest{op.scale};
+  C in[kBlock], out[kBlock];
   int64_t next = 0;
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-    scaled(row.z + first, n, scale, out);
-    for (; next < op.many && ids[next] < first + n; ++next) out[ids[next] - first] = -kInfinity<C>;
-    add_run<false>(rest, static_cast<const C*>(out), out, n, max);
+    const C* z = widened(row.z + first, n, in);
+    if (next < op.many && ids[next] < first + n) {
+      if (z != in) z = std::copy(z, z + n, in) - n;
+      for (; next < op.many && ids[next] < first + n; ++next) in[ids[next] - first] = -kInfinity<C>;
+    }
+    rest.add_run(z, n);
   });
-  ExpSum<C> all = rest;
-  std::vector<Outcome> outcomes(op.many);
+  ScaledSum<C> all = rest;
   double sum_p = 0;
   for (int64_t j = 0; j < op.many; ++j) {
-    const C z = load(row.z[ids[j]]) * scale;
-    all.add(z, z == -kInfinity<C> ? 0 : 1);
-    outcomes[j] = {log_p[j], static_cast<double>(z)};
+    const C z = load(row.z[ids[j]]);
+    if (z != -kInfinity<C>) all.add(z, 1);
     sum_p += std::exp(log_p[j]);
   }
-  const LogSoftmax<double> student(1.0, logsumexp(all));
-  const Outcome others{log_left(sum_p), rest.sum == 0 ? -kInfinity<double> : student(logsumexp(rest))};
+  const Softmax<C> student = all.softmax();
+  const bool are_all = op.many == op.num_states - (op.mask_index >= 0);
+  const Outcome others{log_left(sum_p, are_all), student.log(rest.shift) + std::log(rest.sum)};
+  std::vector<Outcome> outcomes(op.many);
   double loss = others.term(op.reverse);
-  for (Outcome& outcome : outcomes) {
-    outcome = {outcome.log_p - log_excess(sum_p), student(outcome.log_q)};
-    loss += outcome.term(op.reverse);
+  for (int64_t j = 0; j < op.many; ++j) {
+    outcomes[j] = {log_p[j] - log_excess(sum_p, are_all), student.log(load(row.z[ids[j]]))};
+    loss += outcomes[j].term(op.reverse);
   }
   if constexpr (kGrad) {
     const double factor = weight * op.scale,
                  slope = rest.sum == 0 ? 0 : factor * others.slope(op.reverse, loss) / rest.sum;
+    const ScaledExpTerm<C> term{rest.shift, static_cast<C>(op.scale)};
     row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-      scaled(row.z + first, n, scale, out);
-#pragma omp simd
-      for (int64_t v = 0; v < n; ++v) out[v] = exp_(out[v] - rest.shift);
+      sum_terms<true>(term, widened(row.z + first, n, in), out, n);
       store_scaled(row.grad + first, out, n, slope);
     });
     for (int64_t j = 0; j < op.many; ++j)

@@ -1,8 +1,10 @@
 // Distillation on the GPU: two rows are read together by a cluster of blocks, once from memory and then from the
 // second-level cache. Twin of csrc/cpu/distill.cpp, which says more.
+#include <cfloat>
+
 #include "../distill.h"
-#include "online.h"
 #include "operators.h"
+#include "row.h"
 #include "rows.h"
 
 namespace fastdiff {
@@ -20,27 +22,52 @@ struct RowDistill {
   bool loss_is_double;
 };
 
+// The sum of exp(scale z) is exp(scale m) s, with m the largest z. Scaled are differences alone, as on the CPU.
+struct Sum {
+  float m = -FLT_MAX, s = 0;  // which subtracts from -inf without NaN
+
+  template <int kMany>
+  __device__ void add(const Few<kMany>& few, float scale) {
+    float top = m;
+    for (const float x : few.x) top = fmaxf(top, x);
+    float sum = 0;
+    for (const float x : few.x) sum += exp_((x - top) * scale);
+    s = fmaf(s, exp_((m - top) * scale), sum);
+    m = top;
+  }
+};
+
+struct Merge {
+  float scale;
+
+  __device__ Sum operator()(const Sum& a, const Sum& b) const {
+    const bool a_is_high = a.m >= b.m;  // whose sum stays: the same bits in either order
+    const float m = a_is_high ? a.m : b.m, low = a_is_high ? b.m : a.m;
+    const float high_s = a_is_high ? a.s : b.s, low_s = a_is_high ? b.s : a.s;
+    return {m, fmaf(low_s, exp_((low - m) * scale), high_s)};
+  }
+};
+
 struct TwoSums {
-  Online student, teacher;
+  Sum student, teacher;
 };
 
 struct MergeTwo {
+  Merge merge;
+
   __device__ TwoSums operator()(const TwoSums& a, const TwoSums& b) const {
-    const MergeOnline merge;
     return {merge(a.student, b.student), merge(a.teacher, b.teacher)};
   }
 };
 
-__device__ double logsumexp(const Online& all) { return all.m + std::log(static_cast<double>(all.s)); }
-
 struct Shared {
   uint64_t barriers[Copies::kParts];
   KlRow<float> kl;
-  LogSoftmax<double> student;
+  Softmax<float> student;
   Outcome others;
   double excess;
   Room<TwoSums> two;
-  Room<Online> rest, chosen;
+  Room<Sum> rest, chosen;
   Room<double> sum_p, loss;
 };
 
@@ -66,12 +93,6 @@ struct Beside {
   }
 };
 
-template <int kMany>
-__device__ Few<kMany> scaled(Few<kMany> few, float scale) {
-  for (float& x : few.x) x *= scale;
-  return few;
-}
-
 template <bool kReverse, bool kGrad, typename T>
 __device__ double distill_row(const RowDistill& op, const Row<T>& row, const T* t, T* to, Shared& shared,
                               double weight) {
@@ -83,12 +104,15 @@ __device__ double distill_row(const RowDistill& op, const Row<T>& row, const T* 
     auto other = beside.of(few);
     few.set(mask, mask, -INFINITY);
     other.set(mask, mask, -INFINITY);
-    sums.student.add(scaled(few, scale));
-    sums.teacher.add(scaled(other, scale));
+    sums.student.add(few, scale);
+    sums.teacher.add(other, scale);
   });
   Cluster::wait();
-  sums = reduce_cluster(sums, shared.two, MergeTwo());
-  if (threadIdx.x == 0) shared.kl = KlRow<float>(op.scale, logsumexp(sums.student), logsumexp(sums.teacher));
+  sums = reduce_cluster(sums, shared.two, MergeTwo{{scale}});
+  if (threadIdx.x == 0) {
+    const Softmax<float> student(op.scale, sums.student.m, sums.student.s);
+    shared.kl = KlRow<float>(student, Softmax<float>(op.scale, sums.teacher.m, sums.teacher.s));
+  }
   __syncthreads();
   const KlRow<float> kl = shared.kl;
   const Target<T> grad(to, row.head);
@@ -144,36 +168,40 @@ __device__ double distill_row_at(const RowDistill& op, const Row<T>& row, const 
   const auto scale = static_cast<float>(op.scale);
   const auto number = [&](int j) {
     const bool exists = ids[j] >= 0 && ids[j] < row.num_states;
-    return exists ? load(row.z[ids[j]]) * scale : NAN;
+    return exists ? load(row.z[ids[j]]) : NAN;
   };
-  Online rest, chosen;
+  Sum rest, chosen;
   row.each([&](auto& few) {
     few.set(mask, mask, -INFINITY);
     each_chosen(ids, op.many, few, [&](int j) {
       const int id = static_cast<int>(ids[j]);
       few.set(id, id, -INFINITY);
     });
-    rest.add(scaled(few, scale));
+    rest.add(few, scale);
   });
   double sum_p = 0;
   for (int j = threadIdx.x; j < op.many; j += blockDim.x) {
-    chosen.add(Few<1>{{number(j)}, 0});
+    chosen.add(Few<1>{{number(j)}, 0}, scale);
     sum_p += std::exp(log_p[j]);
   }
+  const Merge merge{scale};
   Cluster::wait();
-  rest = reduce_cluster(rest, shared.rest, MergeOnline());
-  chosen = reduce_block(chosen, shared.chosen, MergeOnline());
+  rest = reduce_cluster(rest, shared.rest, merge);
+  chosen = reduce_block(chosen, shared.chosen, merge);
   sum_p = reduce_block(sum_p, shared.sum_p, Add());
   if (threadIdx.x == 0) {
-    shared.student = LogSoftmax<double>(1, logsumexp(MergeOnline()(rest, chosen)));
-    shared.others = {log_left(sum_p), rest.s == 0 ? -INFINITY : shared.student(logsumexp(rest))};
-    shared.excess = log_excess(sum_p);
+    const bool are_all = op.many == row.num_states - (mask >= 0);
+    const Sum all = merge(rest, chosen);
+    shared.student = Softmax<float>(op.scale, all.m, all.s);
+    const double log_rest = shared.student.log(rest.m) + std::log(static_cast<double>(rest.s));
+    shared.others = {log_left(sum_p, are_all), log_rest};
+    shared.excess = log_excess(sum_p, are_all);
   }
   __syncthreads();
-  const LogSoftmax<double> student = shared.student;
+  const Softmax<float> student = shared.student;
   const Outcome others = shared.others;
   const double excess = shared.excess;
-  const auto outcome = [&](int j) { return Outcome{log_p[j] - excess, student(number(j))}; };
+  const auto outcome = [&](int j) { return Outcome{log_p[j] - excess, student.log(number(j))}; };
   double loss = threadIdx.x == 0 ? others.term(kReverse) : 0;
   for (int j = threadIdx.x; j < op.many; j += blockDim.x) loss += outcome(j).term(kReverse);
   loss = reduce_block(loss, shared.loss, Add());
@@ -185,7 +213,7 @@ __device__ double distill_row_at(const RowDistill& op, const Row<T>& row, const 
     const auto share = static_cast<float>(rest.s == 0 ? 0 : size * others.slope(kReverse, loss) / rest.s);
     row.each([&](auto& few) {
       few.set(mask, mask, -INFINITY);
-      for (float& x : few.x) x = share * exp_(x * scale - rest.m);
+      for (float& x : few.x) x = share * exp_((x - rest.m) * scale);
       each_chosen(ids, op.many, few, [&](int j) {
         const int id = static_cast<int>(ids[j]);
         few.set(id, id, static_cast<float>(size * outcome(j).slope(kReverse, loss)));

@@ -8,9 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.row_loss import LARGE, LOG2_E, LOWEST, SMALL, log1p_, online, row_strides
+from fastdiff.kernels.row_loss import LARGE, LOG2_E, LOWEST, SMALL, log1p_, row_strides
 
-FAR = tl.constexpr(20.0)  # e^-FAR is nothing to a float32 digit
 INF = tl.constexpr(float("inf"))
 NAN = tl.constexpr(float("nan"))
 
@@ -19,23 +18,19 @@ NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
-def phi(d):
-    """expm1(d) - d and expm1(d), for d <= FAR."""
-    near = tl.abs(d) < 1
-    t = tl.where(near, d, 0.0)
-    series = 1 / 720 + t * (1 / 5040 + t * (1 / 40320 + t * (1 / 362880 + t * (1 / 3628800))))
-    value = t * t * (1 / 2 + t * (1 / 6 + t * (1 / 24 + t * (1 / 120 + t * series))))
-    slope = tl.exp(d) - 1
-    return tl.where(near, value, slope - d), tl.where(near, value + d, slope)
+def near_phi(d):
+    """expm1(d) - d for |d| < 1."""
+    series = 1 / 720 + d * (1 / 5040 + d * (1 / 40320 + d * (1 / 362880 + d * (1 / 3628800))))
+    return d * d * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * series))))
 
 
 @triton.jit
-def kl_term(log_p, log_q, d):
-    """p phi(d) and q - p, d = log q - log p; where p is nothing beside q it counts as exp(-FAR) q."""
-    least = log_q - FAR
-    p = tl.exp(tl.where(log_p > least, log_p, least))
-    value, slope = phi(tl.where(d > FAR, FAR, d))
-    return tl.where(d == -INF, INF, p * value), p * slope
+def kl_term(p, q, d):
+    """p phi(d) and q - p, d = log q - log p. Infinite where q is 0 and p is not."""
+    difference, phi = q - p, near_phi(d)
+    near = tl.abs(d) < 1
+    value = tl.where(near, p * phi, difference - p * tl.where(d > 1000, 1000.0, d))  # where p is 0
+    return tl.where(d == -INF, INF, value), tl.where(near, p * (phi + d), difference)
 
 
 @triton.jit
@@ -44,15 +39,16 @@ def log_ratio(log_q, log_p):
 
 
 @triton.jit
-def in_two_parts(logsumexp):
-    """float32 numbers that add up to it; NaN if it is not finite."""
-    logsumexp = tl.where(tl.abs(logsumexp) < INF, logsumexp, NAN)
-    high = logsumexp.to(tl.float32)
-    return high, (logsumexp - high).to(tl.float32)
+def online(m, s, x, rate):
+    """Adds 2^(rate x) to the sum s 2^(rate m), number by number. Scaled are differences alone, as on the CPU."""
+    e = tl.exp2(-tl.abs(x - m) * rate)
+    larger = x > m
+    return tl.where(larger, x, m), tl.where(larger, s * e + 1, s + e)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Walking a pair. `pair` is (z, teacher, grad, their first aligned groups, head, groups, V, excluded, scale).
+# Walking a pair. `pair` is (z, teacher, grad, their first aligned groups, head, groups, V, excluded, scale,
+# scale * log2(e)).
 
 
 @triton.jit
@@ -84,11 +80,11 @@ def load(pointers, part, pair):
 
 
 @triton.jit
-def merged(m, s, m_edge, s_edge):
-    """Maximum and sum of all lanes, float64."""
+def merged(m, s, m_edge, s_edge, rate):
+    """Maximum of all lanes, and the sum, float64; NaN for a row that has +inf or only -inf."""
     top = tl.maximum(tl.max(m, 0), tl.max(m_edge, 0))
-    total = tl.sum(s * tl.exp2((m - top) * LOG2_E), 0) + tl.sum(s_edge * tl.exp2((m_edge - top) * LOG2_E), 0)
-    return top.to(tl.float64), total.to(tl.float64)
+    total = tl.sum(s * tl.exp2((m - top) * rate), 0) + tl.sum(s_edge * tl.exp2((m_edge - top) * rate), 0)
+    return top, total.to(tl.float64)
 
 
 @triton.jit
@@ -106,53 +102,51 @@ def store_zeros(pair, BLOCK: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def sums_of(part, pair, m, s, m_teacher, s_teacher):
-    m, s = online(m, s, load(part[0], part, pair) * pair[10])
-    m_teacher, s_teacher = online(m_teacher, s_teacher, load(part[1], part, pair) * pair[10])
+    m, s = online(m, s, load(part[0], part, pair), pair[11])
+    m_teacher, s_teacher = online(m_teacher, s_teacher, load(part[1], part, pair), pair[11])
     return m, s, m_teacher, s_teacher
+
+
+@triton.jit
+def probabilities(part, pair, constants):
+    """q, p and log q - log p."""
+    top, factor, top_teacher, factor_teacher, shift = constants
+    z, t = load(part[0], part, pair), load(part[1], part, pair)
+    q, p = tl.exp2((z - top) * pair[11]) * factor, tl.exp2((t - top_teacher) * pair[11]) * factor_teacher
+    return q, p, tl.where(z == t, -shift, (z - t) * pair[10] - shift)
 
 
 @triton.jit
 def terms_of(part, pair, constants, REVERSE: tl.constexpr):
     """The loss's terms and, of the forward one, its slopes."""
-    high, low, high_teacher, low_teacher = constants
-    z, t = load(part[0], part, pair), load(part[1], part, pair)
-    shift = (high - high_teacher) + (low - low_teacher)
-    d = tl.where(z == t, -shift, (z - t) * pair[10] - shift)
-    log_q, log_p = (z * pair[10] - high) - low, (t * pair[10] - high_teacher) - low_teacher
+    q, p, d = probabilities(part, pair, constants)
     if REVERSE:
-        return kl_term(log_q, log_p, -d)
-    return kl_term(log_p, log_q, d)
+        return kl_term(q, p, -d)
+    return kl_term(p, q, d)
 
 
 @triton.jit
 def reverse_slopes(part, pair, constants, loss):
-    high, low, high_teacher, low_teacher = constants
-    z, t = load(part[0], part, pair), load(part[1], part, pair)
-    shift = (high - high_teacher) + (low - low_teacher)
-    d = tl.where(z == t, -shift, (z - t) * pair[10] - shift)
-    q = tl.exp((z * pair[10] - high) - low)
+    q, _, d = probabilities(part, pair, constants)
     return tl.where(q == 0, 0.0, q * (d - loss))
 
 
 @triton.jit
-def distill_row(
-    pair, weight, REVERSE: tl.constexpr, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr
-):
+def distill_row(pair, weight, REVERSE: tl.constexpr, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr):
     m, s = tl.full((BLOCK,), LOWEST, tl.float32), tl.zeros((BLOCK,), tl.float32)
     m_edge, s_edge = tl.full((2 * VEC,), LOWEST, tl.float32), tl.zeros((2 * VEC,), tl.float32)
     m_teacher, s_teacher, m_teacher_edge, s_teacher_edge = m, s, m_edge, s_edge
     for i in range(num_blocks(pair, BLOCK, VEC)):
         m, s, m_teacher, s_teacher = sums_of(block_of(pair, i, BLOCK, VEC), pair, m, s, m_teacher, s_teacher)
     edge = edge_of(pair, VEC)
-    m_edge, s_edge, m_teacher_edge, s_teacher_edge = sums_of(
-        edge, pair, m_edge, s_edge, m_teacher_edge, s_teacher_edge
-    )
-    top, total = merged(m, s, m_edge, s_edge)
-    top_teacher, total_teacher = merged(m_teacher, s_teacher, m_teacher_edge, s_teacher_edge)
-    high, low = in_two_parts(top + tl.log(total))
-    high_teacher, low_teacher = in_two_parts(top_teacher + tl.log(total_teacher))
-    constants = (high, low, high_teacher, low_teacher)
-    size = (weight * pair[10]).to(tl.float32)
+    m_edge, s_edge, m_teacher_edge, s_teacher_edge = sums_of(edge, pair, m_edge, s_edge, m_teacher_edge, s_teacher_edge)
+    f32 = tl.float32
+    top, total = merged(m, s, m_edge, s_edge, pair[11])
+    top_teacher, total_teacher = merged(m_teacher, s_teacher, m_teacher_edge, s_teacher_edge, pair[11])
+    shift = (top.to(tl.float64) - top_teacher) * pair[10] + (tl.log(total) - tl.log(total_teacher))
+    factor, factor_teacher = 1 / tl.where(total > 0, total, NAN), 1 / tl.where(total_teacher > 0, total_teacher, NAN)
+    constants = (top, factor.to(f32), top_teacher, factor_teacher.to(f32), shift.to(f32))
+    size = (weight * pair[10]).to(f32)
 
     # In place, a number must be read by all warps, which all read the edges, before any writes there.
     edge_values, edge_slopes = terms_of(edge, pair, constants, REVERSE)
@@ -166,10 +160,10 @@ def distill_row(
     loss = tl.sum(values, 0).to(tl.float64) + tl.sum(edge_values, 0)
     if WITH_GRAD:
         if REVERSE:
-            edge_slopes = reverse_slopes(edge, pair, constants, loss.to(tl.float32))
+            edge_slopes = reverse_slopes(edge, pair, constants, loss.to(f32))
             for i in range(num_blocks(pair, BLOCK, VEC)):
                 part = block_of(pair, i, BLOCK, VEC)
-                tl.store(part[2], size * reverse_slopes(part, pair, constants, loss.to(tl.float32)), mask=part[4])
+                tl.store(part[2], size * reverse_slopes(part, pair, constants, loss.to(f32)), mask=part[4])
         tl.debug_barrier()
         tl.store(edge[2], size * edge_slopes, mask=edge[4])
     return weight * loss
@@ -183,48 +177,47 @@ def distill_row(
 def rest_of(pair, IDS, many, chosen, BLOCK: tl.constexpr, VEC: tl.constexpr):
     """Maximum and sum of exponentials of the ids that are not chosen."""
     edge = edge_of(pair, VEC)
-    x_edge = load(edge[0], edge, pair) * pair[10]
+    x_edge = load(edge[0], edge, pair)
     x_edge = tl.where(tl.sum((edge[3][:, None] == chosen[None, :]).to(tl.int32), 1) > 0, float("-inf"), x_edge)
     m_edge, s_edge = tl.full((2 * VEC,), LOWEST, tl.float32), tl.zeros((2 * VEC,), tl.float32)
-    m_edge, s_edge = online(m_edge, s_edge, x_edge)
+    m_edge, s_edge = online(m_edge, s_edge, x_edge, pair[11])
     m, s = tl.full((BLOCK,), LOWEST, tl.float32), tl.zeros((BLOCK,), tl.float32)
     next_one = tl.sum((chosen < pair[6]).to(tl.int32), 0)  # after those in the edge before
     for i in range(num_blocks(pair, BLOCK, VEC)):
         part = block_of(pair, i, BLOCK, VEC)
-        x = load(part[0], part, pair) * pair[10]
+        x = load(part[0], part, pair)
         end = pair[6] + (i + 1) * BLOCK
         id = tl.load(IDS + next_one, mask=next_one < many, other=end)
         while id < end:
             x = tl.where(part[3] == id, float("-inf"), x)
             next_one += 1
             id = tl.load(IDS + next_one, mask=next_one < many, other=end)
-        m, s = online(m, s, x)
-    return merged(m, s, m_edge, s_edge)
+        m, s = online(m, s, x, pair[11])
+    return merged(m, s, m_edge, s_edge, pair[11])
 
 
 @triton.jit
 def slope_of(log_p, log_q, loss, REVERSE: tl.constexpr):
-    d = log_ratio(log_q, log_p)
+    q, d = tl.exp(log_q), log_ratio(log_q, log_p)
     if REVERSE:
-        q = tl.exp(log_q)
         return tl.where(q == 0, 0.0, q * (d - loss))
-    _, slope = kl_term(log_p, log_q, d)
+    _, slope = kl_term(tl.exp(log_p), q, d)
     return slope
 
 
 @triton.jit
 def value_of(log_p, log_q, REVERSE: tl.constexpr):
-    d = log_ratio(log_q, log_p)
-    value, _ = kl_term(log_p, log_q, d)
+    p, q, d = tl.exp(log_p), tl.exp(log_q), log_ratio(log_q, log_p)
+    value, _ = kl_term(p, q, d)
     if REVERSE:
-        value, _ = kl_term(log_q, log_p, -d)
+        value, _ = kl_term(q, p, -d)
     return value
 
 
 @triton.jit
 def store_share(part, pair, top, factor):
-    x = load(part[0], part, pair) * pair[10]
-    tl.store(part[2], factor * tl.exp2((x - top) * LOG2_E), mask=part[4])
+    x = load(part[0], part, pair)
+    tl.store(part[2], factor * tl.exp2((x - top) * pair[11]), mask=part[4])
 
 
 @triton.jit
@@ -237,28 +230,29 @@ def distill_row_at(
     chosen = tl.load(IDS + j, mask=given, other=2**31 - 1)
     exists = given & (chosen >= 0) & (chosen < pair[8])
     log_p = tl.load(TEACHER + j, mask=given, other=float("-inf"))
-    z = tl.load(pair[0] + chosen, mask=exists, other=NAN).to(tl.float32) * pair[10]
-    z = tl.where(given, z, float("-inf")).to(tl.float64)
+    z = tl.load(pair[0] + chosen, mask=exists, other=NAN).to(tl.float64)
+    z = tl.where(given, z, float("-inf"))
     top, rest = rest_of(pair, IDS, many, chosen, BLOCK, VEC)
-    highest = tl.maximum(top, tl.max(z, 0))
-    logsumexp = highest + tl.log(rest * tl.exp(top - highest) + tl.sum(tl.exp(z - highest), 0))
-    logsumexp = tl.where(tl.abs(logsumexp) < INF, logsumexp, NAN)
+    highest = tl.maximum(top.to(tl.float64), tl.max(z, 0))
+    total = rest * tl.exp((top - highest) * pair[10]) + tl.sum(tl.exp((z - highest) * pair[10]), 0)
+    log_total = tl.log(tl.where(total > 0, total, NAN))
     sum_p = tl.sum(tl.exp(log_p), 0)
-    log_p -= tl.where(sum_p > 1, tl.log(sum_p), 0.0)
-    log_q = z - logsumexp
-    log_p_rest = tl.where(sum_p < 1, log1p_(-tl.minimum(sum_p, 0.9999999999999999)), -INF)
-    log_q_rest = tl.where(rest == 0, -INF, (top + tl.log(rest)) - logsumexp)
+    are_all = many == pair[8] - tl.where(pair[9] >= 0, 1, 0)  # or above 1: off by rounding
+    log_p -= tl.where(are_all | (sum_p > 1), tl.log(sum_p), 0.0)
+    log_q = (z - highest) * pair[10] - log_total
+    log_p_rest = tl.where(are_all | (sum_p >= 1), -INF, log1p_(-tl.where(sum_p < 1, sum_p, 0.5)))
+    log_q_rest = (top - highest) * pair[10] + tl.log(rest) - log_total
     loss = tl.sum(value_of(log_p, log_q, REVERSE), 0) + value_of(log_p_rest, log_q_rest, REVERSE)
     if WITH_GRAD:
         factor = weight * pair[10]
         share = tl.where(rest == 0, 0.0, factor * slope_of(log_p_rest, log_q_rest, loss, REVERSE) / rest)
-        top, share = top.to(tl.float32), share.to(tl.float32)
+        share = share.to(tl.float32)
         edge = edge_of(pair, VEC)
-        x_edge = load(edge[0], edge, pair) * pair[10]
+        x_edge = load(edge[0], edge, pair)
         tl.debug_barrier()  # a gradient in the place of its row must not come before this
         for i in range(num_blocks(pair, BLOCK, VEC)):
             store_share(block_of(pair, i, BLOCK, VEC), pair, top, share)
-        tl.store(edge[2], share * tl.exp2((x_edge - top) * LOG2_E), mask=edge[4])
+        tl.store(edge[2], share * tl.exp2((x_edge - top) * pair[11]), mask=edge[4])
         tl.debug_barrier()
         slopes = factor * slope_of(log_p, log_q, loss, REVERSE)
         tl.store(pair[2] + chosen, slopes.to(tl.float32), mask=exists)
@@ -313,7 +307,7 @@ def row_distill_kernel(
             teacher_aligned = TEACHER + tl.multiple_of(teacher_start + head, VEC)
     pair = (
         Z + start, teacher, GRAD + grad_start, z_aligned, teacher_aligned, grad_aligned,
-        head.to(tl.int32), groups, V, mask_index, scale,
+        head.to(tl.int32), groups, V, mask_index, scale, scale * LOG2_E,
     )  # fmt: skip
     scored = r >= 0
     if MASK is not None:

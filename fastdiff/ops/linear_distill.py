@@ -93,9 +93,7 @@ def _backward(backend: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tup
     return (*made, *(None,) * (len(ctx.needs_input_grad) - 3))
 
 
-_linear_distill = define(
-    "linear_distill", f"({_LINEAR}, bool[3] wanted) -> (Tensor, Tensor, Tensor, Tensor)", _fake
-)
+_linear_distill = define("linear_distill", f"({_LINEAR}, bool[3] wanted) -> (Tensor, Tensor, Tensor, Tensor)", _fake)
 _linear_distill_backward = define(
     "linear_distill_backward",
     f"(Tensor grad_loss, {_LINEAR}, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
@@ -135,9 +133,7 @@ def _unpack(
     return head, teaching, Pairs(head.logits_like(), teacher, *constants)
 
 
-def _compute(
-    backend: str, head: Head, teaching: Head | None, pairs: Pairs, wanted: list[bool]
-) -> tuple[Tensor, ...]:
+def _compute(backend: str, head: Head, teaching: Head | None, pairs: Pairs, wanted: list[bool]) -> tuple[Tensor, ...]:
     scored = pairs.scored()
     index, count = scored_rows(scored, None if head.capacity < 0 else min(head.capacity, scored.numel()), backend)
     missing = torch.where(count > len(index), torch.nan, 0.0)  # for all to see, should the list be too short
