@@ -130,7 +130,7 @@ def dse_uniform_logits(logits: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor) ->
 
 
 def distill(z: Tensor, teacher: Tensor, ids: Tensor | None, mask_index: int | None, reverse: bool) -> Tensor:
-    """KL(p || q), or KL(q || p) if reverse, of q = softmax(z) and p = softmax(teacher) over v != mask_index (None: all).
+    """KL(p || q), or KL(q || p) if reverse, of q = softmax(z) and p = softmax(teacher) over v != mask_index.
 
     With ids [..., k] the teacher holds log p at those ids, and all other ids count as one. A sum of p that is off by
     rounding, above 1 or where there are no others, is divided by.

@@ -1,6 +1,5 @@
 """Problems for distillation, and the divergence from its definition in numpy's extended precision."""
 
-import exact
 import numpy as np
 import random_cases
 import torch
@@ -13,7 +12,7 @@ KINDS = ["forward", "reverse", "forward at ids", "reverse at ids"]
 
 
 def problem(kind, shape, num_states, dtype=torch.float32, seed=0, spread=3.0, many=5, apart=None, device="cpu"):
-    """A student's logits z, and what `distill_loss` needs besides; the teacher is `apart` from the student, or another."""
+    """A student's logits z, and what `distill_loss` needs besides, of a teacher who is `apart` from it, or another."""
     g = torch.Generator().manual_seed(seed)
     z = (torch.randn(*shape, num_states, generator=g, dtype=torch.float64) * spread).to(dtype)
     other = torch.randn(*shape, num_states, generator=g, dtype=torch.float64)

@@ -75,8 +75,8 @@ def num_blocks(pair, BLOCK: tl.constexpr, VEC: tl.constexpr):
 @triton.jit
 def load(pointers, part, pair):
     """Numbers of a row that is read again; -inf at the excluded id, and where there is none."""
-    wanted = part[4] & (part[3] != pair[9])
-    return tl.load(pointers, mask=wanted, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
+    x = tl.load(pointers, mask=part[4], other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
+    return tl.where(part[3] == pair[9], float("-inf"), x)
 
 
 @triton.jit
@@ -346,6 +346,7 @@ def launch_row_distill(
         z, teacher, ids, mask, weight, share, loss, z if grad is None else grad,
         num_states, many, *row_strides(z), *row_strides(teacher), mask_index, scale,
         REVERSE=reverse, WITH_GRAD=grad is not None, CONTIGUOUS=z.is_contiguous(),
-        ALIKE=z.is_contiguous() and teacher.is_contiguous(), MANY=triton.next_power_of_2(many) if ids is not None else 1,
+        ALIKE=z.is_contiguous() and teacher.is_contiguous(),
+        MANY=1 if ids is None else triton.next_power_of_2(many),
         VEC=16 // z.element_size(), **(SMALL if num_states <= SMALL["BLOCK"] else LARGE[z.element_size()]),
     )  # fmt: skip

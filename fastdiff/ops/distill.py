@@ -1,4 +1,4 @@
-"""Distillation: the KL divergence of a teacher's and a student's rows, read together; for a scalar loss its gradient."""
+"""Distillation: the KL divergence of a teacher's and a student's rows, read together, and its gradient."""
 
 import dataclasses
 from functools import partial
@@ -51,8 +51,8 @@ class Pairs:
 
     def at(self, index: Tensor) -> "Pairs":
         """What is known of some of the tokens, flattened; z is still that of all, and so is a teacher's of all ids."""
-        given: dict[str, Any] = {name: getattr(self, name) for name in ("mask", "weight")}
-        chosen = {name: None if t is None else t.flatten()[index] for name, t in given.items()}
+        given = {name: getattr(self, name) for name in ("mask", "weight")}
+        chosen: dict[str, Any] = {name: None if t is None else t.flatten()[index] for name, t in given.items()}
         if self.ids is not None:
             chosen |= {"ids": self.ids.flatten(0, -2)[index], "teacher": self.teacher.flatten(0, -2)[index]}
         return dataclasses.replace(self, **chosen)

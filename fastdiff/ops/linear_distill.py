@@ -50,6 +50,7 @@ def linear_distill(head: Head, teaching: Head | None, pairs: Pairs, backend: str
 
 
 def _reference_logits(head: Head) -> Tensor:
+    assert head.lm_head is not None
     bias = None if head.bias is None else head.bias.double()
     z = F.linear(head.hidden.double(), head.lm_head.double(), bias)
     return head.softcap * torch.tanh(z / head.softcap) if head.softcap else z
@@ -157,6 +158,11 @@ class _Pairs(Chunks):
         super().__init__(backend, head, pairs, wanted, missing, False)
         self.teacher = None if teaching is None else Chunks(backend, teaching, pairs, _NONE, missing, False)
 
+    def losses(self, index: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        found = super().losses(index, count)
+        self.teacher = None  # and its tile, before gradients are copied into their type
+        return found
+
     def _sums_suffice(self) -> bool:
         return False
 
@@ -166,19 +172,14 @@ class _Pairs(Chunks):
         pairs, hidden = self.rows.at(at), self.hidden[at].to(self.head.dtype)
         pairs.mask = exists
         pairs.z, slope = self._logits(hidden)
-        if self.teacher is not None:
-            pairs.teacher = self._teach(at, pairs.z.dtype)
+        if (teacher := self.teacher) is not None:
+            if teacher.tile is None:  # of its own, for all chunks, of which the first is the longest
+                teacher.tile = self._fresh((len(at), self.head.num_states), self.head.dtype)
+            pairs.teacher = teacher._logits(teacher.hidden[at].to(self.head.dtype))[0].to(pairs.z.dtype)
         losses = row_distill_(pairs, self.backend, self.with_grad)
         if self.with_grad:
             self._add_grads(pairs.z if slope is None else pairs.z.mul_(slope).to(self.head.dtype), hidden, part)
         return losses, new_stats(losses, self.head.dtype, False)
-
-    def _teach(self, at: Tensor, dtype: torch.dtype) -> Tensor:
-        """The teacher's logits of some rows, in a tile of its own for all chunks."""
-        teacher = self.teacher
-        if teacher.tile is None:
-            teacher.tile = self._fresh(self.tile.shape, self.head.dtype)
-        return teacher._logits(teacher.hidden[at].to(self.head.dtype))[0].to(dtype)
 
 
 for _backend in KERNELS:

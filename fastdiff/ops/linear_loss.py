@@ -219,10 +219,13 @@ def _reduce(rows: Rows, count: Tensor, missing: Tensor) -> None:
 
 
 class Chunks:
-    """The scored rows, a chunk of logits at a time: their losses, and the sums of their gradients."""
+    """The scored rows, a chunk of logits at a time: their losses, and the sums of their gradients.
+
+    rows: Rows, or what a subclass makes chunks of.
+    """
 
     def __init__(
-        self, backend: str, head: Head, rows: Rows, wanted: list[bool], missing: Tensor, with_stats: bool
+        self, backend: str, head: Head, rows: Any, wanted: list[bool], missing: Tensor, with_stats: bool
     ) -> None:
         self.backend, self.head, self.rows = backend, head, rows
         self.hidden = head.hidden.reshape(-1, head.hidden.shape[-1])

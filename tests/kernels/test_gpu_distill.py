@@ -1,4 +1,4 @@
-"""Distillation by the kernels of GPUs against the reference: values, gradients, layouts, parts in place, random cases."""
+"""Distillation by the kernels of GPUs against the reference: values, gradients, layouts, in place, random cases."""
 
 import pytest
 import torch

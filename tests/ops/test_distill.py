@@ -215,7 +215,7 @@ def test_backward_may_run_again_but_not_be_differentiated(reduction):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_stand_alone(kind, dtype):
-    """The same bits in any batch and in every run; nothing unscored or excluded is read, and all of the gradient written."""
+    """The same bits in any batch; nothing unscored or excluded counts, and all of the gradient is written."""
     p = problem(kind, (8, 6), 2051, dtype)
     loss, grad = loss_and_grads(p, "z")
     part = {name: x[5:6] if torch.is_tensor(x) else x for name, x in p.items()}
