@@ -10,7 +10,7 @@ if importlib.util.find_spec("triton") is None:
 
 from ahead_of_time import POINTERS, compiled, resources
 
-from fastdiff.kernels import distill, row_loss
+from fastdiff.kernels import distill
 
 
 @pytest.mark.parametrize("many", [None, 32], ids=["all ids", "some ids"])
@@ -25,7 +25,7 @@ def test_compiles_to_wide_accesses_and_no_spills(capability, dtype, many):
     for reverse in (False, True):
         constants = dict(REVERSE=reverse, WITH_GRAD=True, CONTIGUOUS=True, ALIKE=True, VEC=16 // dtype.itemsize)
         constants |= dict(MANY=many or 1) | ({} if many else dict(IDS=None))
-        config = row_loss.LARGE[dtype.itemsize]
+        config = distill.LARGE[dtype.itemsize]
         binary = compiled(distill.row_distill_kernel, types, constants | config, capability)
         assert resources(binary)[1] == 0
         ptx = binary.asm["ptx"]

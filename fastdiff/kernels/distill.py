@@ -8,10 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.row_loss import LARGE, LOG2_E, LOWEST, SMALL, log1p_, row_strides
+from fastdiff.kernels.row_loss import LOG2_E, LOWEST, SMALL, log1p_, row_strides
 
 INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 
 # ---------------------------------------------------------------------------------------------------------
 # The mathematics, of float32 along a row and of float64.
@@ -144,7 +143,10 @@ def distill_row(pair, weight, REVERSE: tl.constexpr, WITH_GRAD: tl.constexpr, BL
     top, total = merged(m, s, m_edge, s_edge, pair[11])
     top_teacher, total_teacher = merged(m_teacher, s_teacher, m_teacher_edge, s_teacher_edge, pair[11])
     shift = (top.to(tl.float64) - top_teacher) * pair[10] + (tl.log(total) - tl.log(total_teacher))
-    factor, factor_teacher = 1 / tl.where(total > 0, total, NAN), 1 / tl.where(total_teacher > 0, total_teacher, NAN)
+    factor, factor_teacher = (
+        1 / tl.where(total > 0, total, float("nan")),
+        1 / tl.where(total_teacher > 0, total_teacher, float("nan")),
+    )
     constants = (top, factor.to(f32), top_teacher, factor_teacher.to(f32), shift.to(f32))
     size = (weight * pair[10]).to(f32)
 
@@ -230,12 +232,12 @@ def distill_row_at(
     chosen = tl.load(IDS + j, mask=given, other=2**31 - 1)
     exists = given & (chosen >= 0) & (chosen < pair[8])
     log_p = tl.load(TEACHER + j, mask=given, other=float("-inf"))
-    z = tl.load(pair[0] + chosen, mask=exists, other=NAN).to(tl.float64)
+    z = tl.load(pair[0] + chosen, mask=exists, other=float("nan")).to(tl.float64)
     z = tl.where(given, z, float("-inf"))
     top, rest = rest_of(pair, IDS, many, chosen, BLOCK, VEC)
     highest = tl.maximum(top.to(tl.float64), tl.max(z, 0))
     total = rest * tl.exp((top - highest) * pair[10]) + tl.sum(tl.exp((z - highest) * pair[10]), 0)
-    log_total = tl.log(tl.where(total > 0, total, NAN))
+    log_total = tl.log(tl.where(total > 0, total, float("nan")))
     sum_p = tl.sum(tl.exp(log_p), 0)
     are_all = many == pair[8] - tl.where(pair[9] >= 0, 1, 0)  # or above 1: off by rounding
     log_p -= tl.where(are_all | (sum_p > 1), tl.log(sum_p), 0.0)
@@ -326,6 +328,10 @@ def row_distill_kernel(
     elif WITH_GRAD:
         store_zeros(pair, BLOCK, VEC)
     tl.store(LOSS + r, loss.to(LOSS.dtype.element_ty))
+
+
+# Of each row one 16-byte load a thread before the first use. By the bytes of a number.
+LARGE = {2: dict(BLOCK=2048, num_warps=8), 4: dict(BLOCK=1024, num_warps=8)}
 
 
 def launch_row_distill(
