@@ -1,12 +1,9 @@
 """Fused kernels for discrete-diffusion language models: losses, masking and likelihoods, each in one pass."""
 
 from fastdiff.backends import BackendUnavailable
-<<<<<<< HEAD
 from fastdiff.blocks import MaskedBlocks, block_causal, mask_blocks, two_streams, two_streams_mask
 from fastdiff.d3pm import d3pm_loss, linear_d3pm_loss
-=======
 from fastdiff.distillation import distill_loss, linear_distill_loss
->>>>>>> 287b5e5a1720c113a64fd22e1501d0bcd42012cc
 from fastdiff.estimators import (
     InformationCurve,
     LogRatioEstimate,
