@@ -92,7 +92,7 @@ struct ScaledSum {
       block = sum_terms<false>(ScaledExpTerm<C>{from = block.max, rate}, z, static_cast<C*>(nullptr), n);
     add(from, block.sum);
   }
-  FASTDIFF_HD Softmax<C> softmax() const { return {scale, shift, sum}; }
+  FASTDIFF_HD Conditional<C> softmax() const { return {scale, shift, sum}; }
 };
 
 // The terms' sum; of the forward one also what they are made of, for the gradient.
@@ -141,7 +141,7 @@ FASTDIFF_HD double distill_row(const RowDistill& op, const Row<T>& row, const T*
       store_scaled(row.grad + first, out, n, weight * op.scale);
     });
   }
-  if (kGrad && row.excluded >= 0) store(row.grad + row.excluded, C(0));
+  if (kGrad && row.apart.left_out >= 0) store(row.grad + row.apart.left_out, C(0));
   return weight * loss;
 }
 
@@ -168,7 +168,7 @@ FASTDIFF_HD double distill_row_at(const RowDistill& op, const Row<T>& row, const
     if (z != -kInfinity<C>) all.add(z, 1);
     sum_p += std::exp(log_p[j]);
   }
-  const Softmax<C> student = all.softmax();
+  const Conditional<C> student = all.softmax();
   const bool are_all = op.many == op.num_states - (op.mask_index >= 0);
   const Outcome others{log_left(sum_p, are_all), student.log(rest.shift) + std::log(rest.sum)};
   std::vector<Outcome> outcomes(op.many);
@@ -187,7 +187,7 @@ FASTDIFF_HD double distill_row_at(const RowDistill& op, const Row<T>& row, const
     });
     for (int64_t j = 0; j < op.many; ++j)
       store(row.grad + ids[j], static_cast<C>(factor * outcomes[j].slope(op.reverse, loss)));
-    if (row.excluded >= 0) store(row.grad + row.excluded, C(0));
+    if (row.apart.left_out >= 0) store(row.grad + row.apart.left_out, C(0));
   }
   return weight * loss;
 }
@@ -201,7 +201,7 @@ FASTDIFF_HD void distill_rows(const RowDistill& op, int64_t begin, int64_t end) 
       if constexpr (kGrad) std::memset(static_cast<void*>(grad), 0, op.num_states * sizeof(T));
       continue;
     }
-    const Row<T> row{data<T>(op.z) + row_offset(op.z, r), grad, op.num_states, -1, op.mask_index};
+    const Row<T> row{data<T>(op.z) + row_offset(op.z, r), grad, op.num_states, Apart(op.mask_index)};
     const double weight = op.weight ? op.weight[r] * op.share : op.share;
     if (op.ids) {
       const double* log_p = data<double>(op.teacher) + r * op.many;
