@@ -12,7 +12,7 @@ import subprocess
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-CPU_SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("library", "row_loss", "row_sample", "corrupt")]
+CPU_SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("library", "row_loss", "distill", "row_sample", "corrupt")]
 TARGET = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 OPTIMISE = ["-O3", "-g0", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 BUILD_CUDA = os.environ.get("FASTDIFF_BUILD_CUDA", "auto")
@@ -46,7 +46,7 @@ def cuda_extension():
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     default = "8.0;9.0+PTX" if capability is None else "{}.{}".format(*capability)
     targets = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default).replace(" ", "/").replace(";", "/")
-    names = ("library.cpp", "row_loss.cu", "scale.cu", "row_sample.cu", "reverse_rows.cu", "corrupt.cu")
+    names = ("library.cpp", "row_loss.cu", "distill.cu", "scale.cu", "row_sample.cu", "reverse_rows.cu", "corrupt.cu")
     options = [*TARGET, "-DUSE_CUDA", f"-DFASTDIFF_ARCHITECTURES={targets}", "-O3"]
     return cpp_extension.CUDAExtension(
         "fastdiff._C_cuda",

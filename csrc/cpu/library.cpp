@@ -10,6 +10,8 @@ using namespace fastdiff;
 STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
   m.impl("row_loss.cpu", TORCH_BOX(&row_loss));
   m.impl("row_loss_.cpu", TORCH_BOX(&row_loss_));
+  m.impl("row_distill.cpu", TORCH_BOX(&row_distill));
+  m.impl("row_distill_.cpu", TORCH_BOX(&row_distill_));
   m.impl("advise_huge_pages", TORCH_BOX(&advise_huge_pages));
   m.impl("mask_tokens.cpu", TORCH_BOX(&mask_tokens));
   m.impl("mask_exactly.cpu", TORCH_BOX(&mask_exactly));

@@ -23,6 +23,12 @@ std::tuple<Tensor, Tensor> row_loss_(Tensor z, Tensor x0, std::optional<Tensor> 
                                      bool scale_by_sigma, double penalty, int64_t all_states, bool with_grad,
                                      bool with_stats);
 
+std::tuple<Tensor, Tensor> row_distill(Tensor z, Tensor teacher, std::optional<Tensor> ids, std::optional<Tensor> mask,
+                                       std::optional<Tensor> weight, std::optional<Tensor> num_items, bool reverse,
+                                       int64_t mask_index, double scale, std::string reduction, bool with_grad);
+Tensor row_distill_(Tensor z, Tensor teacher, std::optional<Tensor> ids, std::optional<Tensor> mask,
+                    std::optional<Tensor> weight, bool reverse, int64_t mask_index, double scale, bool with_grad);
+
 // A fresh buffer costs a page fault every 4 KB unless the kernel is told, before the first touch, to use 2 MB ones.
 void advise_huge_pages(Tensor fresh);
 

@@ -14,6 +14,7 @@ constexpr bool kEmulated = false;
 STABLE_TORCH_LIBRARY_IMPL(fastdiff, CUDA, m) {
 #endif
   m.impl("launch_row_loss", TORCH_BOX(&launch_row_loss));
+  m.impl("launch_row_distill", TORCH_BOX(&launch_row_distill));
   m.impl("launch_scale", TORCH_BOX(&launch_scale));
   m.impl("launch_token_noise", TORCH_BOX(&launch_token_noise));
   m.impl("launch_subset", TORCH_BOX(&launch_subset));

@@ -13,6 +13,9 @@ void launch_row_loss(Tensor z, Tensor x0, std::optional<Tensor> xt, std::optiona
                      std::optional<Tensor> extra, Tensor scale, Tensor loss, std::optional<Tensor> grad,
                      std::optional<Tensor> stats, std::string functor, int64_t mask_index, bool exclude_mask,
                      int64_t ignore_index, bool scale_by_sigma, double penalty, int64_t all_states);
+void launch_row_distill(Tensor z, Tensor teacher, std::optional<Tensor> ids, std::optional<Tensor> mask,
+                        std::optional<Tensor> weight, Tensor share, Tensor loss, std::optional<Tensor> grad,
+                        bool reverse, int64_t mask_index, double scale);
 void launch_scale(Tensor grad, Tensor factor);
 
 void launch_token_noise(Tensor x0, Tensor p, std::optional<Tensor> maskable, Tensor seed, Tensor steps,

@@ -201,7 +201,8 @@ def _compute(backend: str, head: Head, rows: Rows, wanted: list[bool], with_stat
     missing = torch.where(count > len(index), math.nan, 0.0)  # for all to see, should the list be too short
     _reduce(rows, count, missing)
     with torch.autocast(scored.device.type, enabled=False):  # head.dtype has the last word
-        chunks = _Chunks(backend, head, rows, wanted, missing, with_stats)
+        rows = dataclasses.replace(rows, ignore_index=IGNORE_NONE)
+        chunks = Chunks(backend, head, rows, wanted, missing, with_stats)
         losses, stats = chunks.losses(index, count)
         losses, stats = (losses + missing).view(scored.shape), (stats + missing).view(len(stats), *scored.shape)
         grads = list(chunks.grads())
@@ -217,13 +218,16 @@ def _reduce(rows: Rows, count: Tensor, missing: Tensor) -> None:
     rows.entropy_weight = None if rows.entropy_weight is None else rows.entropy_weight / items
 
 
-class _Chunks:
-    """The scored rows, a chunk of logits at a time: their losses, and the sums of their gradients."""
+class Chunks:
+    """The scored rows, a chunk of logits at a time: their losses, and the sums of their gradients.
+
+    rows: Rows, or what a subclass makes chunks of.
+    """
 
     def __init__(
-        self, backend: str, head: Head, rows: Rows, wanted: list[bool], missing: Tensor, with_stats: bool
+        self, backend: str, head: Head, rows: Any, wanted: list[bool], missing: Tensor, with_stats: bool
     ) -> None:
-        self.backend, self.head, self.rows = backend, head, dataclasses.replace(rows, ignore_index=IGNORE_NONE)
+        self.backend, self.head, self.rows = backend, head, rows
         self.hidden = head.hidden.reshape(-1, head.hidden.shape[-1])
         self.lm_head = None if head.lm_head is None else head.lm_head.to(head.dtype)
         self.bias = None if head.bias is None else head.bias.to(head.dtype)
