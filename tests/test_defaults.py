@@ -141,6 +141,14 @@ CALLS = {
     "dse_loss": lambda: fastdiff.dse_loss(SCORES, 0.7, XT, X0, reduction="mean"),
     "dse_loss, reference": lambda: fastdiff.dse_loss(SCORES, SIGMA, XT, X0, graph="uniform", backend="reference"),
     "token_logps": lambda: token_logps_with_grad(LOGITS),
+    "csm_loss": lambda: fastdiff.csm_loss(SCORES, SIGMA, XT, X0, graph="uniform", backend="reference"),
+    "linear_csm_loss": lambda: fastdiff.linear_csm_loss(HIDDEN, LM_HEAD, 0.7, XT, X0, reduction="sum"),
+    "d3pm_loss": lambda: fastdiff.d3pm_loss(LOGITS, 2, XT, X0, num_steps=4, graph="uniform", backend="reference"),
+    "linear_d3pm_loss": lambda: fastdiff.linear_d3pm_loss(HIDDEN, LM_HEAD, 2, XT, X0, num_steps=4, reduction="sum"),
+    "loo_loss": lambda: fastdiff.loo_loss(LOGITS, SIGMA, XT, X0, backend="reference"),
+    "linear_loo_loss": lambda: fastdiff.linear_loo_loss(HIDDEN, LM_HEAD, 0.7, XT, X0, reduction="sum"),
+    "mixture_loss": lambda: fastdiff.mixture_loss(LOGITS, SIGMA, 0.2, XT, X0, backend="reference"),
+    "linear_mixture_loss": lambda: fastdiff.linear_mixture_loss(HIDDEN, LM_HEAD, 0.7, 0.2, XT, X0, reduction="sum"),
     "linear_dce_loss": lambda: fastdiff.linear_dce_loss(
         HIDDEN, LM_HEAD, X0, bias=BIAS, xt=XT, reduction="mean", return_stats=True
     ),

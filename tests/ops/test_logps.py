@@ -66,7 +66,7 @@ def test_of_logits(dtype, backend):
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_of_hidden_states(dtype, backend, chunk, monkeypatch):
     monkeypatch.setitem(op.TILE_BYTES, "cpu", chunk)
-    monkeypatch.setattr(op._Chunks, "_sum_bytes", lambda chunks: 0)
+    monkeypatch.setattr(op.Chunks, "_sum_bytes", lambda chunks: 0)
     for num_states, softcap, temperature in ((2, 0.0, 1.0), (507, 0.0, 0.7), (507, 2.0, 1.0), (27, 1.5, 2.0)):
         p = linear_problem((3, 5), num_states, dtype)
         mask, leaves = p["weight"] < 0.6, [p[leaf].requires_grad_() for leaf in LEAVES]
@@ -215,7 +215,7 @@ def test_a_weight_of_the_entropy_is_one_in_the_loss(operator, reduction):
     p = problem((2, 3), 7, torch.float64)
     pull = torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3)
     z = p["z"].requires_grad_()
-    given = [p["x0"], p["xt"], None, None, p["weight"], pull, None, "dce", 6, True, -100, False, 0.1, reduction]
+    given = [p["x0"], p["xt"], None, None, p["weight"], pull, None, None, "dce", 6, True, -100, False, 0.1, reduction]
     if operator == "row_loss":
         loss = torch.ops.fastdiff.row_loss.cpu(z, *given, reduction != "none", False)[0]
     else:
