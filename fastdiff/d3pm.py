@@ -34,7 +34,6 @@ def d3pm_loss(
     schedule: Schedule | None = None,
     auxiliary: float = 0.0,
     mask_index: int = -1,
-    exclude_mask: bool = True,
     ignore_index: int = -100,
     weight: Number | Tensor | None = None,
     reduction: str = "none",
@@ -58,7 +57,7 @@ def d3pm_loss(
         graph: "absorb" or "uniform".
         schedule: of the noise; None is `LogLinear()`.
         auxiliary: >= 0, the weight of cross-entropy beside the divergence, where that has a loss.
-        mask_index, exclude_mask: as in `dce_loss`, of the absorbing graph.
+        mask_index: the absorbing graph's mask, negative from the end, which c leaves out.
         weight: w, a further factor, a number or a tensor over a prefix of the token shape. It has no gradient.
         reduction, num_items: as in `dce_loss`.
 
@@ -71,7 +70,7 @@ def d3pm_loss(
         BackendUnavailable: the backend named cannot run here.
     """
     options: dict[str, Any] = dict(schedule=schedule, auxiliary=auxiliary, mask_index=mask_index, weight=weight)
-    options |= dict(exclude_mask=exclude_mask, ignore_index=ignore_index, reduction=reduction, num_items=num_items)
+    options |= dict(ignore_index=ignore_index, reduction=reduction, num_items=num_items)
     make_rows = partial(d3pm_rows, num_steps=num_steps, graph=graph, **options)
     return logits_loss("logits", logits, make_rows, (step, xt, x0), None, backend)[0]
 
@@ -119,7 +118,6 @@ def d3pm_rows(
     auxiliary: float = 0.0,
     mask_index: int = -1,
     weight: Number | Tensor | None = None,
-    exclude_mask: bool = True,
     ignore_index: int = -100,
     reduction: str = "none",
     num_items: Number | Tensor | None = None,
@@ -146,5 +144,5 @@ def d3pm_rows(
         return checked_rows("d3pm_uniform", z, x0, xt=xt, **options)
     unmasked = torch.exp(-before) * torch.expm1(before - sigma) / torch.expm1(-sigma)
     mask_index = vocabulary_index("mask_index", mask_index, z.shape[-1])
-    options |= dict(mask_index=mask_index, exclude_mask=exclude_mask, weight=factor * (unmasked + auxiliary))
+    options |= dict(mask_index=mask_index, weight=factor * (unmasked + auxiliary))
     return checked_rows("dce", z, x0, xt=xt, **options)
