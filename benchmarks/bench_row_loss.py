@@ -14,7 +14,8 @@ import pytest
 import torch
 from measure import DEVICE, both_ways
 
-from fastdiff import dce_loss, dse_loss
+from fastdiff import csm_loss, d3pm_loss, dce_loss, dse_loss, loo_loss, mixture_loss
+from fastdiff.schedules import LogLinear
 
 SHAPE, NUM_STATES = (8, 1024 if DEVICE.type == "cuda" else 128), 50257
 COMPILED = os.environ.get("FASTDIFF_BENCH_COMPILED", "1") != "0"
@@ -27,12 +28,14 @@ def noised(shape, num_states, dtype, share):
     z = torch.randn(*shape, num_states, dtype=dtype, **on_device)
     x0 = torch.randint(0, num_states - 1, shape, **on_device)
     masked = torch.rand(shape, **on_device) < share
+    moved = torch.where(masked, torch.randint(0, num_states, shape, **on_device), x0)
     sigma = torch.rand(shape[0], **on_device) + 0.1
     return dict(
         z=z.requires_grad_(),
         x0=x0,
         xt=torch.where(masked, num_states - 1, x0),
-        moved=torch.where(masked, torch.randint(0, num_states, shape, **on_device), x0),
+        moved=moved,
+        mixed=torch.where(torch.rand(shape, **on_device) < 0.2, moved, torch.where(masked, num_states - 1, x0)),
         sigma=sigma,
         rate=1 / torch.expm1(sigma),
         scored=int(masked.sum()),
@@ -108,7 +111,39 @@ def dse_uniform_logits(b):
     return partial(dse_loss, z, sigma, xt, x0, **options), formulas, x0.numel()
 
 
-CASES = pytest.mark.parametrize("case", [dce, dse_absorb, dse_uniform, dse_uniform_logits], ids=lambda c: c.__name__)
+def csm_absorb(b):
+    z, sigma, xt, x0 = b["z"], b["sigma"], b["xt"], b["x0"]
+    formulas = {"definition": lambda: peers.squared_ratios(z, sigma, xt, x0, False)}
+    return partial(csm_loss, z, sigma, xt, x0), formulas, b["scored"]
+
+
+def csm_uniform(b):
+    z, sigma, xt, x0 = b["z"], b["sigma"], b["moved"], b["x0"]
+    formulas = {"definition": lambda: peers.squared_ratios(z, sigma, xt, x0, True)}
+    return partial(csm_loss, z, sigma, xt, x0, graph="uniform"), formulas, x0.numel()
+
+
+def loo(b):
+    z, sigma, xt, x0 = b["z"], b["sigma"], b["moved"], b["x0"]
+    formulas = {"DiffusionGemma in TRL": lambda: peers.diffusion_gemma(z, sigma, xt, x0)}
+    return partial(loo_loss, z, sigma, xt, x0), formulas, x0.numel()
+
+
+def d3pm_uniform(b):
+    z, xt, x0, step = b["z"], b["moved"], b["x0"], 1 + torch.arange(SHAPE[0], device=DEVICE) % 7
+    sigma, sigma_s = (LogLinear().total_noise((i + 1) / 8) for i in (step.float(), step.float() - 1))
+    formulas = {"D3PM": lambda: peers.d3pm_uniform(z, sigma, sigma_s, xt, x0)}
+    return partial(d3pm_loss, z, step + 1, xt, x0, num_steps=8, graph="uniform"), formulas, x0.numel()
+
+
+def mixture(b):
+    z, sigma, xt, x0, share = b["z"], b["sigma"], b["mixed"], b["x0"], torch.full_like(b["sigma"], 0.2)
+    formulas = {"GIDD": lambda: peers.gidd(z, sigma, share, xt, x0)}
+    return partial(mixture_loss, z, sigma, share, xt, x0), formulas, x0.numel()
+
+
+LOSSES = [dce, dse_absorb, dse_uniform, dse_uniform_logits, csm_absorb, csm_uniform, loo, d3pm_uniform, mixture]
+CASES = pytest.mark.parametrize("case", LOSSES, ids=lambda c: c.__name__)
 
 ON_THE_CPU = pytest.mark.skipif(DEVICE.type == "cuda", reason="about the CPU's memory")
 ON_A_GPU = pytest.mark.skipif(DEVICE.type == "cpu", reason="33 GB")
@@ -146,7 +181,7 @@ def test_forward_from_cache(case, batch, compare):
     part = {k: v[:1] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     part["z"] = part["z"].detach()
     loss, _, _ = case(part)
-    scored = int((part["xt"] != part["x0"]).sum()) if case in (dce, dse_absorb) else SHAPE[1]
+    scored = int((part["xt"] != part["x0"]).sum()) if case in (dce, dse_absorb, csm_absorb) else SHAPE[1]
     name = f"{case.__name__}, forward, {batch['dtype']}, {SHAPE[1]} rows in cache"
     compare(name, {"fastdiff": partial(forward, loss)}, partial(floor, part, scored))
 

@@ -17,9 +17,10 @@ registers allow. "cycles" are those of a multiprocessor for one number, by what 
 import re
 
 import torch
-from ahead_of_time import FUNCTORS, compiled_row_loss, resources
+from ahead_of_time import compiled_row_loss, resources
 
 from fastdiff.kernels import row_loss
+from fastdiff.ops.functors import FUNCTORS
 
 V = 50257
 MULTIPROCESSORS, THREADS, REGISTERS = 132, 2048, 65536  # of an H100, and of a multiprocessor
@@ -44,8 +45,8 @@ def loops(sass):
 
 def counts(functor, dtype, with_grad):
     """The columns of the table, by name."""
-    config = row_loss.LARGE[dtype.itemsize]
-    binary = compiled_row_loss(functor, dtype, with_grad, False, config, 90)
+    config = row_loss.config(functor, V, dtype.itemsize)
+    binary = compiled_row_loss(functor, dtype, V, 90, with_grad, with_stats=False)
     registers, spilled = resources(binary)
     passes, threads = loops(binary.asm["sass"]), 32 * config["num_warps"]
     names = [name for loop in passes for name in loop]

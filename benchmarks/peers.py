@@ -1,6 +1,7 @@
 """The losses and masks as the published codebases compute them: the formulas, in plain PyTorch, gradients by autograd.
 
-z [B, L, V] is what the network gives; x0, xt [B, L]; sigma, dsigma, rate [B]; the mask is V - 1. Each loss is a sum.
+z [B, L, V] is what the network gives; x0, xt [B, L]; sigma, sigma_s, dsigma, rate and share [B]; the mask is V - 1.
+Each loss is a sum.
 """
 
 import math
@@ -75,6 +76,56 @@ def duo_nelbo(z: Tensor, sigma: Tensor, dsigma: Tensor, xt: Tensor, x0: Tensor) 
     second = second - n * alpha / (1 - alpha) * (at_x0.log() - at_xt.log()) * (1 - same)
     second = second + ((n - 1) * floor * same - (1 - same) / floor) * floor.log()
     return (dsigma[:, None] / n * (second - first)).sum()
+
+
+def squared_ratios(z: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor, uniform: bool) -> Tensor:
+    """Concrete score matching as it is defined: the ratios of p(y | x0) made, taken off the scores, squared."""
+    n, alpha, mask = (
+        z.shape[-1],
+        torch.exp(-sigma)[:, None, None],
+        torch.arange(z.shape[-1], device=z.device) == z.shape[-1] - 1,
+    )
+    clean = F.one_hot(x0, n).to(z.dtype)
+    p = alpha * clean + (1 - alpha) * (1 / n if uniform else mask.to(z))
+    off = z.exp() - p / p.gather(-1, xt[..., None])
+    off = off.scatter(-1, xt[..., None], 0)
+    loss = off.square().sum(-1) / 2
+    return (loss if uniform else loss * (xt == n - 1)).sum()
+
+
+def diffusion_gemma(z: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor) -> Tensor:
+    """TRL's loss of DiffusionGemma: logits in float32, raised at x_t, cross_entropy over them."""
+    alpha = torch.exp(-sigma)[:, None]
+    bump = torch.log1p(z.shape[-1] * alpha / (1 - alpha)).expand(xt.shape)
+    logits = z.float() if z.dtype.itemsize < 4 else z
+    logits = logits.scatter_add(-1, xt[..., None], bump[..., None].to(logits.dtype))
+    return F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="sum")
+
+
+def d3pm_uniform(z: Tensor, sigma: Tensor, sigma_s: Tensor, xt: Tensor, x0: Tensor) -> Tensor:
+    """D3PM's divergence: logits of both posteriors from one-hot x0 and from softmax(z), then the KL of those."""
+    n, tiny = z.shape[-1], 1e-6 if z.dtype != torch.float64 else 1e-300
+    alpha_s, step = (torch.exp(-s)[:, None, None] for s in (sigma_s, sigma - sigma_s))
+    came = step * F.one_hot(xt, n) + (1 - step) / n
+
+    def posterior(c: Tensor) -> Tensor:
+        return (came + tiny).log() + (alpha_s * c + (1 - alpha_s) / n + tiny).log()
+
+    q, p = (F.log_softmax(posterior(c), -1) for c in (F.one_hot(x0, n).to(z), torch.softmax(z, -1)))
+    return (q.exp() * (q - p)).sum()
+
+
+def gidd(z: Tensor, sigma: Tensor, share: Tensor, xt: Tensor, x0: Tensor) -> Tensor:
+    """GIDD: the laws of x_t from one-hot x0 and from softmax(z), their logarithms, kl_div, and x_t's ratio."""
+    n, alpha = z.shape[-1], torch.exp(-sigma)[:, None, None].to(z)
+    mask = torch.arange(n, device=z.device) == n - 1
+    share = share[:, None, None].to(z)
+    noise = (1 - alpha) * torch.where(mask, 1 - share, share / (n - 1))
+    z = z.masked_fill(mask, torch.finfo(z.dtype).min)
+    log_q, log_p = ((alpha * c + noise).log().clip(min=-1e6) for c in (F.one_hot(x0, n).to(z), z.softmax(-1)))
+    kl = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+    log_ratio = (log_q - log_p).gather(-1, xt[..., None]).squeeze(-1)
+    return (kl + log_ratio.exp() - log_ratio - 1).sum()
 
 
 def masked_tokens(x0: Tensor, p: Tensor, mask_index: int) -> Tensor:

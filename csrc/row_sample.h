@@ -1,8 +1,8 @@
 // The mathematics of drawing a token from a row, for host and device. Twin of fastdiff/reference.py, section 4.
 #pragma once
 
+#include "elementary.h"
 #include "philox.h"
-#include "row_loss.h"
 
 namespace fastdiff {
 

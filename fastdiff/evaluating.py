@@ -11,9 +11,11 @@ from torch import Tensor, nn
 # xt [b, L] -> logits [b, L, V] or an object with `.logits`; or a pair of xt -> hidden states [b, L, D] (or an
 # object with `.last_hidden_state`) and the last layer, an nn.Linear or its weight [V, D].
 Model = Callable[[Tensor], Any] | tuple[Callable[[Tensor], Tensor], nn.Linear | Tensor]
+# The same of xt and x0 [b, L], where position i sees xt of its own block and x0 of the blocks before.
+BlockModel = Callable[[Tensor, Tensor], Any] | tuple[Callable[[Tensor, Tensor], Tensor], nn.Linear | Tensor]
 
 
-def model_parts(model: Model) -> tuple[Callable[..., Any], Tensor | None, Tensor | None]:
+def model_parts(model: Model | BlockModel) -> tuple[Callable[..., Any], Tensor | None, Tensor | None]:
     """What to call, and the last layer's weight and bias if that is apart."""
     if not isinstance(model, tuple):
         return model, None, None

@@ -1,6 +1,7 @@
 """The losses over hidden @ lm_head.T: the last linear layer and the loss in one operation, without the logits."""
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -10,6 +11,7 @@ from fastdiff.checks import Number, check_rows, check_tensor
 from fastdiff.losses import RowStats, dce_rows, dse_rows, row_stats
 from fastdiff.ops.linear_loss import Head, linear_loss
 from fastdiff.ops.parallel import replicated, shard_of
+from fastdiff.ops.row_loss import Rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -77,8 +79,7 @@ def linear_dce_loss(  # type: ignore[misc]  # the overloads only tell apart what
     """
     head = last_layer(hidden, lm_head, bias, softcap, capacity, group)
     rest = (x0, xt, mask, weight, mask_index, exclude_mask, ignore_index, z_loss, reduction, num_items)
-    rows = head.shard.checked(hidden.device, dce_rows, head.logits_like(), *rest)
-    loss, stats = linear_loss(head, rows, backend, return_stats, summed)
+    loss, stats = last_layer_loss(head, dce_rows, rest, backend, summed, return_stats)
     return (loss, row_stats(stats)) if return_stats else loss
 
 
@@ -118,8 +119,20 @@ def linear_dse_loss(
     """
     head = last_layer(hidden, lm_head, bias, softcap, capacity, group)
     rest = (sigma, xt, x0, graph, dsigma, mask_index, parametrization, reduction, num_items)
-    rows = head.shard.checked(hidden.device, dse_rows, head.logits_like(), *rest)
-    return linear_loss(head, rows, backend, summed=summed)[0]
+    return last_layer_loss(head, dse_rows, rest, backend, summed)[0]
+
+
+def last_layer_loss(
+    head: Head,
+    make_rows: Callable[..., Rows],
+    rest: tuple[Any, ...],
+    backend: str | None,
+    summed: bool,
+    with_stats: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As `logits_loss`, of what a last layer makes."""
+    rows = head.shard.checked(head.hidden.device, make_rows, head.logits_like(), *rest)
+    return linear_loss(head, rows, backend, with_stats, summed)
 
 
 def last_layer(

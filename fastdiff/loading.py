@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff.block_cache import BlockCache
 from fastdiff.checks import check_choice, check_tensor
 from fastdiff.data import NUM_BYTES
-from fastdiff.estimators import NLLEstimate, conditional_nll, dse_nll, ordered_nll, time_integral_nll
+from fastdiff.estimators import NLLEstimate, block_nll, conditional_nll, dse_nll, ordered_nll, time_integral_nll
 from fastdiff.estimators.orders import ORDERS
-from fastdiff.evaluating import Model
+from fastdiff.evaluating import BlockModel, Model
 from fastdiff.files import read_config
 from fastdiff.graphs import Absorbing, Graph, Uniform
 from fastdiff.model import DiffusionTransformer, ModelConfig
@@ -33,7 +34,8 @@ class Loaded:
 
     Attributes:
         network: what holds the weights.
-        conditionals: p(x0 | xt) as estimators take them, of the absorbing graph; None of the uniform one.
+        conditionals: p(x0 | xt) as estimators take them, of the absorbing graph, or with a block_length as `block_nll`
+            takes them; None of the uniform graph.
         score: (xt, sigma) -> [B, L, V], as `dse_nll` takes it with that parametrization; None if there is none.
         graph, schedule, parametrization: of the score; the graph of both.
         exclude_mask: leave the mask out of the softmax of conditionals.
@@ -42,10 +44,11 @@ class Loaded:
         front: tokens in front of every sequence, which are not scored.
         device: where tokens go.
         eps: least time t of the mean that the model's codebase prints; None where that mean is over all t in (0, 1).
+        block_length: of a block model, which fills blocks from left to right; None of others.
     """
 
     network: nn.Module
-    conditionals: Model | None
+    conditionals: Model | BlockModel | None
     score: Callable[[Tensor, Tensor], Tensor] | None
     graph: Graph
     schedule: Schedule
@@ -56,6 +59,7 @@ class Loaded:
     front: list[int]
     device: torch.device
     eps: float | None = None
+    block_length: int | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,21 +75,28 @@ class Loaded:
         """The same without a front, for texts of a chat template, which has all that stands there."""
         return dataclasses.replace(self, front=[], length=self.length + len(self.front))
 
+    def cache(self, num_samples: int) -> BlockCache:
+        """An empty one of a block model, for `sample`."""
+        blocks = num_samples, self.block_length, self.graph.mask_index, self.schedule.total_noise
+        return self.network.cache(*blocks)  # type: ignore[operator]
+
     def estimate(
         self, context: Tensor, target: Tensor, sample_ids: Tensor, *, likelihood: str = "time-free", **options: Any
     ) -> NLLEstimate:
         """-log p(target [B, T] | context [B, C]) in nats.
 
         Args:
-            likelihood: "time-free", of `conditional_nll`; the uniform graph, which has none, gives its "bound", the
-                whole integral of `dse_nll`. "integral", what the model's own codebase prints: a mean over times, of
-                `dse_nll` for scores and of `time_integral_nll` for conditionals. Or an order of `ordered_nll`.
+            likelihood: "time-free", of `conditional_nll`, or of `block_nll` for a block model; the uniform graph, which
+                has none, gives its "bound", the whole integral of `dse_nll`. "integral", what the model's own codebase
+                prints: a mean over times, of `dse_nll` for scores and of `time_integral_nll` for conditionals. Or an
+                order of `ordered_nll`.
             options: of that estimator.
 
         Raises:
-            ValueError: an unknown likelihood, or an order of the uniform graph; a context, for an integral over scores.
+            ValueError: an unknown likelihood, or one that the model does not have; a context, for an integral over
+                scores.
         """
-        self.name_of(likelihood)
+        kind = self.name_of(likelihood)
         context, target, sample_ids = (tokens.to(self.device) for tokens in (context, target, sample_ids))
         published = likelihood == "integral"
         if self.score is not None and (published or self.conditionals is None):
@@ -97,11 +108,14 @@ class Loaded:
         front = torch.tensor(self.front, dtype=torch.int64, device=self.device).expand(len(target), -1)
         context, mask_index = torch.cat([front, context], 1), self.graph.mask_index
         names = dict(mask_index=mask_index, exclude_mask=self.exclude_mask)
-        if likelihood == "time-free":
+        if kind == "time-free":
             names |= dict(sample_ids=sample_ids)
             return conditional_nll(self.conditionals, context, target, **names, **options)  # type: ignore[arg-type]
         x0 = torch.cat([context, target], 1)
         names |= dict(target=torch.cat([context < 0, target >= 0], 1))
+        if kind == "block":
+            names |= dict(block_length=self.block_length, sample_ids=sample_ids)
+            return block_nll(self.conditionals, x0, **names, **options)  # type: ignore[arg-type]
         if likelihood in ORDERS:
             return ordered_nll(self.conditionals, x0, order=likelihood, **names, **options)  # type: ignore[arg-type]
         names |= dict(sample_ids=sample_ids)
@@ -109,11 +123,16 @@ class Loaded:
         return time_integral_nll(self.conditionals, x0, **names, **options)  # type: ignore[arg-type]
 
     def name_of(self, likelihood: str) -> str:
-        """What `estimate` gives for a likelihood: "bound" where a time-free one is asked of the uniform graph.
+        """What `estimate` gives for a likelihood: "bound" where a time-free one is asked of the uniform graph, "block"
+        where it is of a block model.
 
         Raises:
-            ValueError: an unknown likelihood, or one that the uniform graph does not have.
+            ValueError: an unknown likelihood, or one that the uniform graph or a block model does not have.
         """
+        if self.block_length is not None:
+            if likelihood != "time-free":
+                raise ValueError(f"likelihood: expected 'time-free', the only one of a block model, got {likelihood!r}")
+            return "block"
         check_choice("likelihood", likelihood, LIKELIHOODS if self.conditionals is not None else _OF_ANY_GRAPH)
         return "bound" if likelihood == "time-free" and self.conditionals is None else likelihood
 
@@ -179,9 +198,14 @@ def _of_run(
         )
     length, device = _window(folder, length, longest, False), placed(model, device, dtype)
     graph: Graph = Uniform(n) if n == num_tokens else Absorbing(n)
-    conditionals = None if graph.mask_index is None else model.conditionals(graph.mask_index, SCHEDULE.total_noise)
-    score = model if timed else None
-    return Loaded(model, conditionals, score, graph, SCHEDULE, "scale_by_sigma", True, tokens, length, [], device)
+    conditionals: Model | BlockModel | None = None
+    block_length = read_config(folder).get("training", {}).get("block_length") or None
+    if graph.mask_index is not None:
+        masks = graph.mask_index, SCHEDULE.total_noise
+        conditionals = model.block_conditionals(block_length, *masks) if block_length else model.conditionals(*masks)
+    score = model if timed and not block_length else None
+    noise = SCHEDULE, "scale_by_sigma"
+    return Loaded(model, conditionals, score, graph, *noise, True, tokens, length, [], device, None, block_length)
 
 
 def _tokenizer_of_run(folder: Path, trust_remote_code: bool) -> tuple[Any, int]:

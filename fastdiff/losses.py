@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from fastdiff import reference
 from fastdiff.checks import (
     Number,
     check_bool,
@@ -16,6 +17,7 @@ from fastdiff.checks import (
     per_token,
     vocabulary_index,
 )
+from fastdiff.ops.functors import FUNCTORS, Functor
 from fastdiff.ops.linear_loss import Head, linear_loss
 from fastdiff.ops.parallel import shard_of
 from fastdiff.ops.row_loss import IGNORE_NONE, Rows, row_loss
@@ -25,6 +27,29 @@ if TYPE_CHECKING:
 
 REDUCTIONS = ("none", "sum", "mean")
 PARAMETRIZATIONS = ("log_score", "logits", "log_probs", "scale_by_sigma")
+
+FUNCTORS["dce"] = Functor(
+    lambda r: reference.dce(r.z, r.x0, r.mask, r.mask_index if r.exclude_mask else None, r.penalty, r.sigma),
+    over_ranks="softmax",
+    from_sums=True,
+)
+FUNCTORS["dse_absorb"] = Functor(
+    lambda r: reference.dse_absorb(r.z, r.sigma, r.xt, r.x0, r.mask_index),
+    of_scores=True,
+    over_ranks="sum",
+    from_sums=True,
+)
+FUNCTORS["dse_uniform"] = Functor(
+    lambda r: reference.dse_uniform(r.z, r.sigma, r.xt, r.x0),
+    masked=False,
+    apart="xt",
+    of_scores=True,
+    clean=True,
+    over_ranks="sum",
+)
+FUNCTORS["dse_uniform_logits"] = Functor(
+    lambda r: reference.dse_uniform_logits(r.z, r.sigma, r.xt, r.x0), masked=False, apart="xt"
+)
 
 
 class RowStats(NamedTuple):
@@ -186,22 +211,12 @@ def dce_rows(
     """The checked arguments of a cross-entropy over rows z, of which only type, shape and device are looked at."""
     if xt is not None and mask is not None:
         raise ValueError("mask: expected one of xt and mask, got both")
-    mask_index, ignore_index = check_integer("mask_index", mask_index), check_integer("ignore_index", ignore_index)
+    mask_index = check_integer("mask_index", mask_index)
     if exclude_mask or (xt is not None and mask_index < 0):
         mask_index = vocabulary_index("mask_index", mask_index, z.shape[-1])
-    rows = _rows("dce", z, x0, mask_index=mask_index, exclude_mask=exclude_mask, ignore_index=ignore_index)
-    shape, device = rows.x0.shape, z.device
-    if xt is not None:
-        check_tokens("xt", xt, shape, device)
-        rows.xt = xt.long().contiguous()
-    if mask is not None:
-        check_bool("mask", mask, shape, device)
-        rows.mask = mask.contiguous()
-    if weight is not None:
-        rows.weight = per_token("weight", weight, shape, device).contiguous()
-    rows.z_loss = float(z_loss)
-    _reduce(rows, reduction, num_items)
-    return rows
+    options: dict[str, Any] = dict(mask_index=mask_index, exclude_mask=exclude_mask, ignore_index=ignore_index)
+    options |= dict(xt=xt, mask=mask, weight=weight, penalty=z_loss, reduction=reduction, num_items=num_items)
+    return checked_rows("dce", z, x0, **options)
 
 
 def dse_rows(
@@ -222,56 +237,62 @@ def dse_rows(
     conditionals = parametrization in ("logits", "log_probs")
     if z.shape[-1] < 2:
         raise ValueError(f"log_score: expected at least 2 states, got shape {tuple(z.shape)}")
-    mask_index = vocabulary_index("mask_index", mask_index, z.shape[-1])
     functor = f"dse_{graph}" if not conditionals else "dce" if graph == "absorb" else "dse_uniform_logits"
-    rows = _rows(functor, z, x0, mask_index=mask_index, scale_by_sigma=parametrization == "scale_by_sigma")
-    shape, device = rows.x0.shape, z.device
-    check_tokens("xt", xt, shape, device)
-    rows.xt = xt.long().contiguous()
-    rows.sigma = per_token("sigma", sigma, shape, device).contiguous()
-    if dsigma is not None:
-        rows.weight = per_token("dsigma", dsigma, shape, device).contiguous()
-    _reduce(rows, reduction, num_items)
-    return rows
+    options: dict[str, Any] = dict(xt=xt, sigma=sigma, dsigma=dsigma, reduction=reduction, num_items=num_items)
+    options |= dict(mask_index=vocabulary_index("mask_index", mask_index, z.shape[-1]))
+    return checked_rows(functor, z, x0, scale_by_sigma=parametrization == "scale_by_sigma", **options)
 
 
-def _rows(
+def checked_rows(
     functor: str,
     z: Tensor,
     x0: Tensor,
     *,
-    mask_index: int,
+    xt: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_index: int = -1,
     exclude_mask: bool = True,
     ignore_index: int = IGNORE_NONE,
     scale_by_sigma: bool = False,
+    penalty: float = 0.0,
+    reduction: str = "none",
+    num_items: Number | Tensor | None = None,
+    **per_row: Number | Tensor | None,
 ) -> Rows:
+    """Rows of a functor, once shapes, types and devices fit. mask_index is an id, or no id where there is no mask.
+
+    per_row: sigma, weight or dsigma, and what the functor calls its extra numbers, each a number or a tensor over a
+    prefix of the token shape, and with these names in messages.
+    """
     check_tokens("x0", x0, z.shape[:-1], z.device)
+    shape, device = x0.shape, z.device
+    if xt is not None:
+        check_tokens("xt", xt, shape, device)
+    if mask is not None:
+        check_bool("mask", mask, shape, device)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if num_items is not None:
+        if reduction != "mean":
+            raise ValueError(f"num_items: needs reduction='mean', got reduction={reduction!r}")
+        if isinstance(num_items, Tensor) and num_items.numel() == 1:
+            num_items = num_items.reshape(())
+        num_items = per_token("num_items", num_items, torch.Size(), device)
+    given = {k: per_token(k, v, shape, device).contiguous() for k, v in per_row.items() if v is not None}
     return Rows(
         z=z,
         x0=x0.long().contiguous(),
-        xt=None,
-        mask=None,
-        sigma=None,
-        weight=None,
+        xt=None if xt is None else xt.long().contiguous(),
+        mask=None if mask is None else mask.contiguous(),
+        sigma=given.get("sigma"),
+        weight=given.get("weight", given.get("dsigma")),
         entropy_weight=None,
-        num_items=None,
+        extra=given.get(FUNCTORS[functor].extra or ""),
+        num_items=num_items,
         functor=functor,
         mask_index=mask_index,
         exclude_mask=exclude_mask,
-        ignore_index=ignore_index,
+        ignore_index=check_integer("ignore_index", ignore_index),
         scale_by_sigma=scale_by_sigma,
-        z_loss=0.0,
-        reduction="none",
+        penalty=float(penalty),
+        reduction=reduction,
     )
-
-
-def _reduce(rows: Rows, reduction: str, num_items: Number | Tensor | None) -> None:
-    check_choice("reduction", reduction, REDUCTIONS)
-    rows.reduction = reduction
-    if num_items is None:
-        return
-    if reduction != "mean":
-        raise ValueError(f"num_items: needs reduction='mean', got reduction={reduction!r}")
-    if isinstance(num_items, Tensor) and num_items.numel() == 1:
-        num_items = num_items.reshape(())
-    rows.num_items = per_token("num_items", num_items, torch.Size(), rows.z.device)

@@ -4,13 +4,15 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff.block_cache import BlockCache
+from fastdiff.blocks import mean_of_blocks, two_streams
 from fastdiff.checks import check_integer, check_tensor, check_tokens
 from fastdiff.files import import_safetensors, read_config, write_atomically
 
@@ -82,16 +84,27 @@ class DiffusionTransformer(nn.Module):
         return self.output_layer.linear
 
     def forward(
-        self, xt: Tensor, sigma: Tensor | None = None, sees: Tensor | None = None, positions: Tensor | None = None
+        self,
+        xt: Tensor,
+        sigma: Tensor | None = None,
+        sees: Tensor | None = None,
+        positions: Tensor | None = None,
+        first: int | None = None,
     ) -> Tensor:
         """Logits, or the unscaled log score of a model that sees the noise level: [B, L, num_states].
 
         Arguments and errors are those of `body`.
         """
-        return self.lm_head(self.body(xt, sigma, sees, positions))
+        return self.lm_head(self.body(xt, sigma, sees, positions, first))
 
     def body(
-        self, xt: Tensor, sigma: Tensor | None = None, sees: Tensor | None = None, positions: Tensor | None = None
+        self,
+        xt: Tensor,
+        sigma: Tensor | None = None,
+        sees: Tensor | None = None,
+        positions: Tensor | None = None,
+        first: int | None = None,
+        past: Sequence[Callable[[Tensor, Tensor], tuple[Tensor, ...]]] | None = None,
     ) -> Tensor:
         """Hidden states in front of `lm_head`: [B, L, dim].
 
@@ -101,9 +114,12 @@ class DiffusionTransformer(nn.Module):
             sees: bool, [L, L] or what broadcasts to [B, heads, L, L]: which tokens (columns) each token attends to;
                 None means all.
             positions: [L] int64 in [0, max_length), of sequences that hold several side by side; None counts them.
+            first: how many tokens, from the front, are wanted: [B, first, dim]; None means all.
+            past: for each layer, what makes of keys and values of xt, [B, heads, L, dim / heads], those of all tokens
+                that are attended to, which `sees` then counts.
 
         Raises:
-            TypeError, ValueError: a wrong dtype, shape or length; ids or sigma out of range (on the CPU).
+            TypeError, ValueError: a wrong dtype, shape or length; ids, sigma or positions out of range (on the CPU).
         """
         self._check(xt, sigma, positions)
         positions = torch.arange(xt.shape[1], device=xt.device) if positions is None else positions
@@ -112,9 +128,10 @@ class DiffusionTransformer(nn.Module):
             h = h + self.embed_position(positions)
         c = None if sigma is None or self.sigma_map is None else self.sigma_map(sigma)
         rotary = _rotary(positions, self.config.dim // self.config.heads, h.dtype)
-        for block in self.blocks:
-            h = block(h, rotary, c, sees)
-        return self.output_layer(h, c)
+        bias = None if sees is None else _bias(sees, h)
+        for layer, block in enumerate(self.blocks):
+            h = block(h, rotary, c, bias, past and past[layer])
+        return self.output_layer(h[:, :first], None if c is None else c[:, :first])
 
     def conditionals(
         self, mask_index: int, total_noise: Callable[[Tensor], Tensor]
@@ -126,6 +143,42 @@ class DiffusionTransformer(nn.Module):
         if self.sigma_map is None:
             return self.body, self.lm_head
         return lambda xt: self.body(xt, total_noise((xt == mask_index).double().mean(1)).float()), self.lm_head
+
+    def block_conditionals(
+        self, block_length: int, mask_index: int, total_noise: Callable[[Tensor], Tensor]
+    ) -> tuple[Callable[[Tensor, Tensor], Tensor], nn.Linear]:
+        """For the block estimators: (body, last layer) of p(x0 in a block | xt in it, x0 in the blocks before).
+
+        body(xt [b, L], x0 [b, L]) gives the hidden states [b, L, dim] of all blocks in one pass of twice the tokens. A
+        model that sees the noise level is asked at total_noise(m / n) for a block of n tokens with m masks.
+
+        Raises (body):
+            TypeError, ValueError: as `two_streams`, or as `body`, of L tokens.
+        """
+
+        def body(xt: Tensor, x0: Tensor) -> Tensor:
+            sigma = None
+            if self.sigma_map is not None:
+                sigma = total_noise(mean_of_blocks((xt == mask_index).double(), block_length)).float()
+            return noised_stream(self.body, xt, sigma, x0=x0, block_length=block_length)
+
+        return body, self.lm_head
+
+    def cache(
+        self,
+        batch_size: int,
+        block_length: int,
+        mask_index: int | None = None,
+        total_noise: Callable[[Tensor], Tensor] | None = None,
+    ) -> BlockCache:
+        """Keys and values of clean blocks, of a model trained in blocks, for `sample(cache=)`; empty at first.
+
+        Args:
+            batch_size: sequences.
+            block_length: as in training.
+            mask_index, total_noise: as in `block_conditionals`, for a model that sees the noise level only.
+        """
+        return BlockCache(self, batch_size, block_length, mask_index, total_noise)
 
     def save_pretrained(self, folder: str | os.PathLike, **sections: dict) -> None:
         """Write config.json and model.safetensors into a folder, each whole or not at all.
@@ -191,6 +244,23 @@ class DiffusionTransformer(nn.Module):
                 raise ValueError(f"xt: expected ids in [0, {self.config.num_states}), got {low} to {high}")
             if sigma is not None and not (sigma >= 0).all():
                 raise ValueError(f"sigma: expected >= 0, got {sigma.min().item()}")
+            low, high = (0, 0) if positions is None else (positions.min().item(), positions.max().item())
+            if low < 0 or (self.config.max_length is not None and high >= self.config.max_length):
+                raise ValueError(f"positions: expected numbers in [0, {most}), got {low} to {high}")
+
+
+def noised_stream(
+    network: Callable[..., Tensor], xt: Tensor, sigma: Tensor | None = None, *, x0: Tensor, block_length: int
+) -> Tensor:
+    """What a `DiffusionTransformer`, its body, or a wrapper of it gives for xt, each block given the clean ones before.
+
+    Args:
+        sigma: [B, L], the noise of each token of xt, for a model that sees it.
+        xt, x0, block_length: as `two_streams`.
+    """
+    tokens, positions, sees = two_streams(xt, x0, block_length)
+    sigma = None if sigma is None else torch.cat([sigma, torch.zeros_like(sigma)], 1)
+    return network(tokens, sigma, sees, positions, xt.shape[1])
 
 
 class _Block(nn.Module):
@@ -204,13 +274,23 @@ class _Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
         self.adaLN_modulation = nn.Linear(config.cond_dim, 6 * dim) if config.cond_dim else None
 
-    def forward(self, h: Tensor, rotary: Tensor, c: Tensor | None, sees: Tensor | None) -> Tensor:
-        # h [B, L, D], c [B, 1 or L, C]
+    def forward(
+        self,
+        h: Tensor,
+        rotary: Tensor,
+        c: Tensor | None,
+        bias: Tensor | None,
+        past: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None,
+    ) -> Tensor:
+        # h [B, L, D], c [B, 1 or L, C], bias [L, L] or more
         shift1, scale1, gate1, shift2, scale2, gate2 = _parts(self.adaLN_modulation, c, 6)
         qkv = self.attn_qkv(_modulated(self.norm1(h), shift1, scale1)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, L, D / heads]
         v = v.contiguous()  # a view would have autograd keep q and k whole, beside the turned ones
-        a = F.scaled_dot_product_attention(_rotated(q, rotary), _rotated(k, rotary), v, attn_mask=sees)
+        k = _rotated(k, rotary)
+        if past is not None:
+            k, v = past(k, v)
+        a = F.scaled_dot_product_attention(_rotated(q, rotary), k, v, attn_mask=bias)
         h = h + _gated(self.attn_out(a.transpose(1, 2).flatten(2)), gate1)
         return h + _gated(self.mlp(_modulated(self.norm2(h), shift2, scale2)), gate2)
 
@@ -274,6 +354,13 @@ def _gated(h: Tensor, gate: Tensor | None) -> Tensor:
 def inverse_frequencies(dim: int, device: torch.device | None = None) -> Tensor:
     """By how much a place turns each of the pairs of a head: float32 [dim / 2]."""
     return 1 / 10000 ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+
+
+def _bias(sees: Tensor, h: Tensor) -> Tensor:
+    """What attention adds to its scores: made once, or each layer would make one, and autograd keep them all."""
+    casts = torch.is_autocast_enabled(h.device.type) and h.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(h.device.type) if casts else h.dtype
+    return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, -math.inf)
 
 
 def _rotary(positions: Tensor, dim: int, dtype: torch.dtype) -> Tensor:

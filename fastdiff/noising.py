@@ -5,7 +5,7 @@ at any batch shape and on any number of ranks. `seed=None` draws one from torch'
 """
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from fastdiff.philox import Purpose, draw32, scaled, scaled_in_stratum, uniform
 
 if TYPE_CHECKING:
     from fastdiff.graphs import Graph
+    from fastdiff.mixture_noise import Mixture
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -195,7 +196,7 @@ def sample_mask_counts(
 def corrupt(
     x0: Tensor,
     sigma: Number | Tensor,
-    graph: "Graph",
+    graph: "Graph | Mixture",
     *,
     seed: int | Tensor | None = None,
     step: int | Tensor = 0,
@@ -205,17 +206,20 @@ def corrupt(
 ) -> Tensor:
     """Noises tokens to total noise sigma: with probability 1 - exp(-sigma) masked, or redrawn from all states.
 
+    One draw says whether a token is redrawn, another from which id. In a `Mixture` the first also says whether the mask
+    is drawn, where it is below (1 - exp(-sigma)) (1 - share); so at share = 0 these are the tokens of `Absorbing`.
+
     Args:
         x0: [B, L] int64 tokens.
         sigma: total noise >= 0, a number or a tensor over a prefix of [B, L], or one that broadcasts to it.
-        graph: Absorbing(...) or Uniform(...).
+        graph: Absorbing(...), Uniform(...) or Mixture(...).
         seed, step, sample_ids, generator: as `mask_tokens`.
 
     Returns:
         xt [B, L] int64.
     """
-    if getattr(graph, "name", None) not in ("absorb", "uniform"):
-        raise TypeError(f"graph: expected Absorbing or Uniform, got {graph!r}")
+    if getattr(graph, "name", None) not in ("absorb", "uniform", "mixture"):
+        raise TypeError(f"graph: expected Absorbing, Uniform or Mixture, got {graph!r}")
     rows = _check(x0, 0, None)
     sigma = per_token("sigma", sigma, x0.shape, x0.device)
     if values_are_checked(x0.device):
@@ -224,7 +228,21 @@ def corrupt(
     p, x0, names = -torch.expm1(-sigma), x0.long().contiguous(), _names(rows, seed, step, sample_ids, generator)
     if graph.mask_index is None:
         return ops.uniform_tokens(x0, p, names, graph.num_states, backend)
+    if graph.name == "mixture":
+        mixture = cast("Mixture", graph)
+        p_mask = p * (1 - mixture.shares(x0.shape, x0.device))
+        x0, p = _redrawn(x0, p, names, mixture, backend), p_mask
     return ops.mask_tokens(x0, p, None, names, graph.mask_index, backend)[0]
+
+
+def _redrawn(x0: Tensor, p: Tensor, names: ops.Names, graph: "Mixture", backend: str | None) -> Tensor:
+    """Each token redrawn with probability p from the ids other than the mask, which is last meanwhile."""
+    last, mask_index = graph.num_states - 1, graph.mask_index
+    if mask_index == last:
+        return ops.uniform_tokens(x0, p, names, last, backend)
+    moved = torch.where(x0 == mask_index, last, x0 - (x0 > mask_index).long())
+    drawn = ops.uniform_tokens(moved, p, names, last, backend)
+    return torch.where(drawn == last, mask_index, drawn + (drawn >= mask_index).long())
 
 
 def sample_times(

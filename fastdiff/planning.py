@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdiff.blocks import num_blocks
 from fastdiff.cards import Card
 from fastdiff.checks import check_integer
 from fastdiff.model import DiffusionTransformer, ModelConfig
@@ -35,7 +36,7 @@ class Plan:
 
     Raises:
         ValueError, TypeError: the ranks cannot share the batch or the model equally; a length that the model does not
-            take.
+            take, or that blocks do not divide.
     """
 
     model: ModelConfig
@@ -49,6 +50,8 @@ class Plan:
         most = self.model.max_length if self.model.learned_positions else None
         if most is not None and self.length > most:
             raise ValueError(f"length: expected at most {most}, the learned positions, got {self.length}")
+        if self.training.block_length:
+            num_blocks(self.length, self.training.block_length)
         if self.training.sharding == "hybrid" and not self.training.shards:
             shards = dataclasses.replace(self.training, shards=min(8, self.gpus))
             object.__setattr__(self, "training", shards)
@@ -83,15 +86,23 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Tokens that a rank passes through the model at a time."""
+        """Tokens that a rank passes through the model at a time, in all streams."""
+        return self.training.streams * self.last_tokens
+
+    @property
+    def last_tokens(self) -> int:
+        """Of these, those that come to the last layer."""
         return self.rows * self.length
 
     @property
     def multiplied(self) -> int:
         """Of these, those that the last layer multiplies: the scored ones, on average, if the vocabulary is large."""
-        harmonic = sum(1 / m for m in range(1, self.length + 1))
-        share = {"dce-harmonic": 1 / harmonic, "dse-uniform": 1.0}.get(self.training.loss, 0.5)
-        return math.ceil(share * self.tokens) if self.model.num_states >= LARGE_VOCABULARY else self.tokens
+        most = self.training.block_length or self.length  # masks of what is noised as one
+        harmonic = sum(1 / m for m in range(1, most + 1))
+        shares = {"dce-k": (most + 1) / (2 * most), "dce-harmonic": 1 / harmonic, "dse-uniform": 1.0}
+        share = shares.get(self.training.loss, 0.5)
+        large = self.model.num_states >= LARGE_VOCABULARY
+        return math.ceil(share * self.last_tokens) if large else self.last_tokens
 
     @property
     def size(self) -> int:
@@ -177,7 +188,16 @@ class Plan:
             blocks = (depth - 1) * self.tokens * self.model.dim * self.stream + self.activations_of_a_block
         else:
             blocks = depth * self.activations_of_a_block
-        return blocks + self._norm(modulated=bool(self.model.cond_dim))
+        return blocks + self._of_all_blocks() + self._norm(modulated=bool(self.model.cond_dim))
+
+    def _of_all_blocks(self) -> int:
+        """What attention adds to its scores, of two streams, and what each token's noise level becomes."""
+        if not self.training.block_length:
+            return 0
+        bias = self.size * (self.training.streams * self.length) ** 2
+        level: Any = self.network.sigma_map
+        waves = level.mlp[0].in_features + 5 * self.model.cond_dim if level is not None else 0
+        return bias + 4 * self.tokens * waves
 
     @property
     def activations_of_a_block(self) -> int:
@@ -187,10 +207,16 @@ class Plan:
         linear = 1 + 1 + 1 + 4  # inputs of attn_qkv, attn_out and the two of the MLP
         attention = 2 + 1 + 1  # q and k turned by their positions; v; the output
         branches = 2 if conditioned else 0  # outputs of both, which gates multiply
+        levels = 6 + 2 if self._level_per_token else 0  # what modulates, and scales plus 1
         gelu = 4
         softmax = 4 * self.tokens * self.model.heads  # its logarithm, in float32
-        kept = self.size * wide * (linear + attention + branches + gelu)
+        kept = self.size * wide * (linear + attention + branches + levels + gelu)
         return kept + softmax + 2 * self._norm(conditioned)
+
+    @property
+    def _level_per_token(self) -> bool:
+        """Whether the noise level is one for each token, where otherwise a sequence has one."""
+        return bool(self.model.cond_dim and self.training.block_length)
 
     def _norm(self, modulated: bool) -> int:
         """Input in float32, mean and deviation; and the output, where the noise level scales it."""
@@ -206,7 +232,7 @@ class Plan:
     def last_layer(self) -> int:
         """Hidden states and their gradient, and the weight's gradient."""
         num_states, weight = self.model.num_states, self.model.num_states * self.model.dim
-        hidden = 2 * self.tokens * self.model.dim * self.stream
+        hidden = 2 * self.last_tokens * self.model.dim * self.stream
         if num_states < LARGE_VOCABULARY:
             return hidden
         if self.sharded:  # in float32 where it is a sum over chunks, and in the type of the weights
@@ -226,7 +252,7 @@ class Plan:
     @property
     def naive_logits(self) -> int:
         """What a loss of whole logits would add: they and their gradient, in float32."""
-        return 2 * 4 * self.tokens * self.model.num_states
+        return 2 * 4 * self.last_tokens * self.model.num_states
 
     # -----------------------------------------------------------------------------------------------------
     # Exchange and work.
@@ -255,10 +281,11 @@ class Plan:
         for their last product where nothing needs it again."""
         dim, depth, passes = self.model.dim, self.model.depth, self.gpus * self.training.accumulation
         block: Any = self.network.blocks[0]
-        weights = sum(layer.weight.numel() for layer in (block.attn_qkv, block.attn_out, block.mlp[0], block.mlp[2]))
-        forward = (
-            depth * self.tokens * (2 * weights + 4 * self.length * dim)
-        )  # attention: q k^T, and its product with v
+        layers = [block.attn_qkv, block.attn_out, block.mlp[0], block.mlp[2]]
+        layers += [block.adaLN_modulation] if self._level_per_token else []
+        weights = sum(layer.weight.numel() for layer in layers)
+        attention = 4 * self.training.streams * self.length * dim  # q k^T, and its product with v
+        forward = depth * self.tokens * (2 * weights + attention)
         last = 2 * self.multiplied * dim * self.model.num_states
         again = 0
         if self.training.recompute:
@@ -267,7 +294,8 @@ class Plan:
 
     def tokens_per_second(self, card: Card, share: float) -> float:
         """Of all GPUs at a share of their peak, which is counted as a run tells it (mfu)."""
-        return share * self.gpus * card.peak / operations_per_token(self.network, self.length)
+        each = operations_per_token(self.network, self.length, self.training.streams)
+        return share * self.gpus * card.peak / each
 
     def fits(self, card: Card) -> bool:
         return self.total <= USABLE * card.memory

@@ -34,6 +34,19 @@ def transp_transition(graph: str, i: Tensor, sigma: Tensor, num_states: int, mas
     return alpha * F.one_hot(i, num_states) + came
 
 
+def mixture_limit(share: Tensor, num_states: int, mask_index: int) -> Tensor:
+    """Mixture noise at infinite sigma, [...] -> [..., V]: a share uniform over N = V - 1 ids, the rest the mask."""
+    share = share.double().unsqueeze(-1)
+    mask = F.one_hot(torch.tensor(mask_index, device=share.device), num_states)
+    return (1 - share) * mask + share / (num_states - 1) * (1 - mask)
+
+
+def mixture_transition(i: Tensor, sigma: Tensor, share: Tensor, num_states: int, mask_index: int) -> Tensor:
+    """The column p(x_t = . | x_0 = i) of mixture noise: [...] tokens -> [..., num_states]."""
+    alpha = torch.exp(-sigma.double()).unsqueeze(-1)
+    return alpha * F.one_hot(i, num_states) + (1 - alpha) * mixture_limit(share, num_states, mask_index)
+
+
 def reverse_rate(graph: str, i: Tensor, score: Tensor, mask_index: int | None) -> Tensor:
     """Rates of leaving i in reverse time, Q(i, y) score_y off the diagonal, for dsigma = 1: [..., V]."""
     score = score.double()
@@ -57,13 +70,25 @@ def staggered_score(graph: str, score: Tensor, dsigma: Tensor, mask_index: int |
 # 2. Losses. Each is a function of one row and a few scalars; unscored rows are 0.
 
 
-def dce(logits: Tensor, x0: Tensor, scored: Tensor, mask_index: int | None, z_loss: float = 0.0) -> Tensor:
-    """Masked cross-entropy, logsumexp_v z_v - z_x0 + z_loss logsumexp_v^2 over v != mask_index (None: over all v)."""
+def dce(
+    logits: Tensor,
+    x0: Tensor,
+    scored: Tensor,
+    mask_index: int | None,
+    z_loss: float = 0.0,
+    sigma: Tensor | None = None,
+) -> Tensor:
+    """Masked cross-entropy, logsumexp_v z_v - z_x0 + z_loss logsumexp_v^2 over v != mask_index (None: over all v).
+
+    With sigma it is divided by e1, and so the score entropy of the conditionals softmax(z).
+    """
     z = _without_mask(logits, mask_index)
     loss = _nll(z, torch.where(scored, x0, 0))
     if z_loss:
         top = z.detach().amax(-1, keepdim=True)  # torch.logsumexp's gradient loses the sum beside a large one
         loss = loss + z_loss * (top + (z - top).exp().sum(-1, keepdim=True).log()).squeeze(-1) ** 2
+    if sigma is not None:
+        loss = loss * _noise(sigma.double())[1]
     return torch.where(scored, loss, 0)
 
 
@@ -106,17 +131,19 @@ def dse_uniform(log_score: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor) -> Ten
     a_y is the ratio p(y | x0) / p(xt | x0): r everywhere if xt = x0, else 1 and 1/r at x0, with
     r = e1 / (e1 + N) and e1 = expm1(sigma). Where a = 0 (sigma = 0, nothing moved) the term is exp(s_y).
     """
-    s, n, moved = log_score.double().scatter(-1, xt.unsqueeze(-1), 0), log_score.shape[-1], xt != x0
-    sigma = sigma.double().expand(xt.shape)
-    o, alpha = -torch.expm1(-sigma), torch.exp(-sigma)
-    log_r = -torch.log1p(n * alpha / o)
-    at_x0 = F.one_hot(x0, n).bool() & moved.unsqueeze(-1)
-    log_a = torch.where(moved, 0, log_r).unsqueeze(-1).masked_fill(at_x0, 0)
-    log_a = torch.where(at_x0, -log_r.unsqueeze(-1), log_a)
-    still = (log_a == -torch.inf).expand(s.shape)
+    s, log_a = log_score.double().scatter(-1, xt.unsqueeze(-1), 0), _log_ratio(log_score, sigma, xt, x0)
+    still = log_a == -torch.inf
     safe = torch.where(still, 0, log_a)
     terms = torch.where(still, torch.exp(torch.where(still, s, 0)), torch.exp(safe) * phi(s - safe))
-    return terms.scatter(-1, xt.unsqueeze(-1), 0).sum(-1) / n
+    return terms.scatter(-1, xt.unsqueeze(-1), 0).sum(-1) / log_score.shape[-1]
+
+
+def _log_ratio(log_score: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor) -> Tensor:
+    """log a_y of the uniform graph, [..., V]."""
+    n, moved, sigma = log_score.shape[-1], (xt != x0).unsqueeze(-1), sigma.double().expand(xt.shape)
+    log_r = -torch.log1p(n * torch.exp(-sigma) / -torch.expm1(-sigma)).unsqueeze(-1)
+    at_x0 = F.one_hot(x0, n).bool() & moved
+    return torch.where(at_x0, -log_r, torch.where(moved, 0, log_r))
 
 
 def dse_uniform_logits(logits: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor) -> Tensor:
@@ -164,6 +191,98 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     terms = torch.where(near, p * phi(torch.where(near, d, 0)), q - p - p * d)
     terms = torch.where(absent, q, torch.where(apart, torch.inf, terms))
     return terms.sum(-1)
+
+
+def csm_absorb(log_score: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor, mask_index: int) -> Tensor:
+    """Concrete score matching at x_t = M, (1/2) sum_{y != M} (exp(s_y) - a_y)^2 with a = 1/e1 at x0 and 0 elsewhere."""
+    s, scored = log_score.double(), xt == mask_index
+    _, _, log_e1 = _noise(torch.where(scored, sigma.double(), 1))
+    x0 = torch.where(scored, x0, 0).unsqueeze(-1)
+    others = s.index_fill(-1, torch.tensor(mask_index, device=s.device), -torch.inf).scatter(-1, x0, -torch.inf)
+    at_x0 = _distance(s.gather(-1, x0).squeeze(-1), -log_e1)
+    return torch.where(scored, (torch.exp(2 * others).sum(-1) + at_x0**2) / 2, 0)
+
+
+def csm_uniform(log_score: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor) -> Tensor:
+    """Concrete score matching, (1/2) sum_{y != x_t} (exp(s_y) - a_y)^2, with the ratios a_y of `dse_uniform`."""
+    s, log_a = log_score.double().scatter(-1, xt.unsqueeze(-1), 0), _log_ratio(log_score, sigma, xt, x0)
+    return _distance(s, log_a).scatter(-1, xt.unsqueeze(-1), 0).square().sum(-1) / 2
+
+
+def _distance(s: Tensor, log_a: Tensor) -> Tensor:
+    """exp(s) - a, with its digits where the two are close."""
+    d = s - log_a
+    near = d.abs() < 0.5
+    return torch.where(near, torch.exp(log_a) * torch.expm1(torch.where(near, d, 0)), torch.exp(s) - torch.exp(log_a))
+
+
+def leave_one_out(logits: Tensor, sigma: Tensor, xt: Tensor) -> Tensor:
+    """Logits of the clean token given all others and x_t, from those given all others alone, over N ids noised
+    uniformly: log(1 + N / e1), by which x_t tells its own id from the rest, is added at x_t."""
+    delta = torch.log1p(logits.shape[-1] * _noise(sigma.double())[1])
+    return logits.double().scatter_add(-1, xt.unsqueeze(-1), delta.expand(xt.shape).unsqueeze(-1))
+
+
+def d3pm_uniform(
+    logits: Tensor, sigma: Tensor, sigma_s: Tensor, xt: Tensor, x0: Tensor, auxiliary: float = 0.0
+) -> Tensor:
+    """KL(q(x_s | x_t, x0) || p(x_s | x_t)) of uniform noise from sigma_s < sigma, plus auxiliary (-log c_x0).
+
+    q(y) = q(x_t | y) q(y | x0) / q(x_t | x0), and p has the mixture of q(y | x0) under c = softmax(logits) in the place
+    of x0, both in y and in the normaliser. Both sum to 1, so the divergence is sum_y q_y phi(log(p_y / q_y)), with
+        p_y / q_y = (1 + k_s c_y) / (1 + k_s 1[y = x0]) (1 + k_t 1[x_t = x0]) / (1 + k_t c_xt), k = N / e1.
+    Where sigma_s = 0 it is -log c_x0.
+    """
+    n, last, moved = logits.shape[-1], sigma_s == 0, (xt != x0).unsqueeze(-1)
+    sigma, sigma_s = sigma.double(), torch.where(last, sigma / 2, sigma_s).double()
+    (o_t, inv_t, _), (o_s, inv_s, _), (o_ts, inv_ts, _) = (
+        [x.unsqueeze(-1) for x in _noise(s)] for s in (sigma, sigma_s, sigma - sigma_s)
+    )
+    k_t, k_s, k_ts = n * inv_t, n * inv_s, n * inv_ts
+    here, there = F.one_hot(x0, n).bool(), F.one_hot(xt, n).bool()
+    c = torch.softmax(logits.double(), -1)
+    c_xt, rest = c.gather(-1, xt.unsqueeze(-1)), torch.where(here, 0, c).sum(-1, keepdim=True)
+    log_ratio = torch.where(here, _log_mixed(k_s, c, rest), torch.log1p(k_s * c))
+    log_ratio = log_ratio - torch.where(moved, torch.log1p(k_t * c_xt), _log_mixed(k_t, c_xt, rest))
+    # At x_t the two nearly cancel, with k_s - k_t = n k_t / (o_s k_ts).
+    excess = n / o_s * k_t / k_ts / (1 + k_t * c_xt) * torch.where(moved, c_xt, -rest / (1 + k_s))
+    near = there & (excess > -0.5)
+    log_ratio = torch.where(near, torch.log1p(torch.where(near, excess, 0)), log_ratio)
+    # q is a product of three (1 - alpha) / n, times 1 + k where its two ids are one.
+    q = o_ts * o_s / (n * o_t) * torch.where(there, 1 + k_ts, 1) * torch.where(here, 1 + k_s, 1)
+    nll = _nll(logits.double(), x0)
+    kl = (torch.where(moved, q, q / (1 + k_t)) * phi(log_ratio)).sum(-1)
+    return torch.where(last, nll, kl) + auxiliary * nll
+
+
+def _log_mixed(k: Tensor, c: Tensor, rest: Tensor) -> Tensor:
+    """log((1 + k c) / (1 + k)), where rest = 1 - c."""
+    near = rest < 0.5
+    return torch.where(
+        near, torch.log1p(-k / (1 + k) * torch.where(near, rest, 0)), torch.log1p(k * c) - torch.log1p(k)
+    )
+
+
+def mixture(logits: Tensor, sigma: Tensor, share: Tensor, xt: Tensor, x0: Tensor, mask_index: int) -> Tensor:
+    """GIDD's KL(q_t(. | x0) || q_t(. | c)) + IS(x_t), where a share of the noise is uniform over the N other ids and
+    the rest is the mask: with alpha = exp(-sigma) and B = (1 - alpha) share / N
+
+    q_t(y | x0) = alpha 1[y = x0] + B, q_t(M | x0) = (1 - alpha) (1 - share),
+
+    and q_t(. | c) its mean under c = softmax of the logits but the mask's. Both sum to 1, so the divergence is
+    sum_y q_y phi(log rho_y), rho = q_t(y | c) / q_t(y | x0). IS = phi(-log rho_xt), which is 0 at the mask.
+    """
+    n, z = logits.shape[-1] - 1, _without_mask(logits, mask_index)
+    o, alpha = -torch.expm1(-sigma.double()).unsqueeze(-1), torch.exp(-sigma.double()).unsqueeze(-1)
+    spread = o * share.double().unsqueeze(-1) / n  # B
+    only_masks, here, c = spread == 0, F.one_hot(x0, n + 1).bool(), torch.softmax(z, -1)
+    k = alpha / torch.where(only_masks, 1, spread)
+    rest = torch.where(here, 0, c).sum(-1, keepdim=True)
+    log_rho = torch.where(here, _log_mixed(k, c, rest), torch.log1p(k * c))
+    log_rho = torch.where(only_masks & here, -_nll(z, x0).unsqueeze(-1), log_rho)
+    q = torch.where(here, alpha + spread, spread)
+    kl = torch.where(only_masks & ~here, alpha * c, q * phi(log_rho)).sum(-1)
+    return kl + torch.where(xt == mask_index, 0, phi(-log_rho.gather(-1, xt.unsqueeze(-1)).squeeze(-1)))
 
 
 def phi(d: Tensor) -> Tensor:
@@ -244,6 +363,25 @@ def absorb_reverse_step(logits: Tensor, xt: Tensor, sigma_t: Tensor, sigma_s: Te
     mask = torch.zeros_like(z).index_fill(-1, at_mask, 1)
     probs = stay * mask + (1 - stay) * c
     return torch.where((xt == mask_index).unsqueeze(-1), probs, F.one_hot(xt, z.shape[-1]).double())
+
+
+def mixture_reverse_step(
+    logits: Tensor, xt: Tensor, sigma_t: Tensor, share_t: Tensor, sigma_s: Tensor, share_s: Tensor, mask_index: int
+) -> Tensor:
+    """p(x_s | x_t) of mixture noise, proportional to q(x_t | y) q_s(y | c): [..., V].
+
+    c = softmax over y != M is the law of x_0 before x_t at this position is looked at. Between s and t a token survives
+    with a = alpha_t / alpha_s and else becomes y with probability b_y = q_t(y) - a q_s(y), q the noise alone.
+    """
+    z, num_states = _without_mask(logits, mask_index), logits.shape[-1]
+    (alpha_t, noise_t), (alpha_s, noise_s) = (
+        (torch.exp(-s).unsqueeze(-1), -torch.expm1(-s).unsqueeze(-1) * mixture_limit(share, num_states, mask_index))
+        for s, share in ((sigma_t.double(), share_t), (sigma_s.double(), share_s))
+    )
+    here, a = xt.unsqueeze(-1), alpha_t / alpha_s
+    came = (noise_t - a * noise_s).expand(z.shape).gather(-1, here) + a * F.one_hot(xt, num_states)
+    probs = came * (alpha_s * torch.softmax(z, -1) + noise_s)
+    return probs / probs.sum(-1, keepdim=True)
 
 
 def euler_step(graph: str, log_score: Tensor, xt: Tensor, step_size: Tensor, mask_index: int | None) -> Tensor:

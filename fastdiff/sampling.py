@@ -1,20 +1,26 @@
 """Generation: the noise process run backwards, or masks revealed by confidence, with draws that are named."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
+from fastdiff.block_cache import Cache
+from fastdiff.block_sampling import BlockNetwork, checked_block_length, plans_of_blocks, unmask_blocks
 from fastdiff.checks import check_choice, check_integer, check_tokens
-from fastdiff.evaluating import Model, evaluating
+from fastdiff.evaluating import Model, evaluating, model_parts
 from fastdiff.graphs import Absorbing, Uniform
 from fastdiff.losses import PARAMETRIZATIONS
-from fastdiff.schedules import LogLinear, Schedule
+from fastdiff.mixture_noise import Mixture
+from fastdiff.schedules import Hybrid, LogLinear, Schedule
 from fastdiff.tokens import check_temperature
 from fastdiff.unmasking import SAMPLERS, TIMED, Canvas, Network, Plan, moves_back, reverse, unmask
 
+AnyGraph = Absorbing | Uniform | Mixture
 AnyModel = Model | Callable[..., Any]  # of xt, or of xt and sigma
 
 
@@ -38,13 +44,16 @@ def sample(  # type: ignore[misc]  # the overloads only tell apart what comes ba
     length: int | None = None,
     steps: int | None = None,
     mask_index: int | None = None,
-    graph: str | Absorbing | Uniform = "absorb",
+    graph: str | AnyGraph = "absorb",
     parametrization: str = "logits",
     sampler: str = "tweedie",
     schedule: Schedule | None = None,
     prompt: Tensor | None = None,
     infill: Tensor | None = None,
     block_length: int | None = None,
+    block_causal: bool = False,
+    cache: Cache | None = None,
+    end_token: int | None = None,
     guidance: float = 0.0,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -60,7 +69,8 @@ def sample(  # type: ignore[misc]  # the overloads only tell apart what comes ba
     By noise, at times evenly spaced from 1 to 0; the last step goes to no noise at all, so that no mask is left:
 
     - "tweedie", "ancestral": p(x_s | x_t) of each token by itself. From conditionals, a mask is revealed with
-      probability 1 - (1 - alpha_s) / (1 - alpha_t) and then drawn from them; else see `reverse_step`.
+      probability 1 - (1 - alpha_s) / (1 - alpha_t) and then drawn from them; else see `reverse_step`, and of a
+      `Mixture`, where all tokens but the given ones may change, `mixture_reverse_step`.
     - "euler": by rates; from conditionals, with probability (t - s) dsigma(t) / expm1(sigma(t)).
 
     By conditionals of the absorbing graph alone:
@@ -71,25 +81,38 @@ def sample(  # type: ignore[misc]  # the overloads only tell apart what comes ba
       their token, gap between the largest two, or negative entropy, or at random: n // k of n masks in k steps, and
       one more in the first n % k.
 
+    A block model, trained to fill a block given the clean blocks before it, comes with its `cache` or with
+    block_causal=True. Blocks then start at position 0, as in training, and are filled from left to right, in each of
+    which the sampler, any of these, begins anew.
+
     A sequence that reveals nothing in a step is not passed through the network; nothing is once no mask is left.
     Draws are named by seed, step, sequence and position: no sequence depends on those beside it.
 
     Args:
         model: xt int64 [b, L] -> logits [b, L, V] of the conditionals p(x_0 | x_t), or an object with `.logits`; or a
             pair (body, lm_head) of xt -> hidden states [b, L, D] and the last layer, whose logits are made only where
-            tokens are drawn. For scores or the uniform graph a callable of xt and sigma, float32 [b]. A module is put
-            into evaluation mode meanwhile.
+            tokens are drawn. For scores, the uniform graph or a mixture a callable of xt and sigma, float32 [b]. A
+            module is put into evaluation mode meanwhile.
         num_samples, length: sequences, tokens in each (those of the prompt too). An infill has a length.
-        steps: None means as many as there are positions after the prompt.
+        steps: of all blocks together; None means as many as there are positions after the prompt.
         mask_index: id of the mask (absorbing graph); None means `model.config.mask_token_id` where there is one, else
             the last of `model.config.num_states`.
-        graph: "absorb", or "uniform" for a model that has `config.num_states`; or an `Absorbing` or `Uniform`.
+        graph: "absorb", or "uniform" for a model that has `config.num_states`; or an `Absorbing`, `Uniform` or
+            `Mixture`, whose share is that of the schedule, if this is a `Hybrid`, or the same at all times.
         parametrization: what the model gives: "logits" ("log_probs"), or "log_score", "scale_by_sigma", see `dse_loss`.
         sampler: one of the above.
         schedule: the noise of "tweedie", "ancestral" and "euler"; None means `LogLinear()`.
         prompt: [P] or [num_samples, P] int64 first tokens, kept as they are.
         infill: [L] or [num_samples, L] int64 tokens to keep, with -1 (or the mask) where tokens are drawn.
-        block_length: of LLaDA's blocks, which start after the prompt; None means one block.
+        block_length: of LLaDA's blocks, which start after the prompt; None means one block. Or of a block model's, the
+            last of which may be short, and where a prompt may end inside one; None means its cache's.
+        block_causal: model is a block model. About a block it is asked with xt [b, n], all tokens up to its end; what
+            earlier blocks see is the model's own concern (`blocks.block_causal` is the mask of attention).
+        cache: a block model's, of num_samples sequences. It is asked in the model's place, with a block alone:
+            `DiffusionTransformer.cache`, or another `block_cache.Cache`. It may hold what the sequences begin with, and
+            in the end holds all blocks but the last.
+        end_token: of a block model. After the first that is drawn a sequence is filled with it, where nothing is
+            given, and not passed through the network any more.
         guidance: classifier-free, w: from logits un + (w + 1) (cond - un), un with the given tokens masked too.
         temperature: >= 0; the law of the token that replaces x_t is raised to 1 / temperature; 0 takes the likeliest.
         top_k, top_p, exclude_mask: see `sample_tokens`, for conditionals of the absorbing graph. A mask that is drawn
@@ -113,33 +136,55 @@ def sample(  # type: ignore[misc]  # the overloads only tell apart what comes ba
     length, steps = _at_least_one("length", length), _at_least_one("steps", steps)
     given = _given(num_samples, length, prompt, infill, graph.mask_index)
     start = 0 if prompt is None else prompt.shape[-1]
-    _check_plan(sampler, given.shape[1] - start, steps=steps, block_length=block_length, schedule=schedule)
+    in_blocks = block_causal or cache is not None
+    _check_end_token(end_token, graph.mask_index, in_blocks)
+    within = None if in_blocks else block_length  # a block model's sampler has one block at a time
+    _check_plan(sampler, given.shape[1] - start, steps=steps, block_length=within, schedule=schedule)
     options: dict[str, Any] = dict(mask_index=graph.mask_index, temperature=check_temperature(temperature))
     options |= dict(exclude=exclude, seed=seed, backend=backend)
-    by_sigma = graph.name == "uniform" or parametrization not in ("logits", "log_probs")
+    share = None
+    if isinstance(graph, Mixture):
+        share = _share(graph, schedule, parametrization, sampler)
+        graph = dataclasses.replace(graph, share=share(torch.ones((), dtype=torch.float64)))  # of what it starts from
+    by_sigma = graph.name != "absorb" or parametrization not in ("logits", "log_probs")
     if by_sigma:
-        only = dict(guidance=guidance or None, top_k=top_k, top_p=top_p, exclude_mask=None if exclude_mask else False)
+        only: dict[str, Any] = dict(guidance=guidance or None, top_k=top_k, top_p=top_p)
+        only |= dict(exclude_mask=None if exclude_mask else False, block_causal=block_causal or None, cache=cache)
         _check_by_sigma(model, sampler, **only)
-    if exclude and graph.name == "uniform":
+    if exclude and graph.name != "absorb":
         raise ValueError(f"exclude: needs the absorbing graph, got {exclude}")
-    if not math.isfinite(guidance):
-        raise ValueError(f"guidance: expected a finite number, got {guidance}")
+    if not math.isfinite(guidance) or (guidance and in_blocks):
+        raise ValueError(
+            f"guidance: expected {'0 with a block model' if in_blocks else 'a finite number'}, got {guidance}"
+        )
 
-    network = Network(model, guidance if (given >= 0).any() else 0.0)  # with nothing given, un is cond
-    canvas = _canvas(network, given, graph, start, seed)
-    steps = given.shape[1] - start if steps is None else steps
-    plan = Plan(steps, block_length, moves_back(schedule or LogLinear(), steps, euler=sampler == "euler"))
-    if plan.moves and plan.moves[0].sigma == math.inf and (by_sigma or sampler == "euler"):
+    moves = partial(moves_back, schedule or LogLinear(), euler=sampler == "euler", share=share)
+    network: Network
+    if in_blocks:
+        network, block_length = BlockNetwork(model, cache), checked_block_length(block_length, cache, given)
+        plans = plans_of_blocks(given.shape[1], start, block_length, steps, moves)
+    else:
+        network = Network(model, guidance if (given >= 0).any() else 0.0)  # with nothing given, un is cond
+        steps = given.shape[1] - start if steps is None else steps
+        plans = [(slice(None), Plan(steps, block_length, moves(steps)))]
+    if any(plan.moves and plan.moves[0].sigma == math.inf for _, plan in plans) and (by_sigma or sampler == "euler"):
         raise ValueError(f"schedule: expected finite noise at time 1 (an eps > 0), got {schedule}")
+    canvas = _canvas(network, given if cache is None else given.to(cache.tokens.device), graph, start, seed)
     if by_sigma:
-        options |= dict(graph=graph.name, parametrization=parametrization)
-        filling = reverse(canvas, network, plan, options)
+        if share is None:
+            options |= dict(graph=graph.name, parametrization=parametrization)
+        else:
+            del options["exclude"]  # the mask alone is never drawn for another token
+        filling = reverse(canvas, network, plans[0][1], options)
     else:
         options |= dict(exclude_mask=exclude_mask, top_k=top_k, top_p=top_p)
-        filling = unmask(canvas, network, plan, SAMPLERS[sampler], options)
+        if isinstance(network, BlockNetwork):
+            filling = unmask_blocks(canvas, network, plans, SAMPLERS[sampler], options, end_token)
+        else:
+            filling = unmask(canvas, network, plans[0][1], SAMPLERS[sampler], options)
 
     frames = [canvas.xt.clone()]
-    with evaluating(network.body, steps, unit="steps") as advance:
+    with evaluating(model_parts(model)[0], sum(plan.steps for _, plan in plans), unit="steps") as advance:
         for _ in filling:
             advance(1)
             if return_trajectory:
@@ -147,7 +192,22 @@ def sample(  # type: ignore[misc]  # the overloads only tell apart what comes ba
     return Generated(canvas.xt, torch.stack(frames), network.num_forwards) if return_trajectory else canvas.xt
 
 
-def _canvas(network: Network, given: Tensor, graph: Absorbing | Uniform, start: int, seed: int) -> Canvas:
+def _share(graph: Mixture, schedule: Schedule | None, parametrization: str, sampler: str) -> Callable[[Tensor], Tensor]:
+    """The share of uniform noise, as a function of times."""
+    if parametrization not in ("logits", "log_probs") or sampler == "euler":
+        raise ValueError(
+            "parametrization, sampler: a Mixture needs conditionals and 'tweedie' or 'ancestral', "
+            f"got {parametrization!r} and {sampler!r}"
+        )
+    if isinstance(schedule, Hybrid):
+        if graph.share is not None:
+            raise ValueError(f"share: expected None, for the schedule has its own, got {graph.share}")
+        return schedule.share
+    share = graph.shares(torch.Size(), torch.device("cpu"))
+    return lambda t: share.expand_as(t)
+
+
+def _canvas(network: Network, given: Tensor, graph: AnyGraph, start: int, seed: int) -> Canvas:
     """Noise around what is given, on the model's device."""
     module, device = getattr(network.body, "__self__", network.body), given.device
     if network.lm_head is not None:
@@ -155,11 +215,12 @@ def _canvas(network: Network, given: Tensor, graph: Absorbing | Uniform, start: 
     elif isinstance(module, nn.Module):
         device = next((p.device for p in module.parameters() if not p.is_meta), device)  # an offloaded one is nowhere
     given = given.to(device)
-    if isinstance(graph, Uniform):
-        noise = graph.sample_limit(*given.shape, seed=seed, device=device)
-    else:
+    if isinstance(graph, Absorbing):
         noise = graph.sample_limit(*given.shape, device=device)
-    return Canvas(given.where(given >= 0, noise), given < 0, graph.mask_index, start, seed)
+    else:
+        noise = graph.sample_limit(*given.shape, seed=seed, device=device)
+    mask_index = graph.mask_index if isinstance(graph, Absorbing) else None
+    return Canvas(given.where(given >= 0, noise), given < 0, mask_index, start, seed)
 
 
 def _given(
@@ -213,6 +274,15 @@ def _check_plan(sampler: str, positions: int, **options: Any) -> None:
         raise ValueError(f"steps: expected a multiple of the {positions // block_length} blocks, got {steps}")
 
 
+def _check_end_token(end_token: int | None, mask_index: int | None, in_blocks: bool) -> None:
+    if end_token is None:
+        return
+    if not in_blocks:
+        raise ValueError(f"end_token: needs a block model (block_causal=True, or its cache), got {end_token}")
+    if check_integer("end_token", end_token, 0) == mask_index:
+        raise ValueError(f"end_token: expected another id than the mask's, got {end_token}")
+
+
 def _check_by_sigma(model: AnyModel, sampler: str, **options: Any) -> None:
     """What scores and the uniform graph do not go with."""
     if sampler not in TIMED:
@@ -224,8 +294,8 @@ def _check_by_sigma(model: AnyModel, sampler: str, **options: Any) -> None:
             raise ValueError(f"{name}: needs conditionals of the absorbing graph, got {value}")
 
 
-def _graph(model: AnyModel, graph: str | Absorbing | Uniform, mask_index: int | None) -> Absorbing | Uniform:
-    if isinstance(graph, Absorbing | Uniform):
+def _graph(model: AnyModel, graph: str | AnyGraph, mask_index: int | None) -> AnyGraph:
+    if isinstance(graph, AnyGraph):
         if mask_index not in (None, graph.mask_index):
             raise ValueError(f"mask_index: expected that of {graph} or None, got {mask_index}")
         return graph

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdiff.checks import check_tensor
 
-__all__ = ["Cosine", "Geometric", "Linear", "LogLinear", "Polynomial", "Schedule"]
+__all__ = ["Cosine", "Geometric", "Hybrid", "Linear", "LogLinear", "Polynomial", "Schedule"]
 
 
 class Schedule(ABC):
@@ -162,6 +162,74 @@ class Polynomial(Schedule):
 
     def _time(self, sigma: Tensor) -> Tensor:
         return (-torch.expm1(-sigma) / (1 - self.eps)) ** (1 / self.k)
+
+
+@dataclass(frozen=True)
+class Hybrid(Schedule):
+    """GIDD's noise, masks and uniform tokens (von Ruette et al. 2025), with u = (1 - eps) t:
+
+    alpha = (1 - u) / (1 + c), and of the noise the share c / (u + c) is uniform, where
+    c = 2^gamma p_uniform / (1 - p_uniform) (u (1 - u))^(gamma/2).
+
+    At u = 1/2 a token is uniform noise with probability p_uniform; at both ends with probability 0. With p_uniform = 0
+    this is LogLinear(eps). dsigma(0) is infinite where p_uniform > 0 and gamma < 2. At eps = 0, sigma(1) is infinite.
+    """
+
+    p_uniform: float = 0.1
+    gamma: float = 1.0
+    eps: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _check_eps(self.eps)
+        if not 0 <= self.p_uniform < 1:
+            raise ValueError(f"p_uniform: expected a number in [0, 1), got {self.p_uniform}")
+        if not 0 < self.gamma <= 2:  # above 2 uniform noise would have to be taken back
+            raise ValueError(f"gamma: expected a number in (0, 2], got {self.gamma}")
+
+    def share(self, t: Tensor) -> Tensor:
+        """The share of the noise that is uniform, in [0, 1], where the rest is the mask."""
+        return (1 / (1 + self._odds(_float64("t", t)))).to(t.dtype)
+
+    def rate_share(self, t: Tensor) -> Tensor:
+        """d share / dt, for t > 0."""
+        odds, u = self._odds(_float64("t", t)), (1 - self.eps) * t.double()
+        slope = (1 - self.eps) * ((1 - self.gamma / 2) / u + self.gamma / 2 / (1 - u))
+        return torch.where(odds.isinf(), 0, -odds / (1 + odds) ** 2 * slope).to(t.dtype)
+
+    @property
+    def _scale(self) -> float:
+        return 2**self.gamma * self.p_uniform / (1 - self.p_uniform)
+
+    def _odds(self, t: Tensor) -> Tensor:
+        """u / c, masks for each uniform token."""
+        u = (1 - self.eps) * t
+        if self.p_uniform == 0:
+            return torch.full_like(u, math.inf)
+        return u ** (1 - self.gamma / 2) * (1 - u) ** (-self.gamma / 2) / self._scale
+
+    def _uniform(self, t: Tensor) -> Tensor:
+        """c."""
+        u = (1 - self.eps) * t
+        return self._scale * (u * (1 - u)) ** (self.gamma / 2)
+
+    def _sigma(self, t: Tensor) -> Tensor:
+        return torch.log1p(self._uniform(t)) - torch.log1p(-(1 - self.eps) * t)
+
+    def _dsigma(self, t: Tensor) -> Tensor:
+        u, c = (1 - self.eps) * t, self._uniform(t)
+        grown = 1 / (1 - u)
+        if self.p_uniform > 0:
+            grown = grown + self.gamma / 2 * (1 - 2 * u) * self._scale * (u * (1 - u)) ** (self.gamma / 2 - 1) / (1 + c)
+        return (1 - self.eps) * grown
+
+    def _time(self, sigma: Tensor) -> Tensor:
+        """By bisection: there is no formula."""
+        low, high = torch.zeros_like(sigma), torch.ones_like(sigma)
+        for _ in range(110):
+            middle = (low + high) / 2
+            below = self._sigma(middle) < sigma
+            low, high = middle.where(below, low), high.where(below, middle)
+        return high
 
 
 def _float64(name: str, value: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 An order is a generator: at each step it looks at the canvas, which is filled between two steps, and says where to draw.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.evaluating import Model, model_parts
+from fastdiff.mixture_noise import mixture_reverse_step
 from fastdiff.philox import Purpose, draw32
 from fastdiff.reverse import reverse_step
 from fastdiff.schedules import Schedule
@@ -22,7 +24,8 @@ from fastdiff.tokens import linear_sample_tokens, sample_tokens
 class Canvas:
     """Sequences that are filled in place.
 
-    xt: [B, L] int64. free: [B, L] bool, tokens that are not given. mask_index: None in the uniform graph. start: the
+    xt: [B, L] int64. free: [B, L] bool, tokens that are not given. mask_index: None where other
+    tokens may change too. start: the
     first position after the prompt. seed: names the draws.
     """
 
@@ -43,11 +46,25 @@ class Canvas:
 
 
 class Move(NamedTuple):
-    """One step back from noise sigma: to sigma_next = after, or (Euler) by step_size = after, which is dt dsigma."""
+    """One step back from noise sigma: to sigma_next = after, or (Euler) by step_size = after, which is dt dsigma.
+
+    shares: in a mixture, those of uniform noise before and after.
+    """
 
     sigma: float
     after: float
     euler: bool
+    shares: tuple[float, float] | None = None
+
+    def draw(self, output: Tensor, xt: Tensor, **options: Any) -> Tensor:
+        """The tokens after the step, from what a network says of those before."""
+        if self.shares is not None:
+            before, after = self.shares
+            return mixture_reverse_step(
+                output, xt, self.sigma, before, sigma_next=self.after, share_next=after, **options
+            )
+        step: dict[str, Any] = {"step_size" if self.euler else "sigma_next": self.after}
+        return reverse_step(output, xt, self.sigma, **step, **options)
 
     def stay(self) -> float:
         """The probability that a mask stays one, from conditionals whatever they are."""
@@ -57,20 +74,27 @@ class Move(NamedTuple):
         return -math.expm1(-self.after) / masked
 
 
-def moves_back(schedule: Schedule, steps: int, euler: bool) -> list[Move]:
+def moves_back(
+    schedule: Schedule, steps: int, euler: bool, share: Callable[[Tensor], Tensor] | None = None
+) -> list[Move]:
     """Steps evenly spaced in time, of which the last goes to no noise at all: the final denoise, also for Euler."""
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu")
     sigma, dsigma = (values.tolist() for values in schedule(times))
     moves = [Move(sigma[i], dsigma[i] / steps if euler else sigma[i + 1], euler) for i in range(steps)]
-    return moves[:-1] + [Move(last.sigma, 0.0, False) for last in moves[-1:]]
+    moves = moves[:-1] + [Move(last.sigma, 0.0, False) for last in moves[-1:]]
+    if share is None:
+        return moves
+    shares = share(times).tolist()
+    return [move._replace(shares=pair) for move, pair in zip(moves, itertools.pairwise(shares), strict=True)]
 
 
 class Plan(NamedTuple):
-    """How many steps, in blocks of how many positions (None: one block), or by which moves."""
+    """How many steps, in blocks of how many positions (None: one block), or by which moves; the first step's number."""
 
     steps: int
     block_length: int | None
     moves: list[Move]
+    first: int = 0
 
 
 class Step(NamedTuple):
@@ -83,7 +107,7 @@ class Step(NamedTuple):
 
 def by_noise(canvas: Canvas, plan: Plan) -> Iterator[Step]:
     """Each mask by itself, as often as noise would have put it there: known before any network is asked."""
-    for number, move in enumerate(plan.moves):
+    for number, move in enumerate(plan.moves, plan.first):
         masked = canvas.moving()
         if not masked.any():
             return
@@ -115,7 +139,7 @@ def by_blocks(canvas: Canvas, plan: Plan) -> Iterator[Step]:
             if not masked.any():
                 break
             size = masks // steps + (i < masks % steps)
-            yield Step(block * steps + i, masked & (size > 0).unsqueeze(1), size)
+            yield Step(plan.first + block * steps + i, masked & (size > 0).unsqueeze(1), size)
 
 
 def largest(score: Tensor, among: Tensor, size: Tensor) -> Tensor:
@@ -154,19 +178,21 @@ class Network:
         self.body, self.lm_head, self.bias = model_parts(model)
         self.guidance, self.num_forwards = guidance, 0
 
-    def __call__(self, xt: Tensor, *sigma: Tensor) -> Tensor:
+    def __call__(self, xt: Tensor, *given: Tensor) -> Tensor:
         """Logits or scores [b, L, V], or hidden states [b, L, D] where the last layer is apart."""
         self.num_forwards += len(xt)
         what, width = ("logits", "V") if self.lm_head is None else ("last_hidden_state", "D")
-        output = self.body(xt, *sigma)
+        output = self.body(xt, *given)
         output = getattr(output, what, output)
         if not isinstance(output, Tensor) or output.dim() != 3 or output.shape[:2] != xt.shape:
             came = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f"model: expected [{xt.shape[0]}, {xt.shape[1]}, {width}] numbers, got {came}")
         return output
 
-    def tokens(self, xt: Tensor, free: Tensor, **options: Any) -> Any:
-        """What `sample_tokens` draws; a last layer apart is applied only where tokens are drawn.
+    def tokens(self, xt: Tensor, free: Tensor, rows: Tensor, **options: Any) -> Any:
+        """What `sample_tokens` draws for the sequences `rows`.
+
+        A last layer apart is applied only where tokens are drawn.
 
         With guidance w, from un + (w + 1) (cond - un), un being what comes where the given tokens are masked too: of
         logits, or, since the last layer is linear, of hidden states.
@@ -177,7 +203,7 @@ class Network:
             z = torch.lerp(un, cond, self.guidance + 1)
         else:
             z = self(xt)
-        return draw_tokens(z, self.lm_head, self.bias, xt, **options)
+        return draw_tokens(z, self.lm_head, self.bias, xt, sample_ids=rows, **options)
 
 
 def draw_tokens(z: Tensor, lm_head: Tensor | None, bias: Tensor | None, xt: Tensor, **options: Any) -> Any:
@@ -196,8 +222,8 @@ def unmask(canvas: Canvas, network: Network, plan: Plan, sampler: Sampler, optio
         rows = where.any(1).nonzero().squeeze(1)
         if len(rows):
             xt, where = canvas.xt[rows], where[rows]
-            names = dict(step=number, sample_ids=rows, return_stats=bool(sampler.statistic))
-            drawn = network.tokens(xt, canvas.free[rows], mask=where, **names, **options)
+            names = dict(step=number, return_stats=bool(sampler.statistic))
+            drawn = network.tokens(xt, canvas.free[rows], rows, mask=where, **names, **options)
             if sampler.statistic:
                 tokens, stats = drawn
                 drawn = tokens.where(largest(getattr(stats, sampler.statistic), where, size[rows]), xt)
@@ -214,7 +240,6 @@ def reverse(canvas: Canvas, network: Network, plan: Plan, options: dict[str, Any
             return
         xt = canvas.xt[rows]
         output = network(xt, torch.full((len(rows),), move.sigma, dtype=torch.float32, device=xt.device))
-        after: dict[str, Any] = {"step_size" if move.euler else "sigma_next": move.after}
-        drawn = reverse_step(output, xt, move.sigma, step=number, sample_ids=rows, **after, **options)
+        drawn = move.draw(output, xt, step=number, sample_ids=rows, **options)
         canvas.xt[rows] = drawn.where(moving[rows], xt)
         yield

@@ -11,9 +11,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastdiff.kernels import reverse_rows, row_loss, row_sample
+from fastdiff.ops.functors import FUNCTORS
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
-FUNCTORS = ["dce", "dse_absorb", "dse_uniform", "dse_uniform_logits"]
 
 
 def compiled(kernel, types, config, capability):
@@ -32,16 +32,23 @@ def compiled(kernel, types, config, capability):
     return triton.compile(source, target=target, options=options)
 
 
-def compiled_row_loss(functor, dtype, with_grad, with_stats, config, capability, in_place=False, with_entropy=False):
-    types = dict.fromkeys(["X0", "XT"], "*i64") | dict.fromkeys(["SIGMA", "WEIGHT", "ENTROPY_WEIGHT", "SCALE"], "*fp64")
-    types |= dict(Z=POINTERS[dtype], GRAD=POINTERS[dtype], LOSS="*fp32", STATS="*fp32", z_loss="fp32")
+def compiled_row_loss(
+    functor, dtype, num_states, capability, with_grad=True, in_place=False, with_stats=None, with_entropy=False
+):
+    softmax = functor in ("dce", "loo")
+    if with_stats is None:
+        with_stats = softmax and not with_entropy  # backward asks for none
+    types = dict.fromkeys(["X0", "XT"], "*i64")
+    types |= dict.fromkeys(["SIGMA", "WEIGHT", "ENTROPY_WEIGHT", "EXTRA", "SCALE"], "*fp64")
+    types |= dict(Z=POINTERS[dtype], GRAD=POINTERS[dtype], LOSS="*fp32", STATS="*fp32", penalty="fp32")
     types |= dict.fromkeys(["V", "all_states", "inner", "mask_index"], "i32")
     types |= dict.fromkeys(["stride_outer", "stride_inner", "ignore_index"], "i64")
     constants = dict(MASK=None, FUNCTOR=functor, EXCLUDE_MASK=True, SCALE_BY_SIGMA=False, WITH_GRAD=with_grad)
     constants |= dict(IN_PLACE=in_place, CONTIGUOUS=True, VEC=16 // dtype.itemsize)
-    constants |= (dict(SIGMA=None) if functor == "dce" else {}) | ({} if with_stats else dict(STATS=None))
-    constants |= {} if with_entropy else dict(ENTROPY_WEIGHT=None)
-    return compiled(row_loss.row_loss_kernel, types, constants | config, capability)
+    given = dict(SIGMA=functor != "dce", STATS=with_stats, ENTROPY_WEIGHT=with_entropy, EXTRA=FUNCTORS[functor].extra)
+    constants |= {name: None for name, is_given in given.items() if not is_given}
+    constants |= row_loss.config(functor, num_states, dtype.itemsize)
+    return compiled(row_loss.row_loss_kernel, types, constants, capability)
 
 
 def compiled_row_sample(options, dtype, config, capability):

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from fastdiff import dce_loss, dse_loss, linear_dce_loss, linear_dse_loss
+import fastdiff
+from fastdiff import dce_loss
 
 # Largest error against float64, relative to the largest number of the result.
 # 16-bit types: one unit in the last place, by which roundings of nearly equal numbers may differ.
@@ -19,6 +20,11 @@ LOSSES = [
     "uniform",
     "uniform_scaled",
     "uniform_logits",
+    "csm_absorb",
+    "csm_uniform",
+    "loo",
+    "d3pm_uniform",
+    "mixture",
 ]
 
 
@@ -34,7 +40,10 @@ def problem(shape, num_states, dtype=torch.float32, seed=0, spread=3.0, mask_ind
     moved = torch.where(masked, torch.randint(0, num_states, shape, generator=g), x0)
     sigma = torch.rand(shape[0], generator=g, dtype=torch.float64) * 2 + 0.05
     weight = torch.rand(shape, generator=g, dtype=torch.float64)
-    tensors = dict(z=z, x0=x0, xt=xt, moved=moved, sigma=sigma, weight=weight)
+    mixed = torch.where(torch.rand(shape, generator=g) < 0.5, xt, moved)
+    step = torch.randint(1, 5, shape[:1], generator=g)
+    share = torch.rand(shape[0], generator=g, dtype=torch.float64)
+    tensors = dict(z=z, x0=x0, xt=xt, moved=moved, mixed=mixed, sigma=sigma, step=step, share=share, weight=weight)
     return {name: t.to(device) for name, t in tensors.items()} | dict(mask_index=mask_index)
 
 
@@ -53,18 +62,33 @@ def loss_of(name, p, **options):
     """A loss by its name, over logits z, or over hidden states and a last layer if p has those."""
     linear = "hidden" in p
     rows = (p["hidden"], p["lm_head"]) if linear else (p["z"],)
-    if linear:
-        options["bias"] = p.get("bias")
-    options["mask_index"] = p["mask_index"]
-    if name.startswith("dce"):
-        options |= dict(xt=p["xt"], weight=p["weight"], exclude_mask=name != "dce_all")
-        options["z_loss"] = 0.1 if name == "dce_z" else 0.0
-        return (linear_dce_loss if linear else dce_loss)(*rows, p["x0"], **options)
+    options |= dict(bias=p.get("bias")) if linear else {}
+    loss, given, fixed = _call(name, p)
+    return getattr(fastdiff, "linear_" * linear + loss)(*rows, *(p[x] for x in given), **(fixed | options))
+
+
+def _call(name, p):
+    """The public function of a loss, the names of its arguments after the rows, and its options."""
     graph, _, form = name.partition("_")
-    options |= dict(graph=graph, dsigma=p["weight"])
-    options["parametrization"] = {"": "log_score", "logits": "logits", "scaled": "scale_by_sigma"}[form]
-    xt = p["xt" if graph == "absorb" else "moved"]
-    return (linear_dse_loss if linear else dse_loss)(*rows, p["sigma"], xt, p["x0"], **options)
+    weight, place = dict(weight=p["weight"]), dict(mask_index=p["mask_index"])
+    if graph == "dce":
+        return (
+            "dce_loss",
+            ["x0"],
+            weight | place | dict(xt=p["xt"], exclude_mask=form != "all", z_loss=0.1 if form == "z" else 0.0),
+        )
+    if graph == "loo":
+        return "loo_loss", ["sigma", "moved", "x0"], weight | dict(z_loss=0.1)
+    if graph == "d3pm":
+        return "d3pm_loss", ["step", "moved", "x0"], weight | dict(num_steps=4, graph=form, auxiliary=0.1)
+    if graph == "mixture":
+        return "mixture_loss", ["sigma", "share", "mixed", "x0"], weight | place
+    loss = "dse_loss"
+    if graph == "csm":
+        loss, (graph, _, form) = "csm_loss", form.partition("_")
+    form = {"": "log_score", "logits": "logits", "scaled": "scale_by_sigma"}[form]
+    fixed = dict(graph=graph, dsigma=p["weight"], parametrization=form)
+    return loss, ["sigma", "xt" if graph == "absorb" else "moved", "x0"], fixed | place
 
 
 def large_scores(graph, dtype=torch.float32, device="cpu"):

@@ -155,6 +155,75 @@ def dse_uniform_logits(z, sigma, xt, x0):
     return Loss(of_score.loss, grad, of_score.loss_size, size.max(1, keepdims=True))
 
 
+def csm(score, ratio, excluded, rounded=0.0):
+    """(1/2) sum_y (s_y - a_y)^2 over y != excluded, and its derivative for log s, as `dse`."""
+    left_out = is_id(score, excluded)
+    log_ratio = np.log(np.where(ratio > 0, ratio, 1))
+    off, score, ratio = (np.where(left_out, 0, x) for x in (score - ratio, score, ratio))
+    slipped = (score + ratio) * (1 + abs(log_ratio) + rounded)
+    grad_size = abs(off) * score * (1 + rounded) + score * slipped
+    return Loss((off**2).sum(1) / 2, off * score, (abs(off) * slipped).sum(1), grad_size)
+
+
+def csm_absorb(z, sigma, x0, mask_index, shift):
+    alpha, moved = survival(sigma)
+    return csm(np.exp(z - shift), alpha / moved * is_id(z, x0), np.full_like(x0, mask_index), abs(shift))
+
+
+def csm_uniform(z, sigma, xt, x0, shift):
+    return csm(np.exp(z - shift), uniform_ratio(z, sigma, xt, x0), xt, abs(shift))
+
+
+def loo(z, sigma, xt, x0, z_loss):
+    """Cross-entropy over all ids once log(1 + N alpha / (1 - alpha)) is added at x_t."""
+    alpha, moved = survival(sigma)
+    delta = np.log1p(z.shape[1] * alpha / moved)
+    found = dce(z + is_id(z, xt) * delta, x0, np.full_like(x0, -1), z_loss)
+    return found._replace(loss_size=found.loss_size + 1e-6 * delta[:, 0])
+
+
+def divergence(c, q, p, of_c):
+    """sum q log(q / p) + p - q, its derivative for z through p' = of_c for c = softmax(z), and their sizes."""
+    ratio = np.where(p > 0, q, 1) / np.where(p > 0, p, 1)
+    value, pull = p - q + q * np.log(np.where(q > 0, ratio, 1)), of_c * (1 - ratio)
+    grad = c * (pull - (c * pull).sum(1, keepdims=True))
+    unit = abs(pull) + of_c
+    size = c * (unit + (c * unit).sum(1, keepdims=True))
+    return Loss(value.sum(1), grad, (abs(value) + 1e-6 * q).sum(1), size.max(1, keepdims=True))
+
+
+def d3pm_uniform(z, sigma, sigma_s, xt, x0, auxiliary=0.0):
+    c, n = softmax(z), z.shape[1]
+    (alpha, noise), (kept, before), (step, moved) = (survival(s) for s in (sigma, sigma_s, sigma - sigma_s))
+    came = step * is_id(z, xt) + moved / n  # q(x_t | y)
+    q = came * (kept * is_id(z, x0) + before / n) / at(alpha * is_id(z, x0) + noise / n, xt)
+    normaliser = at(alpha * c + noise / n, xt)
+    p = came * (kept * c + before / n) / normaliser
+    # In sum the derivative through the normaliser is nothing.
+    kl = divergence(c, q, p, came * kept / normaliser)
+    nll = dce(z, x0, np.full_like(x0, -1), 0.0)
+    last = sigma_s == 0
+    both = zip(kl.times((~last).astype(EXTENDED)), nll.times(auxiliary + last), strict=True)
+    return Loss(*(np.where(np.isnan(a), 0, a) + b for a, b in both))
+
+
+def mixture(z, sigma, share, xt, x0, mask_index):
+    """GIDD's two divergences between q_t(. | x0) and q_t(. | c)."""
+    n, mask = z.shape[1] - 1, is_id(z, np.full_like(x0, mask_index))
+    c, (alpha, noise) = softmax(np.where(mask, -np.inf, z)), survival(sigma)
+    noise = noise * np.where(mask, 1 - share[:, None], share[:, None] / n)
+    q, p = alpha * is_id(z, x0) + noise, alpha * c + noise
+    kl = divergence(c, q, p, alpha)
+    here = is_id(z, xt) & ~mask
+    q_xt, p_xt = np.where(here, q, 1), np.where(here, p, 1)
+    ratio = q_xt / p_xt
+    value = (ratio - 1 - np.log(ratio)).sum(1)
+    pull = np.where(here, alpha * (1 - ratio) / p_xt, 0)
+    grad = c * (pull - (c * pull).sum(1, keepdims=True))
+    size = c * (abs(pull) + (c * abs(pull)).sum(1, keepdims=True))
+    return Loss(kl.loss + value, kl.grad + grad, kl.loss_size + abs(value), kl.grad_size + size.max(1, keepdims=True))
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Reverse steps: p(x_s | x_t), from scores with 1 at x_t.
 

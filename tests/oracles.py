@@ -7,6 +7,7 @@ The mask's own column holds a large number, so that a softmax that fails to leav
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from dna import dna_strings, markov_transition
@@ -139,6 +140,23 @@ class OrderMarkov(MarkovChain):
 
 
 @dataclass
+class Blocks:
+    """What a block model gives that sees of an oracle, or a network, the blocks before and xt of a position's own."""
+
+    model: Any  # with a mask_index
+    block_length: int
+
+    def __call__(self, xt: Tensor, x0: Tensor) -> Tensor:
+        parts = []
+        for start in range(0, xt.shape[1], self.block_length):
+            end = start + self.block_length
+            seen = torch.cat([x0[:, :start], xt[:, start:end]], 1)
+            unseen = seen.new_full((len(xt), xt.shape[1] - seen.shape[1]), self.model.mask_index)
+            parts.append(self.model(torch.cat([seen, unseen], 1))[:, start:end])
+        return torch.cat(parts, 1)
+
+
+@dataclass
 class AbsorbingScores:
     """The true scores of an oracle whose mask is the last state; keeps the noise it was asked about."""
 
@@ -203,7 +221,7 @@ class Tabled:
     """The logits of a model on all strings of one length, made once, for tests that ask it very often."""
 
     def __init__(self, model: Oracle, length: int) -> None:
-        base = model.mask_index + 1
+        self.mask_index, base = model.mask_index, model.mask_index + 1
         self.powers = base ** torch.arange(length)
         strings = torch.arange(base**length).unsqueeze(1) // self.powers % base
         self.table = model(strings)

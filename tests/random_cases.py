@@ -15,11 +15,17 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from fastdiff import (
+    Geometric,
+    LogLinear,
+    csm_loss,
+    d3pm_loss,
     dce_loss,
     dse_loss,
     harmonic_mask,
+    loo_loss,
     mask_exactly,
     mask_tokens,
+    mixture_loss,
     reverse_probs,
     reverse_step,
     sample_tokens,
@@ -75,7 +81,11 @@ def extremes(draw, shape, dtype, g):
     size = draw(st.sampled_from([torch.nan, torch.inf, 1e6, 80.0, 100.0, 1000.0, largest, None]))
     if size is None:
         size = largest ** torch.rand(shape, generator=g, dtype=torch.float64)
-        size[(size > 600) & (size < 900)] = 900  # whose exponential fits float64 only with its weight
+        for low, high in (
+            (300, 450),
+            (600, 900),
+        ):  # whose exponential, or its square, fits float64 only with its weight
+            size[(size > low) & (size < high)] = high
     return size * one_of(draw, [[1.0], [-1.0], [1.0, -1.0]], shape, g)
 
 
@@ -255,6 +265,60 @@ def check_dse(draw, backend, device="cpu"):
 
     # Close to log a, which float32 rounds, a term and its slope lose a digit, and a row may hold nothing else.
     agree(dse_loss, z, backend, options, options["dsigma"], scored, of_rows, slack=5)
+
+
+@with_poisoned_buffers
+def check_csm(draw, backend, device="cpu"):
+    z, x0, masked, mask_index, g = rows(draw, draw(st.booleans()), backend, device)
+    graph = draw(st.sampled_from(["absorb", "uniform"]))
+    moved = mask_index if graph == "absorb" else torch.randint(0, z.shape[-1], x0.shape, generator=g)
+    form = draw(st.sampled_from(["log_score", "scale_by_sigma"]))
+    options = dict(graph=graph, x0=x0, xt=torch.where(masked, moved, x0), mask_index=mask_index, parametrization=form)
+    options |= dict(sigma=noise_levels(draw, x0.shape, g), dsigma=weights(draw, x0.shape, g))
+    options["reduction"] = draw(st.sampled_from(["none", "sum", "mean"]))
+    scored = masked if graph == "absorb" else torch.ones_like(masked)
+    sigma, (xt, target) = extended(options["sigma"], scored), (options[name][scored].numpy() for name in ("xt", "x0"))
+
+    def of_rows(z):
+        shift = exact.sigma_shift(sigma, z.shape[1]) if form == "scale_by_sigma" else np.zeros_like(sigma)[:, None]
+        if graph == "absorb":
+            return exact.csm_absorb(z, sigma, target, mask_index, shift)
+        return exact.csm_uniform(z, sigma, xt, target, shift)
+
+    agree(csm_loss, z, backend, options, options["dsigma"], scored, of_rows, slack=5)
+
+
+@with_poisoned_buffers
+def check_conditionals(draw, backend, device="cpu"):
+    """Losses of conditionals that score every token: leave-one-out, D3PM's, mixtures."""
+    z, x0, masked, mask_index, g = rows(draw, False, backend, device)
+    loss = draw(st.sampled_from([loo_loss, d3pm_loss, mixture_loss]))
+    xt = torch.where(masked, torch.randint(0, z.shape[-1], x0.shape, generator=g), x0)
+    scored = torch.rand(x0.shape, generator=g) < draw(st.sampled_from([0.5, 1.0]))
+    sigma, factor = noise_levels(draw, x0.shape, g), 1
+    options = dict(weight=weights(draw, x0.shape, g), reduction=draw(st.sampled_from(["none", "sum", "mean"])))
+    if loss is loo_loss:
+        options |= dict(sigma=sigma, z_loss=draw(st.sampled_from([0.0, 0.1])))
+        of_rows = partial(exact.loo, sigma=extended(sigma, scored), z_loss=options["z_loss"])
+    elif loss is d3pm_loss:
+        factor, auxiliary = draw(st.sampled_from([1, 3, 1000])), draw(st.sampled_from([0.0, 0.1]))
+        schedule = draw(st.sampled_from([LogLinear(), LogLinear(1e-9), Geometric(1e-6, 80.0)]))
+        step = torch.randint(1, factor + 1, x0.shape, generator=g)
+        options |= dict(step=step, num_steps=factor, schedule=schedule, graph="uniform", auxiliary=auxiliary)
+        sigma, before = (schedule.total_noise(i.double() / factor) for i in (step, step - 1))
+        given = dict(sigma=sigma, sigma_s=torch.where(step == 1, 0, before))
+        of_rows = partial(exact.d3pm_uniform, **{k: extended(v, scored) for k, v in given.items()}, auxiliary=auxiliary)
+    else:
+        share = one_of(draw, [[0.0], [0.3, 1.0], [1e-8, 0.1]], x0.shape, g)
+        xt = torch.where((xt != x0) & ((share == 0) | (torch.rand(x0.shape, generator=g) < 0.3)), mask_index, xt)
+        options |= dict(sigma=sigma, share=share, mask_index=mask_index)
+        of_rows = partial(
+            exact.mixture, sigma=extended(sigma, scored), share=extended(share, scored), mask_index=mask_index
+        )
+    of_rows = partial(of_rows, xt=xt[scored].numpy(), x0=x0[scored].numpy())
+    options |= dict(xt=xt, x0=torch.where(scored, x0, -100))
+    factor = factor * torch.as_tensor(options["weight"], dtype=torch.float64)
+    agree(loss, z, backend, options, factor, scored, of_rows, slack=5)
 
 
 @with_poisoned_buffers

@@ -10,7 +10,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastdiff import backends, cli, data
+from fastdiff import backends, cli, data, sample
+from fastdiff.block_cache import BlockCache
+from fastdiff.blocks import block_causal
+from fastdiff.model import DiffusionTransformer
 
 SMALL = "--length 16 --dim 16 --depth 1 --heads 2 --batch-size 4 --steps 4 --warmup 2"
 EVALUATION = "--eval-every 2 --eval-sequences 4 --eval-samples 15"
@@ -68,6 +71,32 @@ def test_end_to_end(folder):
             assert f"{row[name]:.{digits}f}" in shown
         assert row["perplexity_per_token"] == pytest.approx(2 ** row["bits_per_byte"])
         assert row["perplexity_per_word"] == pytest.approx(math.exp(row["nll"] / row["words"]))
+
+
+def test_a_run_in_blocks(folder, capsys, monkeypatch):
+    """It is evaluated and sampled in its blocks, which nothing tells but the run."""
+    invoke(f"train --data text.txt --out run {SMALL} --eval-every 0 --block-length 4")
+    shown = invoke("eval run --num-samples 15 --num-sequences 4 --json out.json")
+    assert "block by block, stratified, blocks of 4" in shown
+    (row,) = json.loads((folder / "out.json").read_text()).values()
+    assert (row["likelihood"], row["block_length"], row["network_passes"]) == ("block", 4, 60)
+    assert row["nll_interval"] == [row["nll"]] * 2  # enumerated
+
+    model, cache = DiffusionTransformer.from_pretrained("run"), []
+    monkeypatch.setattr(DiffusionTransformer, "cache", lambda *given: cache.append(given[1:]) or BlockCache(*given))
+    text = invoke("sample run --sampler random --prompt line").rstrip("\n")
+    assert cache[0][:3] == (1, 4, 256)
+    options = dict(length=16, prompt=torch.tensor([*b"line"]), sampler="random", block_length=4, block_causal=True)
+    drawn = sample(
+        (lambda xt: model.body(xt, sees=block_causal(xt.shape[1], 4)), model.lm_head), mask_index=256, **options
+    )
+    assert text == bytes(drawn[0].tolist()).decode(errors="replace").rstrip("\n")
+
+    error = fail(capsys, monkeypatch, "eval run --likelihood margin")
+    assert "likelihood: expected 'time-free', the only one of a block model, got 'margin'" in error
+    assert "block_length: expected the block model's, 4, or None, got 8" in fail(
+        capsys, monkeypatch, "sample run --block-length 8"
+    )
 
 
 def test_eval_of_several_texts(folder):

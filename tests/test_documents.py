@@ -45,3 +45,15 @@ def test_only_what_pip_finds_is_installed_by_name(page):
         assert "fastdiff-kernels" not in command
         for names in re.findall(r"\.\[([\w,-]+)\]", command):
             assert set(names.split(",")) <= set(extras)
+
+
+def test_the_readme_runs():
+    for snippet in re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL):
+        exec(snippet, {})
+
+
+def test_the_seams_of_the_readme_are_there():
+    seams = re.findall(r"\| `(\w+)\.(\w+)\(", (ROOT / "README.md").read_text())
+    assert len(seams) > 10
+    for module, name in seams:
+        assert f"def {name}(" in (ROOT / "fastdiff" / "integrations" / f"{module}.py").read_text()

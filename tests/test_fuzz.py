@@ -5,7 +5,18 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from random_cases import CASES, check_dce, check_dse, check_logps, check_masks, check_reverse, check_sample, fuzz
+from random_cases import (
+    CASES,
+    check_conditionals,
+    check_csm,
+    check_dce,
+    check_dse,
+    check_logps,
+    check_masks,
+    check_reverse,
+    check_sample,
+    fuzz,
+)
 
 
 @fuzz(CASES)
@@ -24,6 +35,18 @@ def test_logps(data):
 @given(st.data())
 def test_dse(data):
     check_dse(data.draw, "cpu")
+
+
+@fuzz(CASES)
+@given(st.data())
+def test_csm(data):
+    check_csm(data.draw, "cpu")
+
+
+@fuzz(CASES)
+@given(st.data())
+def test_conditionals(data):
+    check_conditionals(data.draw, "cpu")
 
 
 @fuzz(CASES)

@@ -4,9 +4,19 @@ import peers
 import pytest
 import torch
 
-from fastdiff import dce_loss, dse_loss, reverse_probs, sample_tokens
+from fastdiff import (
+    Geometric,
+    csm_loss,
+    d3pm_loss,
+    dce_loss,
+    dse_loss,
+    loo_loss,
+    mixture_loss,
+    reverse_probs,
+    sample_tokens,
+)
 
-V = 40
+V, NOISE = 40, Geometric(0.01, 3.0)
 
 
 @pytest.fixture
@@ -58,6 +68,33 @@ PAIRS = {
     "LLaDA": (
         lambda z, b: dce_loss(z, b["x0"], mask=b["masked"], weight=b["rate"], exclude_mask=False, reduction="sum"),
         lambda z, b: peers.llada_ce(z, b["rate"], b["xt"], b["x0"]),
+    ),
+    "CSM absorb": (
+        lambda z, b: csm_loss(z, b["sigma"], b["xt"], b["x0"], reduction="sum"),
+        lambda z, b: peers.squared_ratios(z, b["sigma"], b["xt"], b["x0"], False),
+    ),
+    "CSM uniform": (
+        lambda z, b: csm_loss(z, b["sigma"], b["moved"], b["x0"], graph="uniform", reduction="sum"),
+        lambda z, b: peers.squared_ratios(z, b["sigma"], b["moved"], b["x0"], True),
+    ),
+    "DiffusionGemma": (
+        lambda z, b: loo_loss(z, b["sigma"], b["moved"], b["x0"], reduction="sum"),
+        lambda z, b: peers.diffusion_gemma(z, b["sigma"], b["moved"], b["x0"]),
+    ),
+    "D3PM": (
+        lambda z, b: d3pm_loss(
+            z, 3, b["moved"], b["x0"], num_steps=4, graph="uniform", schedule=NOISE, weight=1 / 4, reduction="sum"
+        ),
+        lambda z, b: peers.d3pm_uniform(
+            z,
+            *(NOISE.total_noise(torch.full((4,), t, dtype=torch.float64)) for t in (3 / 4, 2 / 4)),
+            b["moved"],
+            b["x0"],
+        ),
+    ),
+    "GIDD": (
+        lambda z, b: mixture_loss(z, b["sigma"], b["rate"] / 2, b["moved"], b["x0"], reduction="sum"),
+        lambda z, b: peers.gidd(z, b["sigma"], b["rate"] / 2, b["moved"], b["x0"]),
     ),
 }
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from fastdiff import cli
 from fastdiff.cards import CARDS
-from fastdiff.model import DiffusionTransformer, ModelConfig
+from fastdiff.model import DiffusionTransformer, ModelConfig, noised_stream
 from fastdiff.planning import Plan
 from fastdiff.presets import PRESETS
 from fastdiff.training import TrainConfig, diffusion_loss, noise
@@ -47,19 +47,22 @@ def kept_for_backward(call, model):
     return sum(storage.nbytes() for storage in kept.values()), result
 
 
-def inputs(plan):
-    shape = plan.model
+def called(plan, network):
+    """A network of the shape on tokens of a part of a batch, by blocks if the plan is."""
+    shape, block_length = plan.model, plan.training.block_length
     x = torch.randint(0, shape.num_states, (plan.rows, plan.length))
-    return (x, torch.rand(plan.rows)) if shape.cond_dim else (x,)
+    noise = torch.rand(x.shape if block_length else x.shape[:1]) if shape.cond_dim else None
+    return noised_stream(network, x, noise, x0=x, block_length=block_length) if block_length else network(x, noise)
 
 
+@pytest.mark.parametrize("block_length", [0, 8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_activations(shape, dtype):
-    plan, model = plan_of(shape, dtype=dtype), DiffusionTransformer(shape)
+def test_activations(shape, dtype, block_length):
+    plan, model = plan_of(shape, dtype=dtype, block_length=block_length), DiffusionTransformer(shape)
     cast = dtype == "bfloat16"
     with torch.autocast("cpu", torch.bfloat16, enabled=cast):
-        found, _ = kept_for_backward(lambda: model.body(*inputs(plan)), model)
+        found, _ = kept_for_backward(lambda: called(plan, model.body), model)
     copies = 2 * sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2) if cast else 0
     assert found - copies == pytest.approx(plan.activations, rel=0.02)
     assert copies < plan.memory["weights in use"] or not cast
@@ -70,7 +73,7 @@ def test_activations(shape, dtype):
 def test_recomputed_activations(shape, dtype):
     plan, model = plan_of(shape, dtype=dtype, recompute=True), DiffusionTransformer(shape)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"), blocks_as(plan.training, model):
-        found, _ = kept_for_backward(lambda: model.body(*inputs(plan)), model)
+        found, _ = kept_for_backward(lambda: called(plan, model.body), model)
     width = plan.tokens * shape.dim * plan.stream
     assert found == pytest.approx(plan.activations - plan.activations_of_a_block + width, rel=0.04)
 
@@ -93,13 +96,13 @@ def test_states(loss):
         assert sum(tensor.nbytes for tensor in tensors) == plan.memory[name], name
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("recompute", "block_length"), [(False, 0), (True, 0), (False, 8)])
 @pytest.mark.parametrize("shape", SHAPES[::2])
-def test_operations(shape, recompute):
-    plan, model = plan_of(shape, recompute=recompute), DiffusionTransformer(shape)
+def test_operations(shape, recompute, block_length):
+    plan, model = plan_of(shape, recompute=recompute, block_length=block_length), DiffusionTransformer(shape)
     counter = FlopCounterMode(display=False)  # which knows the products of this attention, and not the fused one's
     with counter, blocks_as(plan.training, model), sdpa_kernel(SDPBackend.MATH):
-        model(*inputs(plan)).sum().backward()
+        called(plan, model).sum().backward()
     assert counter.get_total_flops() == pytest.approx(plan.operations, rel=0.05)
 
 
@@ -132,6 +135,7 @@ def test_command(tmp_path, monkeypatch, capsys):
         "--preset 2b": "preset: expected",
         "--preset 1b --gpus 3": "batch_size: expected a multiple of ranks x accumulation = 3 x 1",
         "--preset 1b --gpus 8 --sharding hybrid --shards 3": "shards: expected a divisor of the 8 ranks, got 3",
+        "--preset 1b --block-length 5": "block_length: expected a divisor of the length, 4096, got 5",
         "--preset 1b --share 2": "share: expected a number in (0, 1]",
         "--preset 1b --dtype float16": "dtype: expected",
     }.items():

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import exact
 import numpy as np
 import pytest
 import torch
@@ -181,6 +182,122 @@ def test_dse_is_nonnegative_and_zero_at_the_conditional_ratio(graph):
         worse = ratio + torch.randn(5, dtype=torch.float64)
         loss = reference.dse_absorb(worse, *at, M) if graph == "absorb" else reference.dse_uniform(worse, *at)
         assert loss > 0
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.8, 3.0])
+@pytest.mark.parametrize(("graph", "mask"), GRAPHS)
+def test_concrete_score_matching_is_half_the_squared_distance_from_the_ratios(graph, mask, sigma):
+    s = torch.randn(5, dtype=torch.float64)
+    for xt, x0 in itertools.product([M] if mask else range(5), range(4 if mask else 5)):
+        conditional = reference.transition(graph, torch.tensor(x0), f64(sigma), 5, mask)
+        others = torch.arange(5) != xt
+        expected = (s.exp() - conditional / conditional[xt])[others].square().sum() / 2
+        given = [s, f64(sigma), torch.tensor(xt), torch.tensor(x0)]
+        got = reference.csm_absorb(*given, M) if mask else reference.csm_uniform(*given)
+        torch.testing.assert_close(got, expected)
+
+
+def test_leave_one_out_logits_become_those_that_know_x_t():
+    """Bayes: p(x0 | x_t, others) is proportional to p(x_t | x0) p(x0 | others)."""
+    logits, xt, sigma = torch.randn(5, 5, dtype=torch.float64), torch.arange(5), f64(0.7)
+    posterior = reference.transp_transition("uniform", xt, sigma, 5, None) * torch.softmax(logits, -1)
+    found = torch.softmax(reference.leave_one_out(logits, sigma, xt), -1)
+    torch.testing.assert_close(found, posterior / posterior.sum(-1, keepdim=True))
+
+
+class Chain:
+    """A chain of three steps over one token, its network a table of logits, and all of its probabilities."""
+
+    def __init__(self, graph):
+        self.graph, self.sigmas = graph, [0.0, 0.4, 1.1, 2.5]
+        self.mask = M if graph == "absorb" else None
+        self.steps = [
+            torch.matrix_exp((t - s) * rate_matrix(graph, 5)) for s, t in itertools.pairwise(self.sigmas)
+        ]  # [x_t, x_s]
+        self.logits = torch.randn(4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    def noised(self, step):
+        """q(x_step | x0), [x_step, x0]."""
+        return torch.matrix_exp(self.sigmas[step] * rate_matrix(self.graph, 5))
+
+    def reverse(self, step, xt):
+        """p(x_s | x_t): the mean of q(x_s | x_t, x0) q(x_t | x0) under the network's c, normalised."""
+        z = self.logits[step, xt].clone()
+        if self.mask is not None:
+            z[M] = -torch.inf
+        c = torch.softmax(z, -1)
+        if step == 1 and self.graph == "uniform":
+            return c  # D3PM's last step is the network's own law
+        p = self.steps[step - 1][xt] * (self.noised(step - 1) @ c)
+        return p / p.sum()
+
+    def bound(self, x0):
+        """E_q log q(x_1..x_3 | x0) / p(x_0..x_3) over all paths, where p(x_3) = q(x_3 | x0)."""
+        total = 0.0
+        for path in itertools.product(range(5), repeat=3):
+            steps = list(zip((x0, *path), path, strict=False))
+            q = math.prod(float(self.steps[i][t, s]) for i, (s, t) in enumerate(steps))
+            if q > 0:
+                end = float(self.noised(3)[path[-1], x0])
+                p = end * math.prod(float(self.reverse(i + 1, t)[s]) for i, (s, t) in enumerate(steps))
+                total += q * math.log(q / p)
+        return total
+
+    def losses(self, step):
+        """The loss at each x_step, x0."""
+        xt, x0 = (x.flatten() for x in torch.meshgrid(torch.arange(5), torch.arange(5), indexing="ij"))
+        sigma, before = (f64([s] * 25) for s in (self.sigmas[step], self.sigmas[step - 1]))
+        z = self.logits[step, xt]
+        if self.graph == "uniform":
+            return reference.d3pm_uniform(z, sigma, before, xt, x0).view(5, 5)
+        weight = (torch.exp(-before) - torch.exp(-sigma)) / (1 - torch.exp(-sigma))
+        return (weight * reference.dce(z, x0, (xt == M) & (x0 != M), M)).view(5, 5)
+
+
+@pytest.mark.parametrize("graph", ["absorb", "uniform"])
+def test_d3pm_is_the_bound_of_a_chain_whose_paths_are_enumerated(graph):
+    chain = Chain(graph)
+    for x0 in range(4 if graph == "absorb" else 5):
+        steps = sum((chain.noised(i)[:, x0] * chain.losses(i)[:, x0]).sum() for i in (1, 2, 3))
+        assert float(steps) == pytest.approx(chain.bound(x0), rel=1e-10)
+
+
+def test_d3pms_divergence_keeps_its_digits_and_tends_to_cross_entropy():
+    """Against extended precision, for short steps, little noise and a network that is nearly certain."""
+    z = torch.randn(6, 30, dtype=torch.float64)
+    z[3:, 7] += 30
+    xt, x0 = torch.tensor([7, 2, 9, 7, 2, 9]), torch.full((6,), 7)
+    for sigma, before in ((1e-6, 5e-7), (1.0, 0.999999), (3.0, 1e-9), (40.0, 39.0)):
+        sigmas = f64([sigma] * 6), f64([before] * 6)
+        got = reference.d3pm_uniform(z, *sigmas, xt, x0).numpy()
+        expected = exact.d3pm_uniform(*(x.numpy().astype(exact.EXTENDED) for x in (z, *sigmas)), xt.numpy(), x0.numpy())
+        np.testing.assert_allclose(got, expected.loss.astype(float), rtol=1e-9, atol=1e-18)
+    last = reference.d3pm_uniform(z, f64([0.3] * 6), f64([0.0] * 6), xt, x0, 0.5)
+    torch.testing.assert_close(last, 1.5 * reference.dce(z, x0, x0 == x0, None))
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0, 1e-9])
+def test_mixture_is_gidds_divergences(share):
+    """From the two laws of x_t as they stand, x_t and x0 anywhere but x0 at the mask."""
+    xt, x0 = (x.flatten() for x in torch.meshgrid(torch.arange(5), torch.arange(4), indexing="ij"))
+    z, sigma = torch.randn(20, 5, dtype=torch.float64), torch.full((20,), 0.7, dtype=torch.float64)
+    alpha, mask = math.exp(-0.7), torch.eye(5, dtype=torch.float64)[M]
+    noise = (1 - alpha) * (share * (1 - mask) / 4 + (1 - share) * mask)
+    c = torch.softmax(z.masked_fill(mask.bool(), -torch.inf), -1)
+    q, p = (alpha * law + noise for law in (torch.eye(5, dtype=torch.float64)[x0], c))
+    ratio = (q / p).gather(-1, xt[:, None])[:, 0]
+    ratio[xt == M] = 1  # also where neither has any
+    expected = torch.special.xlogy(q, q / p).nan_to_num().sum(-1) + ratio - 1 - ratio.log()
+    got = reference.mixture(z, sigma, torch.full_like(sigma, share), xt, x0, M)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-12)
+
+
+def test_mixture_without_uniform_noise_is_masked_cross_entropy():
+    z, x0, sigma = torch.randn(4, 5, dtype=torch.float64), torch.arange(4), torch.full((4,), 0.7, dtype=torch.float64)
+    got = reference.mixture(z, sigma, 0 * sigma, torch.full((4,), M), x0, M)
+    torch.testing.assert_close(got, math.exp(-0.7) * reference.dce(z, x0, x0 == x0, M))
+    near = reference.mixture(z, sigma, 0 * sigma + 1e-13, torch.full((4,), M), x0, M)
+    torch.testing.assert_close(got, near, rtol=1e-9, atol=0)
 
 
 def test_scale_by_sigma_is_sedds_tail():

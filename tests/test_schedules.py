@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from fastdiff.schedules import Cosine, Geometric, Linear, LogLinear, Polynomial, Schedule
+from fastdiff.schedules import Cosine, Geometric, Hybrid, Linear, LogLinear, Polynomial, Schedule
 
 SCHEDULES = [
     LogLinear(),
@@ -15,6 +15,8 @@ SCHEDULES = [
     Linear(0.2, 3.0),
     Polynomial(2.0),
     Polynomial(0.5),
+    Hybrid(),
+    Hybrid(0.3, gamma=0.5),
 ]
 # close to both ends, where careless forms lose their digits
 SMALL = torch.logspace(-12, -2, 11, dtype=torch.float64)

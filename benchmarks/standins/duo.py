@@ -59,7 +59,10 @@ class Diffusion:
         current_accumulation_step: int | None = None,
         train_mode: bool = False,
     ) -> Tensor:
-        dalpha_t, alpha_t = (value[:, None] for value in self.noise(self._sample_t(len(x0), current_accumulation_step)))
+        t = self._sample_t(len(x0), current_accumulation_step)
+        if self.T > 0:
+            t = (t * self.T).int() / self.T + 1 / self.T
+        dalpha_t, alpha_t = (value[:, None] for value in self.noise(t))
         xt = self.q_xt(x0, alpha_t)
         if self.class_conditional:
             dropped = torch.rand(labels.shape, dtype=torch.float32) < self.class_cond_dropout

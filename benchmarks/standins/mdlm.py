@@ -56,11 +56,18 @@ class Diffusion:
         logits = logits - e1[:, None, None] - math.log(logits.shape[-1] - 1)
         return torch.scatter(logits, -1, xt[..., None], torch.zeros_like(logits[..., :1]))
 
+    def _d3pm_parameterization(self, logits: Tensor) -> Tensor:
+        offset = logits.new_zeros(logits.shape[-1])
+        offset[self.mask_index] = self.neg_infinity if self.subs_masking else 0
+        return (logits + offset).log_softmax(-1)
+
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         sigma = self._process_sigma(sigma)
         logits = self.backbone(x, sigma)
         if self.parameterization == "subs":
             return self._subs_parameterization(logits, x)
+        if self.parameterization == "d3pm":
+            return self._d3pm_parameterization(logits)
         return self._sedd_parameterization(logits, x, sigma)
 
     def _score_entropy(self, log_score: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor) -> Tensor:
@@ -76,8 +83,27 @@ class Diffusion:
         entropy[masked] += positive - negative + ratio * (ratio.log() - 1)
         return entropy
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype  # as of a LightningModule
+
+    def _d3pm_loss(self, model_output: Tensor, xt: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+        t = t[:, None].clamp(0, 1 - 1e-4)
+        s = t - 1 / self.T
+        c = model_output[:, :, self.mask_index].exp()
+        at_x0 = model_output.gather(-1, x0[..., None]).squeeze(-1)
+        now, before = torch.log((1 - t) * c / t + 1), torch.log((1 - s) * c / s + 1)
+        share = 1 / (self.T * t)
+        return self.T * (share * (now - at_x0) + (1 - share) * (now - before)) * (xt == self.mask_index)
+
+    def _reconstruction_loss(self, x0: Tensor) -> Tensor:
+        sigma = self.noise(torch.zeros(len(x0), dtype=self.dtype))[0][:, None]
+        return -self.forward(x0, sigma).gather(-1, x0[..., None]).squeeze(-1)
+
     def _forward_pass_diffusion(self, x0: Tensor) -> Tensor:
         t = self._sample_t(len(x0), x0.device)
+        if self.T > 0:
+            t = (t * self.T).int() / self.T + 1 / self.T
         if self.change_of_variables:
             high, low = (torch.log1p(-torch.exp(-end)) for end in (self.noise.sigma_max, self.noise.sigma_min))
             conditioning, move_chance = t[:, None], torch.exp(low + t * (high - low))[:, None]
@@ -90,6 +116,9 @@ class Diffusion:
             print("model_output", model_output)
         if self.parameterization == "sedd":
             return dsigma[:, None] * self._score_entropy(model_output, sigma[:, None], xt, x0)
+        if self.T > 0:
+            loss = self._d3pm_loss(model_output, xt, x0, t)
+            return self._reconstruction_loss(x0) + loss if self.parameterization == "d3pm" else loss
         log_p = model_output.gather(-1, x0[..., None]).squeeze(-1)
         if self.change_of_variables or self.importance_sampling:
             return log_p * torch.log1p(-torch.exp(-self.noise.sigma_min))
@@ -145,6 +174,7 @@ SETTINGS = dict(
     time_conditioning=True,
     change_of_variables=False,
     importance_sampling=False,
+    subs_masking=False,
     neg_infinity=-1e6,
     training=True,
 )
@@ -176,6 +206,7 @@ def given(cls: type, num_states: int, **attributes: Any) -> Any:
     """An object of the class whose mask is the last state, with these attributes and no more."""
     made = cls.__new__(cls)
     made.__dict__.update(SETTINGS | attributes, mask_index=num_states - 1, vocab_size=num_states)
+    made.__dict__.update(_dtype=torch.get_default_dtype(), _device=torch.device("cpu"))
     return made
 
 
@@ -203,5 +234,7 @@ def cases(p: Problem) -> dict[str, tuple[Callable[[Network], Tensor], Callable[[
         "subs": {},
         "subs_importance": dict(importance_sampling=True),
         "sedd": dict(parameterization="sedd"),
+        "subs_in_steps": dict(T=1000),
+        "d3pm": dict(T=1000, parameterization="d3pm", subs_masking=True),
     }
     return {name: (loss(Diffusion, **options), loss(ours, **options)) for name, options in settings.items()}

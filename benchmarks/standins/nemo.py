@@ -302,4 +302,5 @@ def cases(p: Problem) -> dict[str, tuple[Callable[[Network], Tensor], Callable[[
         "MDLM": pair("MDLMStrategy"),
         "Hybrid": pair("HybridStrategy", TwoHalves, ar_loss_alpha=0.7),
         "IDLM": pair("IDLMStrategy"),
+        "IDLM, balanced": pair("IDLMStrategy", auto_balance_clean_loss=True),
     }

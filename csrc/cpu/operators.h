@@ -11,16 +11,17 @@ namespace fastdiff {
 
 std::tuple<Tensor, Tensor, Tensor> row_loss(Tensor z, Tensor x0, std::optional<Tensor> xt, std::optional<Tensor> mask,
                                             std::optional<Tensor> sigma, std::optional<Tensor> weight,
-                                            std::optional<Tensor> entropy_weight, std::optional<Tensor> num_items,
-                                            std::string functor, int64_t mask_index, bool exclude_mask,
-                                            int64_t ignore_index, bool scale_by_sigma, double z_loss,
-                                            std::string reduction, bool with_grad, bool with_stats);
+                                            std::optional<Tensor> entropy_weight, std::optional<Tensor> extra,
+                                            std::optional<Tensor> num_items, std::string functor, int64_t mask_index,
+                                            bool exclude_mask, int64_t ignore_index, bool scale_by_sigma,
+                                            double penalty, std::string reduction, bool with_grad, bool with_stats);
 
 std::tuple<Tensor, Tensor> row_loss_(Tensor z, Tensor x0, std::optional<Tensor> xt, std::optional<Tensor> mask,
                                      std::optional<Tensor> sigma, std::optional<Tensor> weight,
-                                     std::optional<Tensor> entropy_weight, std::string functor, int64_t mask_index,
-                                     bool exclude_mask, int64_t ignore_index, bool scale_by_sigma, double z_loss,
-                                     int64_t all_states, bool with_grad, bool with_stats);
+                                     std::optional<Tensor> entropy_weight, std::optional<Tensor> extra,
+                                     std::string functor, int64_t mask_index, bool exclude_mask, int64_t ignore_index,
+                                     bool scale_by_sigma, double penalty, int64_t all_states, bool with_grad,
+                                     bool with_stats);
 
 std::tuple<Tensor, Tensor> row_distill(Tensor z, Tensor teacher, std::optional<Tensor> ids, std::optional<Tensor> mask,
                                        std::optional<Tensor> weight, std::optional<Tensor> num_items, bool reverse,

@@ -24,21 +24,27 @@ using Acc = decltype(load(T()));
 template <typename C>
 constexpr C kInfinity = std::numeric_limits<C>::infinity();
 
-// A row and the place of its gradient, which may be its own. x0 and the excluded id (the mask or x_t) are treated
-// apart; either is negative if it is not in the row.
+// A row, the place of its gradient, which may be its own, and the ids that are treated apart.
 template <typename T>
 struct Row {
   const T* z;
   T* grad;
-  int64_t num_states, x0, excluded;
+  int64_t num_states;
+  Apart apart;
+
+  FASTDIFF_HD double number(int64_t id) const { return load(z[id]); }
 
   // Calls f(first, n) for runs of at most kBlock of the other ids, in rising order.
   template <typename F>
   FASTDIFF_HD void for_each_run(const F& f) const {
-    const int64_t low = excluded < 0 ? x0 : std::min(x0, excluded), high = std::max(x0, excluded);
-    const int64_t begin[] = {0, low + 1, high + 1}, end[] = {low, high, num_states};
-    for (int k = 0; k < 3; ++k)
-      for (int64_t first = begin[k]; first < end[k]; first += kBlock) f(first, std::min(kBlock, end[k] - first));
+    const int64_t a = apart.x0, b = apart.left_out, c = apart.xt;
+    const int64_t low = std::min({a, b, c}), high = std::max({a, b, c});
+    const int64_t mid = std::max(std::min(a, b), std::min(std::max(a, b), c)), ids[] = {low, mid, high, num_states};
+    int64_t first = 0;
+    for (const int64_t id : ids) {
+      for (; first < id; first += kBlock) f(first, std::min(kBlock, id - first));
+      first = std::max<int64_t>(id + 1, 0);
+    }
   }
 };
 
@@ -86,74 +92,92 @@ FASTDIFF_HD Block<C> sum_terms(const F& term, const C* x, C* kept, int64_t n) {
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// Score entropy: a plain sum, so loss and gradient come from one pass.
+// Scores: a plain sum, so loss and gradient come from one pass.
 
 // Adds a run to the sum and stores its gradient, scale times the derivatives; unless it overflows, if that is to be
 // avoided: then nothing, and false.
 template <bool kGrad, bool kAvoid, typename C, typename T, typename F>
-FASTDIFF_HD bool dse_run(const Row<T>& row, const F& term, double scale, int64_t first, int64_t n, double& sum) {
-  constexpr C kMost = std::is_same_v<C, float> ? 88 : 709;
+FASTDIFF_HD bool scores_run(const Row<T>& row, const F& term, double scale, int64_t first, int64_t n, double& sum) {
   C in[kBlock], out[kBlock];
   const Block<C> block = sum_terms<kGrad>(term, widened(row.z + first, n, in), out, n);
-  if (kAvoid && (block.max >= term.shift + kMost || !std::isfinite(block.sum))) return false;
+  if (kAvoid && (block.max >= term.shift + F::kMost || !std::isfinite(block.sum))) return false;
   if constexpr (kGrad) store_scaled(row.grad + first, out, n, scale * term.factor);
   sum += scale * term.factor * block.sum;
   return true;
 }
 
-// Blocks that overflow are computed again in double, with the weight in the exponent.
-template <bool kGrad, template <typename> class F, typename T, typename... Constants>
-FASTDIFF_HD double dse_runs(const Row<T>& row, double scale, Constants... constants) {
-  using C = Acc<T>;
-  const F<C> term(constants...);
+// Blocks that overflow are computed again in double, with the weight in the exponent; numbers in double have it there.
+template <bool kGrad, template <typename> class F, typename T>
+FASTDIFF_HD double scores_runs(const Row<T>& row, double scale, double shift, double a, double log_a) {
+  const F<double> exact(RowWeight(scale), shift, a, log_a);
   double sum = 0;
-  row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-    if (dse_run<kGrad, true, C>(row, term, scale, first, n, sum)) return;
-    dse_run<kGrad, false, double>(row, F<double>(RowWeight(scale), constants...), 1, first, n, sum);
-  });
+  if constexpr (std::is_same_v<Acc<T>, double>) {
+    row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
+      scores_run<kGrad, false, double>(row, exact, 1, first, n, sum);
+    });
+  } else {
+    const F<float> term(shift, a, log_a);
+    row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
+      if (!scores_run<kGrad, true, float>(row, term, scale, first, n, sum))
+        scores_run<kGrad, false, double>(row, exact, 1, first, n, sum);
+    });
+  }
   return sum;
 }
 
-template <bool kGrad, typename T>
-FASTDIFF_HD double dse_row(const Row<T>& row, double weight, double shift, const DseRow& dse) {
-  const double scale = weight * dse.scale;
-  double sum = dse.a > 0 ? dse_runs<kGrad, PhiTerm>(row, scale, shift, dse.a, dse.log_a)
-                         : dse_runs<kGrad, ExpTerm>(row, scale, shift);
-  if (row.x0 >= 0 && row.x0 != row.excluded) {
-    const double s = load(row.z[row.x0]) - shift;
-    const Term<double> term = RowWeight(scale).phi(s, s - dse.log_a_x0, dse.a_x0);
-    sum += term.value;
-    if constexpr (kGrad) store(row.grad + row.x0, static_cast<Acc<T>>(term.slope));
+// F::Zero and F::Near are the terms where the ratio is 0 and where it is not.
+template <typename F, bool kGrad, typename T>
+FASTDIFF_HD double scores_row(const Row<T>& row, double weight, double shift, const ScoresRow& scores) {
+  const double scale = weight * scores.scale;
+  const int64_t x0 = row.apart.x0, left_out = row.apart.left_out;
+  double sum = scores.a > 0 ? scores_runs<kGrad, F::template Near>(row, scale, shift, scores.a, scores.log_a)
+                            : scores_runs<kGrad, F::template Zero>(row, scale, shift, 0, 0);
+  if (x0 >= 0 && x0 != left_out) {
+    const typename F::template Near<double> at_x0(RowWeight(scale), shift, scores.a_x0, scores.log_a_x0);
+    const Term<double> term = at_x0(row.number(x0));
+    sum += at_x0.factor * term.value;
+    if constexpr (kGrad) store(row.grad + x0, static_cast<Acc<T>>(at_x0.factor * term.slope));
   }
-  if (kGrad && row.excluded >= 0) store(row.grad + row.excluded, Acc<T>(0));
+  if (kGrad && left_out >= 0) store(row.grad + left_out, Acc<T>(0));
   return sum;
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// Cross-entropy: the exponentials are kept from the first pass, the second multiplies them by what the sum makes known.
+// Softmax: the exponentials are kept from the first pass, the second multiplies them by what the sum makes known.
 
-template <typename C>
 struct ExpSum {
-  C shift;
-  double sum;  // of exp(z - shift)
+  double shift, sum;  // of exp(z - shift)
 
-  FASTDIFF_HD void add(C other_shift, double other_sum) {
-    const C top = other_shift > shift ? other_shift : shift;
+  FASTDIFF_HD void add(double other_shift, double other_sum) {
+    const double top = other_shift > shift ? other_shift : shift;
     // != rather than <, so that a NaN among the shifts reaches the sum
-    if (shift != top) sum *= std::exp(static_cast<double>(shift) - top);
-    if (other_shift != top) other_sum *= std::exp(static_cast<double>(other_shift) - top);
+    if (shift != top) sum *= std::exp(shift - top);
+    if (other_shift != top) other_sum *= std::exp(other_shift - top);
     shift = top;
     sum += other_sum;
   }
 };
 
+// The log of a sum over exp(all.shift), and -log of x0's share in it. Neither is 1 added to a small sum, nor the shift
+// to the log: digits would be lost.
+struct LogSum {
+  double value, nll;
+
+  FASTDIFF_HD LogSum(const ExpSum& others, const ExpSum& all, double at_x0) {
+    const double ratio = others.sum * std::exp(others.shift - at_x0), ahead = at_x0 - all.shift;
+    value = ratio < 1 ? ahead + std::log1p(ratio) : std::log(all.sum);
+    nll = ratio < 1 ? std::log1p(ratio) : value - ahead;
+  }
+};
+
 // Room for a row between the passes: the exponentials, unless the gradient can hold them (which it cannot in the row's
-// own place), and each run's shift.
+// own place), what else goes with them, and each run's shift, later its share: what an exponential is of the whole sum.
 template <typename T>
 struct Scratch {
-  std::vector<Acc<T>> exponentials, shifts;
+  std::vector<Acc<T>> exponentials, pulls;
+  std::vector<double> shares;
 
-  explicit Scratch(int64_t num_states) : shifts(num_states / kBlock + 3) {}
+  explicit Scratch(int64_t num_states) : shares(num_states / kBlock + 4) {}
 
   FASTDIFF_HD Acc<T>* kept(const Row<T>& row) {
     if constexpr (std::is_same_v<Acc<T>, T>) {
@@ -161,6 +185,15 @@ struct Scratch {
     }
     exponentials.resize(row.num_states);
     return exponentials.data();
+  }
+
+  // From shifts, of which few differ.
+  FASTDIFF_HD void find_shares(const ExpSum& all) {
+    double before = NAN, share = 0;
+    for (double& x : shares) {
+      if (x != before) before = x, share = std::exp(x - all.shift) / all.sum;
+      x = share;
+    }
   }
 };
 
@@ -171,30 +204,32 @@ struct RowStats {
 // Adds a run to the sum and gives the shift it took: what others took, unless that lets the exponentials grow too
 // large.
 template <bool kKeep, typename T>
-FASTDIFF_HD Acc<T> add_run(ExpSum<Acc<T>>& all, const T* z, Acc<T>* kept, int64_t n, Acc<T>& max) {
+FASTDIFF_HD Acc<T> add_run(ExpSum& all, const T* z, Acc<T>* kept, int64_t n, Acc<T>& max) {
   using C = Acc<T>;
-  C in[kBlock], shift = std::max(all.shift, std::numeric_limits<C>::lowest());  // never -inf
+  C in[kBlock], shift = std::max(static_cast<C>(all.shift), std::numeric_limits<C>::lowest());  // never -inf
+  const auto term = [&](C x) __attribute__((always_inline)) {
+    const C e = exp_(x - shift);
+    return Term<C>{e, e};
+  };
   const C* x = widened(z, n, in);
-  Block<C> block = sum_terms<kKeep>(ExpTerm<C>(shift), x, kept, n);
-  if (block.max > shift + 60) block = sum_terms<kKeep>(ExpTerm<C>(shift = block.max), x, kept, n);
+  Block<C> block = sum_terms<kKeep>(term, x, kept, n);
+  if (block.max > shift + 60) shift = block.max, block = sum_terms<kKeep>(term, x, kept, n);
   all.add(shift, block.sum);
   max = block.max;
   return shift;
 }
 
-// -sum p log p, from the row's log-sum-exp, which is top + log_sum; of a part of a row, as if it were all.
+// -sum p log p, from the row's log-sum-exp, which is top + log_sum, and the numbers at x0 and x_t; of a part of a row,
+// as if it were all.
 template <typename T>
-FASTDIFF_HD double entropy(const Row<T>& row, Acc<T> top, double log_sum) {
+FASTDIFF_HD double entropy(const Row<T>& row, double at_x0, double at_xt, Acc<T> top, double log_sum) {
   using C = Acc<T>;
-  const auto term = [&](C z) __attribute__((always_inline)) {
-    const C x = z - top;
-    return x < C(-86) ? 0 : exp_(x) * x;
-  };
-  double sum = row.x0 < 0 ? 0 : term(load(row.z[row.x0]));
+  const auto term = [&](C x) __attribute__((always_inline)) { return x < C(-86) ? 0 : exp_(x) * x; };
+  double sum = term(static_cast<C>(at_x0 - top)) + term(static_cast<C>(at_xt - top));
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
     C part = 0;
 #pragma omp simd reduction(+ : part)
-    for (int64_t v = first; v < first + n; ++v) part += term(load(row.z[v]));
+    for (int64_t v = first; v < first + n; ++v) part += term(load(row.z[v]) - top);
     sum += part;
   });
   return log_sum - sum * std::exp(-log_sum);
@@ -203,8 +238,8 @@ FASTDIFF_HD double entropy(const Row<T>& row, Acc<T> top, double log_sum) {
 // The gradient p (slope - e (log p + H)) of a run, from the exponentials kept of it: p is share times one of them, and
 // log p is z - top - log_sum. In parts of the larger factor, so that the others fit the working type.
 template <typename T>
-FASTDIFF_HD void dce_entropy_grad(const T* z, const Acc<T>* kept, T* grad, int64_t n, Acc<T> top, double share,
-                                  double constant, double entropy_weight) {
+FASTDIFF_HD void entropy_grad(const T* z, const Acc<T>* kept, T* grad, int64_t n, Acc<T> top, double share,
+                              double constant, double entropy_weight) {
   using C = Acc<T>;
   const double size = std::max(std::fabs(constant), std::fabs(entropy_weight));
   const C a = static_cast<C>(constant / size), b = static_cast<C>(entropy_weight / size);
@@ -217,154 +252,176 @@ FASTDIFF_HD void dce_entropy_grad(const T* z, const Acc<T>* kept, T* grad, int64
   store_scaled(grad, out, n, share * size);
 }
 
-// weight (nll + z_loss logsumexp^2) + entropy_weight H. With x0 elsewhere, as if its number were 0 and its probability
+// weight (nll + penalty logsumexp^2) + entropy_weight H. With x0 elsewhere, as if its number were 0 and its probability
 // nothing: its nll is the log-sum-exp.
 template <bool kGrad, typename T>
-FASTDIFF_HD double dce_row(const Row<T>& row, double weight, double entropy_weight, double z_loss, Scratch<T>& scratch,
-                           RowStats* stats) {
+FASTDIFF_HD double softmax_row(const Row<T>& row, const SoftmaxRow& softmax, double weight, double entropy_weight,
+                               double penalty, Scratch<T>& scratch, RowStats* stats) {
   using C = Acc<T>;
-  const bool here = row.x0 >= 0;
-  const C at_x0 = here ? load(row.z[row.x0]) : -kInfinity<C>;
-  ExpSum<C> others{at_x0, 0};
-  C max_before = -kInfinity<C>, max_after = max_before;
-  C *kept = kGrad ? scratch.kept(row) : nullptr, *shift = scratch.shifts.data();
+  const auto [x0, left_out, xt] = row.apart;
+  const bool here = x0 >= 0, still = here && xt < 0;  // then an offset is x0's
+  const double at_x0 = here ? row.number(x0) + (still ? softmax.offset : 0) : -kInfinity<double>;
+  const double at_xt = xt >= 0 ? row.number(xt) + softmax.offset : -kInfinity<double>;
+  weight *= softmax.weight;
+  ExpSum others{at_x0, 0};
+  double before = xt < x0 ? at_xt : -kInfinity<double>, after = xt > x0 ? at_xt : -kInfinity<double>;  // the largest
+  C* kept = kGrad ? scratch.kept(row) : nullptr;
+  double* shift = scratch.shares.data();
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
     C max;
     *shift++ = add_run<kGrad>(others, row.z + first, kGrad ? kept + first : kept, n, max);
-    max_before = first < row.x0 && max > max_before ? max : max_before;
-    max_after = first > row.x0 && max > max_after ? max : max_after;
+    before = first < x0 && max > before ? max : before;
+    after = first > x0 && max > after ? max : after;
   });
-  if (others.shift == kInfinity<C>) others.sum = NAN;  // inf - inf, as in PyTorch
-  ExpSum<C> all = others;
+  if (xt >= 0) others.add(at_xt, 1);
+  if (others.shift == kInfinity<double>) others.sum = NAN;  // inf - inf, as in PyTorch
+  ExpSum all = others;
   all.add(at_x0, here ? 1 : 0);
-  // Neither is 1 added to a small sum, nor the shift to log(sum): digits would be lost.
-  const double log_sum = here && all.shift == at_x0 ? std::log1p(others.sum) : std::log(all.sum);
-  const double logsumexp = all.shift + log_sum;
-  const double drift = z_loss == 0 ? 0 : logsumexp;  // which may be infinite
-  const double slope = 1 + 2 * z_loss * drift;
-  const double log_p = here ? (static_cast<double>(at_x0) - all.shift) - log_sum : -logsumexp;
-  const C top = std::max({at_x0, max_before, max_after});
-  const bool correct = at_x0 > max_before && at_x0 >= max_after && !std::isnan(all.sum);
+  const LogSum log_sum(others, all, at_x0);
+  const double logsumexp = all.shift + log_sum.value;
+  const double drift = penalty == 0 ? 0 : logsumexp;  // which may be infinite
+  const double slope = 1 + 2 * penalty * drift;
+  const double log_p = here ? -log_sum.nll : -logsumexp;
+  const C top = static_cast<C>(std::max({at_x0, before, after}));
+  const bool correct = at_x0 > before && at_x0 >= after && !std::isnan(all.sum);
   const bool with_entropy = entropy_weight != 0;
-  const double log_sum_top = log_sum - (static_cast<double>(top) - all.shift);
-  const double h = stats || with_entropy ? entropy(row, top, log_sum_top) : 0;
+  const double log_sum_top = log_sum.value - (top - all.shift);
+  const double h = stats || with_entropy ? entropy(row, at_x0, at_xt, top, log_sum_top) : 0;
   if (stats) *stats = {logsumexp, h, static_cast<double>(correct), -log_p};
   if constexpr (kGrad) {
-    shift = scratch.shifts.data();
+    if (!here && all.sum == 0) all.sum = kInfinity<double>;  // a part of the row without weight
+    scratch.find_shares(all);
+    const double* shares = scratch.shares.data();
     row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-      double share = std::exp(static_cast<double>(*shift++) - all.shift) / all.sum;
-      if (!here && all.sum == 0) share = 0;  // a part of the row without weight
+      const double share = *shares++;
       if (with_entropy && share != 0)
-        dce_entropy_grad(row.z + first, kept + first, row.grad + first, n, top, share,
-                         weight * slope - entropy_weight * (h - log_sum_top), entropy_weight);
+        entropy_grad(row.z + first, kept + first, row.grad + first, n, top, share,
+                     weight * slope - entropy_weight * (h - log_sum_top), entropy_weight);
       else
         store_scaled(row.grad + first, kept + first, n, share == 0 ? 0 : weight * slope * share);
     });
-    const double p = std::exp(log_p), pull = with_entropy && p > 0 ? entropy_weight * p * (log_p + h) : 0;
-    if (here) store(row.grad + row.x0, static_cast<C>(weight * (std::expm1(log_p) + (slope - 1) * p) - pull));
-    if (row.excluded >= 0) store(row.grad + row.excluded, C(0));
+    const auto pull = [&](double log_p) {  // of the entropy
+      const double p = std::exp(log_p);
+      return with_entropy && p > 0 ? entropy_weight * p * (log_p + h) : 0;
+    };
+    const double p = std::exp(log_p), log_p_xt = (at_xt - all.shift) - log_sum.value;
+    if (here) store(row.grad + x0, static_cast<C>(weight * (std::expm1(log_p) + (slope - 1) * p) - pull(log_p)));
+    if (xt >= 0) store(row.grad + xt, static_cast<C>(weight * slope * std::exp(log_p_xt) - pull(log_p_xt)));
+    if (left_out >= 0) store(row.grad + left_out, C(0));
   }
-  return weight * (z_loss * drift * drift - log_p) + (with_entropy ? entropy_weight * h : 0);
+  return weight * (penalty * drift * drift - log_p) + (with_entropy ? entropy_weight * h : 0);
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// Score entropy of the uniform graph from conditionals: their exponentials are kept, the terms need their sum.
+// Affine: the exponentials are kept, the terms need their sum.
 
-// What a run's terms are made of, in the type they are computed in.
+// Of a run, in the type it is computed in: rho = slope e + offset for an exponential e, of which c is `share`.
 template <typename C>
-struct NelboTerm {
-  C c_per_exp, slope, offset, offset_w;
+struct AffineTerms {
+  double share;
+  C slope, offset, offset_w;
 
-  FASTDIFF_HD NelboTerm(const NelboRow& row, double share)
-      : c_per_exp(static_cast<C>(share)),
-        slope(static_cast<C>(row.slope)),
+  FASTDIFF_HD AffineTerms(const AffineRow& row, double share_)
+      : share(share_),
+        slope(static_cast<C>(row.slope * share)),
         offset(static_cast<C>(row.offset)),
         offset_w(static_cast<C>(row.offset_w)) {}
 
-  // c, w - log(rho) and 1 - 1/rho for an exponential.
-  FASTDIFF_HD void operator()(C exponential, C& c, C& gap, C& pull) const {
-    c = exponential * c_per_exp;
-    const C rho = slope * c + offset, w = slope * c + offset_w;
-    gap = log_gap(w, rho);
-    pull = w / rho;
+  // Sums of w - log(rho) and c (1 - 1/rho); with kKeep also e (1 - 1/rho) of each. Numbers are taken in pairs, which
+  // share a logarithm and a division.
+  template <bool kKeep, typename E>
+  FASTDIFF_HD void add(const E* kept, E* pulls, int64_t n, double& gap_sum, double& pull_sum) const {
+    const int64_t half = n / 2;
+    C gaps = 0, sum = 0;
+#pragma omp simd reduction(+ : gaps, sum)
+    for (int64_t v = 0; v < half; ++v) {
+      const C e = kept[v], rho = slope * e + offset, w = slope * e + offset_w;
+      const C e2 = kept[v + half], rho2 = slope * e2 + offset, w2 = slope * e2 + offset_w;
+      const C inverse = 1 / (rho * rho2), pull = e * w * (rho2 * inverse), pull2 = e2 * w2 * (rho * inverse);
+      gaps += log_gaps(w, rho, w2, rho2);
+      sum += pull + pull2;
+      if constexpr (kKeep) pulls[v] = static_cast<E>(pull), pulls[v + half] = static_cast<E>(pull2);
+    }
+    if (n % 2) {
+      const C e = kept[n - 1], rho = slope * e + offset, w = slope * e + offset_w, pull = e * w / rho;
+      gaps += log_gap(w, rho);
+      sum += pull;
+      if constexpr (kKeep) pulls[n - 1] = static_cast<E>(pull);
+    }
+    gap_sum += gaps;
+    pull_sum += share * sum;
   }
 };
 
-// Sums over a run of w - log(rho) and c (1 - 1/rho).
-template <typename C, typename E>
-FASTDIFF_HD void nelbo_sums(const NelboTerm<C>& term, const E* kept, int64_t n, double& gaps, double& pulls) {
-  C gap_sum = 0, pull_sum = 0;
-#pragma omp simd reduction(+ : gap_sum, pull_sum)
-  for (int64_t v = 0; v < n; ++v) {
-    C c, gap, pull;
-    term(kept[v], c, gap, pull);
-    gap_sum += gap;
-    pull_sum += c * pull;
-  }
-  gaps += gap_sum;
-  pulls += pull_sum;
-}
-
-template <typename C, typename E, typename T>
-FASTDIFF_HD void nelbo_grad(const NelboTerm<C>& term, const E* kept, T* grad, int64_t n, C scale, C mean_pull) {
-  Acc<T> out[kBlock];
+// to = a x + b y, where it may be y; in double if a factor leaves the range of float.
+template <typename C, typename T>
+FASTDIFF_HD void store_sum(T* to, const C* x, const C* y, int64_t n, double a, double b) {
+  const auto narrow_a = static_cast<C>(a), narrow_b = static_cast<C>(b);
+  if ((std::isnormal(narrow_a) || a == 0) && (std::isnormal(narrow_b) || b == 0)) {
 #pragma omp simd
-  for (int64_t v = 0; v < n; ++v) {
-    C c, gap, pull;
-    term(kept[v], c, gap, pull);
-    out[v] = static_cast<Acc<T>>(c * (pull - mean_pull) * scale);
+    for (int64_t v = 0; v < n; ++v) store(to + v, static_cast<Acc<T>>(narrow_a * x[v] + narrow_b * y[v]));
+  } else {
+    for (int64_t v = 0; v < n; ++v) store(to + v, static_cast<Acc<T>>(a * x[v] + b * y[v]));
   }
-  store_scaled(grad, out, n, 1);
 }
 
-// k = N / expm1(sigma). From 1e15 on its square leaves float's range, and terms are computed in double.
-template <bool kGrad, typename T>
-FASTDIFF_HD double nelbo_row(const Row<T>& row, double weight, double k, Scratch<T>& scratch) {
+// constants(c) are the row's, from its conditionals.
+template <bool kGrad, typename T, typename F>
+FASTDIFF_HD double affine_row(const Row<T>& row, double weight, bool moved, Scratch<T>& scratch, const F& constants) {
   using C = Acc<T>;
-  const C at_x0 = load(row.z[row.x0]), at_xt = load(row.z[row.excluded]);
-  const bool moved = row.x0 != row.excluded;
-  ExpSum<C> others{at_x0, 0};
-  C *kept = scratch.kept(row), *shift = scratch.shifts.data();
+  const auto [x0, left_out, xt] = row.apart;
+  const double at_x0 = row.number(x0), at_xt = xt >= 0 ? row.number(xt) : -kInfinity<double>;
+  ExpSum others{at_x0, 0};
+  C* kept = scratch.kept(row);
+  double* shift = scratch.shares.data();
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
     C max;
     *shift++ = add_run<true>(others, row.z + first, kept + first, n, max);
   });
-  ExpSum<C> all = others;
+  ExpSum rest = others;
+  if (xt >= 0) rest.add(at_xt, 1);
+  ExpSum all = rest;
   all.add(at_x0, 1);
-  if (moved) all.add(at_xt, 1);
-  const auto share = [&](C its_shift, double sum) __attribute__((always_inline)) {
-    return sum / all.sum * std::exp(static_cast<double>(its_shift) - all.shift);
-  };
-  const double c_xt = share(at_xt, 1), c_x0 = moved ? share(at_x0, 1) : 0, c_others = share(others.shift, others.sum);
-  const double rest_xt = c_others + c_x0, rest_x0 = c_others + c_xt;
-  const NelboRow nelbo(k, row.num_states, moved, c_xt, c_x0, rest_xt, rest_x0);
-  double gaps = 0, pulls = 0;
-  shift = scratch.shifts.data();
+  const auto share = [&](double its_shift, double sum)
+                         __attribute__((always_inline)) { return sum / all.sum * std::exp(its_shift - all.shift); };
+  const double c_xt = xt >= 0 ? share(at_xt, 1) : 0, c_x0 = share(at_x0, 1), c_others = share(others.shift, others.sum);
+  const Conditionals c{c_x0,
+                       moved ? c_xt : c_x0,
+                       c_others + c_xt,
+                       moved ? c_others + c_x0 : c_others,
+                       LogSum(rest, all, at_x0).nll,
+                       moved,
+                       xt >= 0};
+  const AffineRow affine = constants(c);
+  const bool fits = affine.fits_float();  // else in double
+  double gaps = 0, mass = 0;
+  if constexpr (kGrad) scratch.pulls.resize(row.num_states);
+  C* pulls = scratch.pulls.data();
+  scratch.find_shares(all);
+  const double* shares = scratch.shares.data();
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-    const double c_per_exp = share(*shift++, 1);
-    if (k < 1e15)
-      nelbo_sums(NelboTerm<C>(nelbo, c_per_exp), kept + first, n, gaps, pulls);
+    const double share = *shares++;
+    if (fits)
+      AffineTerms<C>(affine, share).template add<kGrad>(kept + first, pulls + first, n, gaps, mass);
     else
-      nelbo_sums(NelboTerm<double>(nelbo, c_per_exp), kept + first, n, gaps, pulls);
+      AffineTerms<double>(affine, share).template add<kGrad>(kept + first, pulls + first, n, gaps, mass);
   });
   if constexpr (kGrad) {
-    const double pull_x0 = nelbo.w_x0 / nelbo.rho_x0, scale = weight * k / (row.num_states * nelbo.b);
-    const double mean = pulls + c_xt * nelbo.dc_xt + c_x0 * pull_x0;
-    shift = scratch.shifts.data();
+    mass *= affine.unit;
+    const double masses = mass + affine.mass_x0 + affine.mass_xt;
+    shares = scratch.shares.data();
     row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-      const double c_per_exp = share(*shift++, 1);
-      if (k < 1e15)
-        nelbo_grad(NelboTerm<C>(nelbo, c_per_exp), kept + first, row.grad + first, n, C(scale), C(mean));
-      else
-        nelbo_grad(NelboTerm<double>(nelbo, c_per_exp), kept + first, row.grad + first, n, scale, mean);
+      const double scale = weight * *shares++;
+      store_sum(row.grad + first, pulls + first, kept + first, n, scale * affine.unit, -scale * masses);
     });
-    // pull - mean, where the two nearly cancel if c is near 1
-    const double xt_pull = nelbo.dc_xt * rest_xt - (pulls + c_x0 * pull_x0),
-                 x0_pull = pull_x0 * rest_x0 - (mean - c_x0 * pull_x0);
-    store(row.grad + row.excluded, static_cast<C>(scale * c_xt * xt_pull));
-    if (moved) store(row.grad + row.x0, static_cast<C>(scale * c_x0 * x0_pull));
+    // An id's mass less its share of all, where the two nearly cancel if its c is near 1.
+    const double x0_grad = affine.mass_x0 * c.rest_x0 - c_x0 * (mass + affine.mass_xt);
+    const double xt_grad = affine.mass_xt * c.rest_xt - c_xt * (mass + affine.mass_x0);
+    store(row.grad + x0, static_cast<C>(weight * x0_grad));
+    if (xt >= 0) store(row.grad + xt, static_cast<C>(weight * xt_grad));
+    if (left_out >= 0) store(row.grad + left_out, C(0));
   }
-  return weight / row.num_states * (nelbo.a * gaps + nelbo.a_x0 * log_gap(nelbo.w_x0, nelbo.rho_x0));
+  return weight * (affine.a * gaps + affine.value);
 }
 
 }  // namespace fastdiff

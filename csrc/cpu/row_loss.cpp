@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t kHugePage = int64_t{2} << 20;
 
-template <bool kGrad, typename T>
+template <typename Family, bool kGrad, typename T>
 FASTDIFF_HD void row_loss_rows(const RowLoss& op, int64_t begin, int64_t end) {
   Scratch<T> scratch(op.num_states);
   for (int64_t r = begin; r < end; ++r) {
@@ -30,42 +30,47 @@ FASTDIFF_HD void row_loss_rows(const RowLoss& op, int64_t begin, int64_t end) {
       continue;
     }
     const T* z = static_cast<const T*>(op.z) + row_offset(op.tensor, r);
-    const Row<T> row{z, grad, op.num_states, op.x0[r], op.excluded(r)};
-    if (op.functor == Functor::dce)
-      op.loss[r] = dce_row<kGrad>(row, op.row_weight(r), op.entropy_weight ? op.entropy_weight[r] * op.scale : 0,
-                                  op.z_loss, scratch, op.stats ? op.stats + r : nullptr);
-    else if (op.functor == Functor::dse_uniform_logits)
-      op.loss[r] = nelbo_row<kGrad>(row, op.row_weight(r), op.num_states * Noise(op.sigma[r]).inv_e1, scratch);
+    const Row<T> row{z, grad, op.num_states, op.apart(r)};
+    const double weight = op.row_weight(r);
+    if constexpr (std::is_same_v<Family, Softmax>)
+      op.loss[r] = softmax_row<kGrad>(row, op.softmax_row(r), weight, op.row_entropy_weight(r), op.penalty, scratch,
+                                      op.stats ? op.stats + r : nullptr);
+    else if constexpr (std::is_same_v<Family, Affine>)
+      op.loss[r] = affine_row<kGrad>(row, weight, op.moved(r), scratch,
+                                     [&](const Conditionals& c) { return op.affine_row(r, c); });
     else
-      op.loss[r] = dse_row<kGrad>(row, op.row_weight(r), op.shift(r), op.dse_row(r));
+      op.loss[r] = scores_row<Family, kGrad>(row, weight, op.shift(r), op.scores_row(r));
   }
 }
 
 #define FASTDIFF_ROWS(SUFFIX, TARGET)                                  \
-  template <bool kGrad, typename T>                                    \
+  template <typename Family, bool kGrad, typename T>                   \
   TARGET void rows_##SUFFIX(const RowLoss& op, int64_t b, int64_t e) { \
-    row_loss_rows<kGrad, T>(op, b, e);                                 \
+    row_loss_rows<Family, kGrad, T>(op, b, e);                         \
   }
 FASTDIFF_FOR_EACH_ISA(FASTDIFF_ROWS)
 
 using Rows = void (*)(const RowLoss&, int64_t, int64_t);
 
 template <typename T>
-Rows rows_for(Isa isa, bool grad) {
-  if (grad) return FASTDIFF_FOR_ISA(rows, isa, <true, T>);
-  return FASTDIFF_FOR_ISA(rows, isa, <false, T>);
+Rows rows_for(const RowLoss& op, Isa isa) {
+  return with_family(op.functor(), [&](auto family) -> Rows {
+    using Family = decltype(family);
+    if (op.grad) return FASTDIFF_FOR_ISA(rows, isa, <Family, true, T>);
+    return FASTDIFF_FOR_ISA(rows, isa, <Family, false, T>);
+  });
 }
 
-Rows rows_for(ScalarType dtype, Isa isa, bool grad) {
-  switch (dtype) {
+Rows rows_for(const RowLoss& op, Isa isa) {
+  switch (op.tensor.scalar_type()) {
     case ScalarType::Float:
-      return rows_for<float>(isa, grad);
+      return rows_for<float>(op, isa);
     case ScalarType::Double:
-      return rows_for<double>(isa, grad);
+      return rows_for<double>(op, isa);
     case ScalarType::BFloat16:
-      return rows_for<BFloat16>(isa, grad);
+      return rows_for<BFloat16>(op, isa);
     case ScalarType::Half:
-      return rows_for<Float16>(isa, grad);
+      return rows_for<Float16>(op, isa);
     default:
       bad_value("logits: expected float32, float64, bfloat16 or float16");
   }
@@ -92,7 +97,7 @@ Results run(RowLoss& op, const Tensor& x0, bool with_stats) {
   std::vector<RowStats> stats(with_stats ? op.rows : 0);
   op.loss = losses.data();
   op.stats = with_stats ? stats.data() : nullptr;
-  const Rows rows = rows_for(op.tensor.scalar_type(), current_isa(), op.grad != nullptr);
+  const Rows rows = rows_for(op, current_isa());
   const int64_t grain = std::max<int64_t>(1, 32768 / op.num_states);
   torch::stable::parallel_for(0, op.rows, grain, [&](int64_t b, int64_t e) { rows(op, b, e); });
   std::vector<int64_t> shape = sizes(x0);
@@ -119,12 +124,12 @@ void advise_huge_pages(Tensor fresh) {
 // for, [4, ...] per token, the log-sum-exp, the entropy, 1 where x0 has the largest number, and x0's -log p.
 std::tuple<Tensor, Tensor, Tensor> row_loss(Tensor z, Tensor x0, std::optional<Tensor> xt, std::optional<Tensor> mask,
                                             std::optional<Tensor> sigma, std::optional<Tensor> weight,
-                                            std::optional<Tensor> entropy_weight, std::optional<Tensor> num_items,
-                                            std::string functor, int64_t mask_index, bool exclude_mask,
-                                            int64_t ignore_index, bool scale_by_sigma, double z_loss,
-                                            std::string reduction, bool with_grad, bool with_stats) {
-  RowLoss op(z, x0, xt, mask, sigma, weight, entropy_weight, functor, mask_index, exclude_mask, ignore_index,
-             scale_by_sigma, z_loss);
+                                            std::optional<Tensor> entropy_weight, std::optional<Tensor> extra,
+                                            std::optional<Tensor> num_items, std::string functor, int64_t mask_index,
+                                            bool exclude_mask, int64_t ignore_index, bool scale_by_sigma,
+                                            double penalty, std::string reduction, bool with_grad, bool with_stats) {
+  RowLoss op(z, x0, xt, mask, sigma, weight, entropy_weight, extra, functor, mask_index, exclude_mask, ignore_index,
+             scale_by_sigma, penalty);
   const int64_t count = op.check();
   if (reduction == "mean") op.scale = 1.0 / std::max<int64_t>(count, 1);
   if (num_items) op.scale = 1.0 / *data<double>(*num_items);
@@ -145,11 +150,12 @@ std::tuple<Tensor, Tensor, Tensor> row_loss(Tensor z, Tensor x0, std::optional<T
 // is contiguous.
 std::tuple<Tensor, Tensor> row_loss_(Tensor z, Tensor x0, std::optional<Tensor> xt, std::optional<Tensor> mask,
                                      std::optional<Tensor> sigma, std::optional<Tensor> weight,
-                                     std::optional<Tensor> entropy_weight, std::string functor, int64_t mask_index,
-                                     bool exclude_mask, int64_t ignore_index, bool scale_by_sigma, double z_loss,
-                                     int64_t all_states, bool with_grad, bool with_stats) {
-  RowLoss op(z, x0, xt, mask, sigma, weight, entropy_weight, functor, mask_index, exclude_mask, ignore_index,
-             scale_by_sigma, z_loss, all_states);
+                                     std::optional<Tensor> entropy_weight, std::optional<Tensor> extra,
+                                     std::string functor, int64_t mask_index, bool exclude_mask, int64_t ignore_index,
+                                     bool scale_by_sigma, double penalty, int64_t all_states, bool with_grad,
+                                     bool with_stats) {
+  RowLoss op(z, x0, xt, mask, sigma, weight, entropy_weight, extra, functor, mask_index, exclude_mask, ignore_index,
+             scale_by_sigma, penalty, all_states);
   op.check();
   if (with_grad) op.grad = z.mutable_data_ptr();
   const auto [losses, stats] = run(op, x0, with_stats);

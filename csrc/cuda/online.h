@@ -3,7 +3,7 @@
 
 #include <cfloat>
 
-#include "../row_loss.h"
+#include "../elementary.h"
 #include "row.h"
 
 namespace fastdiff {

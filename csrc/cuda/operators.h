@@ -10,9 +10,9 @@ namespace fastdiff {
 
 void launch_row_loss(Tensor z, Tensor x0, std::optional<Tensor> xt, std::optional<Tensor> mask,
                      std::optional<Tensor> sigma, std::optional<Tensor> weight, std::optional<Tensor> entropy_weight,
-                     Tensor scale, Tensor loss, std::optional<Tensor> grad, std::optional<Tensor> stats,
-                     std::string functor, int64_t mask_index, bool exclude_mask, int64_t ignore_index,
-                     bool scale_by_sigma, double z_loss, int64_t all_states);
+                     std::optional<Tensor> extra, Tensor scale, Tensor loss, std::optional<Tensor> grad,
+                     std::optional<Tensor> stats, std::string functor, int64_t mask_index, bool exclude_mask,
+                     int64_t ignore_index, bool scale_by_sigma, double penalty, int64_t all_states);
 void launch_row_distill(Tensor z, Tensor teacher, std::optional<Tensor> ids, std::optional<Tensor> mask,
                         std::optional<Tensor> weight, Tensor share, Tensor loss, std::optional<Tensor> grad,
                         bool reverse, int64_t mask_index, double scale);

@@ -41,12 +41,14 @@ from fastdiff.texts import CUTS, Piece, pieces, tokens_of
 _MOST_TEXT = 2**26  # bytes of the held-out documents of a folder of tokens, evenly spread
 _TITLES = {
     "time-free": "time-free likelihood",
+    "block": "block by block",
     "bound": "the bound of the uniform graph",
     "integral": "the integral over time, as published",
     **{order: f"one order, {order}" for order in ORDERS},
 }
 _OPTIONS: dict[str, dict[str, Any]] = {  # what each takes, and what stands for None
     "time-free": dict(num_samples=64, proposal="stratified", tolerance=None),
+    "block": dict(num_samples=64, proposal="stratified", tolerance=None),
     "bound": dict(num_samples=64),
     "integral": dict(num_samples=64),
     **{order: dict(tokens_per_step=1, block_length=None) for order in ORDERS},
@@ -106,7 +108,8 @@ def evaluate(
     """Likelihood of texts: nats, bits and perplexity, with 95% intervals of what masking leaves open.
 
     Along one order nothing is left open, and there is no interval. A model of the uniform graph, which has no
-    time-free likelihood, gives the bound of its whole integral over noise. Under torchrun the ranks share the pieces.
+    time-free likelihood, gives the bound of its whole integral over noise; a run trained in blocks, the likelihood of
+    each block given those before. Under torchrun the ranks share the pieces.
     """
     check_json(json_file)
     with ranks() as (rank, local):
@@ -174,17 +177,18 @@ def rows_of(
         tokens = {name: documents for name, documents in tokens.items() if name not in short}
         warnings.warn(f"shorter than a window of {scored.length} tokens, left out: {', '.join(short)}", stacklevel=2)
     rows, drawn = {}, kind not in ORDERS
+    blocks = dict(block_length=scored.block_length) if kind == "block" else {}
     options = own | dict(likelihood=likelihood, batch_size=batch_size, **(dict(seed=seed) if drawn else {}))
     settings = named | dict(files=versions(named["model"]), mask_index=scored.graph.mask_index)
     settings |= dict(dtype=str(scored.dtype), device=scored.device.type)
     for name, documents in tokens.items():
         found = list(pieces(name, documents, scored.length, cut=cut, context=context, most=num_sequences or None))
-        if kind == "time-free":
+        if kind in ("time-free", "block"):
             options["tolerance"] = _nats(tolerance, found)
         with no_room(scored.device, scored.num_bytes, "a smaller --batch-size"):
             estimate = likelihoods(scored, found, settings, kept, **options)
-        rows[name] = dict(likelihood=kind) | ({} if drawn else own) | row(estimate, found, drawn=drawn)
-    return rows, f"{cut} of {scored.length} tokens, {_TITLES[kind]}{_how(own)}"
+        rows[name] = dict(likelihood=kind) | ({} if drawn else own) | blocks | row(estimate, found, drawn=drawn)
+    return rows, f"{cut} of {scored.length} tokens, {_TITLES[kind]}{_how(own | blocks)}"
 
 
 def _options(kind: str, asked: dict[str, Any]) -> dict[str, Any]:

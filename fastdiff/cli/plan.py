@@ -29,6 +29,7 @@ def plan(
     vocabulary: Annotated[int | None, _setting("size of the vocabulary, the mask included")] = None,
     length: Annotated[int | None, _setting("tokens in a sequence")] = None,
     loss: Annotated[str | None, _setting(", ".join(LOSSES))] = None,
+    block_length: Annotated[int | None, _setting("tokens of a block, of block diffusion; 0: no blocks")] = None,
     batch_size: Annotated[int | None, _setting("sequences in a step, of all GPUs")] = None,
     accumulation: Annotated[int | None, _setting("parts that a rank's share of them is cut into")] = None,
     dtype: Annotated[str | None, _setting("float32 or bfloat16")] = None,
@@ -64,6 +65,7 @@ def _show(preset: str, planned: Plan, share: float, tokens: float | None) -> Non
     table = Table("a step", "", title=f"{preset} on {planned.gpus} GPUs, a rank each", title_justify="left")
     table.add_row("parameters", f"{planned.parameters:,}")
     passes = f"{training.accumulation} x {planned.rows} x {planned.length} tokens"
+    passes += f", twice, in blocks of {training.block_length}" if training.block_length else ""
     table.add_row("a rank's batch", f"{passes}, {training.dtype}, sharding {training.sharding}")
     for name, value in planned.memory.items():
         table.add_row(name, _bytes(value))

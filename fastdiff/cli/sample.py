@@ -41,7 +41,10 @@ def sample(
     trust_remote_code: Trust = False,
     device: Place = None,
 ) -> None:
-    """Draw texts: whole ones, after a prompt, or where an infill leaves room."""
+    """Draw texts: whole ones, after a prompt, or where an infill leaves room.
+
+    A run trained in blocks fills them from left to right, each by the sampler.
+    """
     check_seed(seed)
     options: dict[str, Any] = dict(tokenizer=tokenizer, mask_index=mask_index, length=length, shift=shift)
     loaded = load_named(model, device, dtype, trust_remote_code=trust_remote_code, **options)
@@ -54,6 +57,7 @@ def sample(
     # scores of the absorbing graph hold its conditionals, for the samplers that ask for these
     by_score = loaded.conditionals is None or (loaded.score is not None and sampler in TIMED)
     network: Any = loaded.score if by_score else loaded.conditionals
+    cache = None if loaded.block_length is None else loaded.cache(num_samples)
     begun = given if infill is None else loaded.front + _blanks(infill, loaded.tokenizer, most)
     tokens = torch.tensor(begun, dtype=torch.int64, device=loaded.device)
     with no_room(loaded.device, loaded.num_bytes, "fewer --num-samples"):
@@ -68,6 +72,7 @@ def sample(
             prompt=tokens if prompt or infill is None else None,
             infill=None if infill is None else tokens,
             block_length=block_length,
+            cache=cache,
             guidance=guidance,
             temperature=temperature,
             top_k=top_k,

@@ -49,8 +49,13 @@ def train(
     depth: Annotated[int | None, _setting("depth", "blocks of the model")] = None,
     heads: Annotated[int | None, _setting("heads", "attention heads")] = None,
     loss: Annotated[str | None, _setting("loss", ", ".join(LOSSES))] = None,
+    block_length: Annotated[
+        int | None, _setting("block_length", "tokens of a block, of block diffusion; 0: no blocks")
+    ] = None,
+    times: Annotated[str | None, _setting("times", "noise levels: stratified or importance")] = None,
+    complementary: Annotated[bool | None, _flag("complementary", "each sequence twice, under complements")] = None,
     steps: Annotated[int | None, _setting("steps", "optimiser steps")] = None,
-    batch_size: Annotated[int | None, _setting("batch_size", "sequences in a step")] = None,
+    batch_size: Annotated[int | None, _setting("batch_size", "rows in a step")] = None,
     accumulation: Annotated[int | None, _setting("accumulation", "parts a batch is cut into")] = None,
     lr: Annotated[float | None, _setting("lr", "learning rate")] = None,
     warmup: Annotated[int | None, _setting("warmup", "steps over which it rises")] = None,

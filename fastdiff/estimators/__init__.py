@@ -1,5 +1,6 @@
 """Likelihood estimators: a model's conditionals or scores in, negative log-likelihoods with standard errors out."""
 
+from fastdiff.estimators.block import block_nll
 from fastdiff.estimators.estimate import LogRatioEstimate, NLLEstimate
 from fastdiff.estimators.information import InformationCurve, mutual_information
 from fastdiff.estimators.one_pass import one_pass_nll
@@ -15,6 +16,7 @@ __all__ = [
     "LogRatioEstimate",
     "NLLEstimate",
     "OrderedNLL",
+    "block_nll",
     "conditional_nll",
     "dse_nll",
     "exact_nll",

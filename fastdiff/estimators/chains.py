@@ -13,6 +13,7 @@ subtracting the prediction and adding its mean changes no expectation.
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastdiff.estimators.estimate import mean_of_independent
-from fastdiff.estimators.scoring import Scorer
+from fastdiff.estimators.scoring import draw_masks
 from fastdiff.philox import Purpose, uniform
 
 _LOOKS = 3  # beside the one at the full mask: longer chains leave too few of them to fit the control on
@@ -83,6 +84,13 @@ class Replicates(NamedTuple):
         return chain % _FOLDS % min(_GROUPS, self.values.shape[1])
 
 
+class Passes(NamedTuple):
+    """Passes of K sequences, yet to be run: masks [K, P, L], and what makes replicates of their losses [K, P, L]."""
+
+    mask: Tensor
+    replicates: Callable[[Tensor], Replicates]
+
+
 def allowance(chains: int) -> float:
     """By how much the variance is larger than the spread of chains that share fits tells."""
     return 1 + _SHARED / (chains - 1)
@@ -95,23 +103,26 @@ def plan(num_samples: int, length: int) -> tuple[int, int]:
     return passes // looks, looks
 
 
-def run_chains(
-    score: Scorer, which: Tensor, chains: int, looks: int, seed: Tensor, sample_ids: Tensor, step: int
-) -> Replicates:
-    """Chains of the sequences `which` [K], which share their length and number of target tokens n >= 2, by token."""
-    n = int(score.num_tokens[which[0]])
-    chain = torch.arange(chains, device=which.device)
-    rho = look_probabilities(n, looks).to(which.device)
+def plan_chains(
+    target: Tensor, chains: int, looks: int, seed: Tensor, sample_ids: Tensor, step: int, backend: str | None
+) -> Passes:
+    """Chains of sequences with targets [K, L] of the same number n >= 2 of tokens; replicates are by token."""
+    n = int(target[0].sum())
+    chain = torch.arange(chains, device=target.device)
+    rho = look_probabilities(n, looks).to(target.device)
     u = uniform(seed, Purpose.COUNT, step, sample_ids.unsqueeze(1), 0, chain)
     counts = _draw_looks(u, rho)  # [K, R, looks]
-    full = counts.new_full((len(which), 1), n)
+    full = counts.new_full((len(target), 1), n)
     steps = step + torch.cat([chain[:1], chain.repeat_interleave(looks)])
-    loss, mask = score.draw(which, torch.cat([full, counts.flatten(1)], 1), steps, seed, sample_ids)
+    mask = draw_masks(target, torch.cat([full, counts.flatten(1)], 1), steps, seed, sample_ids, backend)
     weight = torch.cat([torch.ones_like(rho[:1]).expand(*counts.shape[:2], 1), 1 / rho[counts - 1]], 2)
-    target = score.target[which, : loss.shape[2]]
-    # The graph of the fits is larger than a pass of a small network: backward makes it anew.
-    inputs = _by_chain(loss, chains), _by_chain(mask, chains), weight, target
-    return checkpoint(_replicates, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    def replicates(loss: Tensor) -> Replicates:
+        # The graph of the fits is larger than a pass of a small network: backward makes it anew.
+        inputs = _by_chain(loss, chains), _by_chain(mask, chains), weight, target
+        return checkpoint(_replicates, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    return Passes(mask, replicates)
 
 
 @lru_cache(maxsize=256)

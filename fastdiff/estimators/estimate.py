@@ -62,15 +62,14 @@ class NLLEstimate:
         well these sequences stand for the text they were taken from is another matter. Degrees of freedom by
         Welch-Satterthwaite.
         """
-        variance = self.stderr**2
-        spread = (variance**2 / self.degrees_of_freedom).sum()
+        stderr, freedom = sum_of_independent(self.stderr.view(1, -1), self.degrees_of_freedom.view(1, -1))
         return dataclasses.replace(
             self,
             nll=self.nll.sum().view(1),
-            stderr=variance.sum().sqrt().view(1),
+            stderr=stderr,
             num_tokens=self.num_tokens.sum().view(1),
             num_forwards=self.num_forwards.sum().view(1),
-            degrees_of_freedom=torch.where(spread > 0, variance.sum() ** 2 / spread, math.inf).view(1),
+            degrees_of_freedom=freedom,
             bias=self.bias.sum().view(1),
             token_nll=None if self.token_nll is None else self.token_nll.view(1, -1),
         )
@@ -124,6 +123,14 @@ class LogRatioEstimate:
 def _interval(mean: Tensor, stderr: Tensor, degrees_of_freedom: Tensor, level: float) -> tuple[Tensor, Tensor]:
     half = student_t(level, degrees_of_freedom) * stderr
     return mean - half, mean + half
+
+
+def sum_of_independent(stderr: Tensor, degrees_of_freedom: Tensor) -> tuple[Tensor, Tensor]:
+    """Standard error of a sum of n independent numbers, from theirs [B, n], and its degrees of freedom by
+    Welch-Satterthwaite: [B] each."""
+    variance = stderr**2
+    total, spread = variance.sum(1), (variance**2 / degrees_of_freedom).sum(1)
+    return total.sqrt(), torch.where(spread > 0, total**2 / spread, math.inf)
 
 
 def mean_of_independent(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

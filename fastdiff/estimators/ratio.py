@@ -170,7 +170,7 @@ def _difference(
             sides.append(Replicates(nll, torch.zeros_like(nll)))
             passes += 2**n - 1
         else:
-            sides.append(run_replicates(score, row, chains_and_looks, num_samples, proposal, seed, sample_ids, 0))
+            sides.append(run_replicates(score, row, chains_and_looks, num_samples, proposal, seed, sample_ids))
             spent = {"stratified": 1 + math.prod(chains_and_looks), "complementary": num_samples // 2 * 2}
             passes += spent.get(proposal, num_samples)
     (x, x_control), (y, y_control) = sides

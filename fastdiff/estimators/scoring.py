@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdiff.checks import check_bool, check_tensor, check_tokens, check_values
 from fastdiff.estimators.replay import replayed
-from fastdiff.evaluating import Model, evaluating, model_parts
+from fastdiff.evaluating import BlockModel, Model, evaluating, model_parts
 from fastdiff.linear_losses import linear_dce_loss
 from fastdiff.losses import dce_loss
 from fastdiff.noising import Masked, mask_exactly
@@ -30,7 +30,7 @@ class Scorer:
 
     def __init__(
         self,
-        model: Model,
+        model: Model | BlockModel,
         x0: Tensor,
         mask_index: int,
         *,
@@ -69,6 +69,10 @@ class Scorer:
         """Sequences [k] that agree in length, number of target tokens and the given columns [B]."""
         return equal_rows(torch.stack([self.lengths, self.num_tokens, *columns], 1))
 
+    def targets(self, which: Tensor) -> Tensor:
+        """The target tokens [K, L] of a group, of its own length L."""
+        return self.target[which, : int(self.lengths[which[0]])]
+
     def batches(self, num_rows: int) -> Iterator[Tensor]:
         """Rows 0..num_rows-1 in runs of batch_size; where that is None, a first run of one row sets it."""
         start = 0
@@ -86,9 +90,9 @@ class Scorer:
         """What `losses` gives; if differentiable, what backward needs of it is made anew there, not kept."""
         return replayed(losses) if self.differentiable and torch.is_grad_enabled() else losses()
 
-    def output(self, xt: Tensor) -> Tensor:
+    def output(self, xt: Tensor, *given: Tensor) -> Tensor:
         """Logits [b, L, V] of xt [b, L], or hidden states [b, L, D] where the last layer is apart."""
-        output = self.body(xt)
+        output = self.body(xt, *given)
         if self.lm_head is None:
             output = getattr(output, "logits", output)
             self._check("logits", output, xt.shape, "V")
@@ -108,42 +112,22 @@ class Scorer:
             return dce_loss(output, x0, **options).double()
         return linear_dce_loss(output, self.lm_head, x0, bias=self.bias, **options).double()
 
-    def draw(
-        self,
-        which: Tensor,
-        counts: Tensor,
-        steps: Tensor,
-        seed: Tensor,
-        sample_ids: Tensor,
-        complement: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Losses and masks [K, passes, L] of a group of K sequences, pass p with counts[:, p] tokens masked.
-
-        The draws are named by (seed, sample_ids[k], steps[p]): at one step a smaller count masks a subset of a larger.
-        Where `complement` [passes] is true, a pass masks the target tokens that its count leaves out.
-        """
-        passes, x0 = counts.shape[1], self.x0[which, : int(self.lengths[which[0]])]
-        losses, masks = [], []
-        for rows in self.batches(counts.numel()):
+    def run(self, which: Tensor, mask: Tensor) -> Tensor:
+        """Losses [K, passes, L] of a group of K sequences, a pass for each of the masks [K, passes, L]."""
+        passes, x0 = mask.shape[1], self.x0[which, : mask.shape[2]]
+        losses = []
+        for rows in self.batches(len(which) * passes):
             k, p = rows // passes, rows % passes
-            maskable = self.target[which[k], : x0.shape[1]]
-            masked = mask_exactly(
-                x0[k],
-                counts[k, p],
-                mask_index=self.mask_index,
-                maskable=maskable,
-                seed=seed,
-                step=steps[p],
-                sample_ids=sample_ids[k],
-                backend=self.backend,
-            )
-            if complement is not None:
-                mask = masked.mask ^ (maskable & complement[p].unsqueeze(1))
-                masked = Masked(x0[k].masked_fill(mask, self.mask_index), mask)
-            losses.append(self(which[k], masked))
-            masks.append(masked.mask)
-        shape = (len(which), passes, x0.shape[1])
-        return torch.cat(losses).view(shape), torch.cat(masks).view(shape)
+            masked = mask[k, p]
+            losses.append(self(which[k], Masked(x0[k].masked_fill(masked, self.mask_index), masked)))
+        return torch.cat(losses).view(mask.shape)
+
+    def draw(
+        self, which: Tensor, counts: Tensor, steps: Tensor, seed: Tensor, sample_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Losses and masks [K, passes, L] of a group of K sequences, see `draw_masks`."""
+        mask = draw_masks(self.targets(which), counts, steps, seed, sample_ids, self.backend)
+        return self.run(which, mask), mask
 
     @contextmanager
     def evaluating(self, num_rows: int) -> Iterator[None]:
@@ -165,6 +149,29 @@ class Scorer:
         if self.batch_size is None:
             width = max(width, _LEAST_VOCABULARY)
             self.batch_size = max(1, _LOGITS_PER_BATCH // (self.x0.shape[1] * width))
+
+
+def draw_masks(
+    target: Tensor, counts: Tensor, steps: Tensor, seed: Tensor, sample_ids: Tensor, backend: str | None
+) -> Tensor:
+    """Masks [K, passes, L] of K sequences, pass p with counts[:, p] of the target tokens [K, L].
+
+    The draws are named by (seed, sample_ids[k], steps[p]): at one step a smaller count masks a subset of a larger.
+    """
+    passes = counts.shape[1]
+    row = torch.arange(counts.numel(), device=target.device)
+    k, p = row // passes, row % passes
+    masked = mask_exactly(
+        target[k].long(),
+        counts.flatten(),
+        mask_index=0,
+        maskable=target[k],
+        seed=seed,
+        step=steps[p],
+        sample_ids=sample_ids[k],
+        backend=backend,
+    )
+    return masked.mask.view(*counts.shape, -1)
 
 
 def equal_rows(keys: Tensor) -> list[Tensor]:

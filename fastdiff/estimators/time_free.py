@@ -9,7 +9,8 @@ S uniform among the subsets of m target positions. (Jeon, Shin, Jeon, No, NeurIP
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,18 +19,21 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from fastdiff.checks import check_choice, check_tokens
-from fastdiff.estimators.chains import Replicates, plan, run_chains
+from fastdiff.estimators.chains import Passes, Replicates, plan, plan_chains
 from fastdiff.estimators.estimate import NLLEstimate, mean_of_independent, mean_of_strata, student_t
-from fastdiff.estimators.scoring import Model, Scorer
+from fastdiff.estimators.scoring import Model, Scorer, draw_masks
 from fastdiff.noising import Masked, resolve_seed, sample_mask_counts
 from fastdiff.philox import Purpose, draw32, scaled, scaled_in_stratum
 from fastdiff.reference import subset_weight
 
 PROPOSALS = ("stratified", "systematic", "complementary", "uniform", "harmonic")
 _MOST_ENUMERATED = 20  # target positions: a million subsets
-_STORED_LOSSES = 2**19  # 4 MB in float64, and thirty times that for the control variate
+STORED_LOSSES = 2**19  # 4 MB in float64, and thirty times that for the control variate
 _LEAST_SAMPLES = 16  # after a pilot: an error bar of five chains
 _PILOT = 2**23  # its steps are after any that an estimate takes
+
+Parts = list[tuple[Tensor, NLLEstimate]]  # places in a batch, and the estimates that belong there
+Estimates = Callable[[Tensor, Tensor, Tensor, int], Parts]  # of numbers of passes [B], seed, sample_ids [B], first step
 
 
 def exact_nll(
@@ -162,45 +166,66 @@ def time_free_nll(
         differentiable=differentiable,
         backend=backend,
     )
-    most = torch.full_like(score.num_tokens, num_samples)
-    exact = fits(score.num_tokens, most)
+    estimates = partial(_estimates, score, num_samples, proposal)
+    settings = num_samples, proposal, tolerance, max_samples, seed, sample_ids
+    return estimated(estimates, score.num_tokens, x0, *settings)
+
+
+def estimated(
+    estimates: Estimates,
+    most_tokens: Tensor,
+    x0: Tensor,
+    num_samples: int,
+    proposal: str,
+    tolerance: float | None,
+    max_samples: int,
+    seed: int | Tensor | None,
+    sample_ids: Tensor | None,
+) -> NLLEstimate:
+    """The estimate of a batch from num_samples passes each, or from as many as its tolerance needs.
+
+    Args:
+        estimates: what makes it of num [B] passes, none where that is 0.
+        most_tokens: [B], of which all subsets must fit num_samples for an exact result.
+        The others: as in `time_free_nll`.
+    """
+    most = torch.full_like(most_tokens, num_samples)
+    exact = fits(most_tokens, most)
     all_enumerated = bool(exact.all())
     check_enough(num_samples, proposal, all_enumerated=all_enumerated)
     seed, sample_ids = draw_names(x0, 0 if all_enumerated and seed is None else seed, sample_ids)
     if tolerance is None:
-        return _in_order(_estimates(score, most, num_samples, proposal, seed, sample_ids, 0), x0)
+        return _in_order(estimates(most, seed, sample_ids, 0), x0)
     if not tolerance > 0:
         raise ValueError(f"tolerance: expected a positive number of nats, got {tolerance}")
-    parts = _estimates(score, most * exact, num_samples, proposal, seed, sample_ids, 0)
-    num, spent = _pilots(score, most * ~exact, num_samples, max_samples, tolerance, proposal, seed, sample_ids)
-    parts += _estimates(score, num, num_samples, proposal, seed, sample_ids, 0)
-    final = _in_order(parts, x0)
+    parts = estimates(most * exact, seed, sample_ids, 0)
+    num, spent = _pilots(estimates, most_tokens, most * ~exact, max_samples, tolerance, seed, sample_ids)
+    final = _in_order(parts + estimates(num, seed, sample_ids, 0), x0)
     return dataclasses.replace(final, num_forwards=final.num_forwards + spent)
 
 
 @torch.no_grad()
 def _pilots(
-    score: Scorer,
+    estimates: Estimates,
+    most_tokens: Tensor,
     pilot: Tensor,
-    num_samples: int,
     max_samples: int,
     tolerance: float,
-    proposal: str,
     seed: Tensor,
     sample_ids: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Passes [B] to take, and those spent on pilots of `pilot` [B] passes, 0 for none.
 
-    What a pilot says is trusted for four times its passes; who needs more gets a pilot of these.
+    What a pilot says is trusted for four times its passes; who needs more gets a pilot of these, or is enumerated.
     """
-    least = min(num_samples, _LEAST_SAMPLES)
-    num, spent, stage = torch.zeros_like(pilot), torch.zeros_like(pilot), 1
+    num, spent, least, stage = torch.zeros_like(pilot), torch.zeros_like(pilot), pilot.clamp(max=_LEAST_SAMPLES), 1
     while pilot.any():
-        parts = _estimates(score, pilot, num_samples, proposal, seed, sample_ids, stage * _PILOT)
-        for which, estimate in parts:
-            num[which] = _enough(estimate, tolerance).clamp(least, max(least, max_samples))
+        for which, estimate in estimates(pilot, seed, sample_ids, stage * _PILOT):
+            num[which] = _enough(estimate, tolerance).clamp(least[which], least[which].clamp(min=max_samples))
             spent[which] += estimate.num_forwards
-        pilot, stage = 4 * pilot.where((num > 4 * pilot) & (4 * pilot < max_samples), 0), stage + 1
+        larger = 4 * pilot
+        more = (num > larger) & (larger < max_samples) & ~fits(most_tokens, larger)
+        pilot, stage = larger.where(more, 0), stage + 1
     return num, spent
 
 
@@ -271,37 +296,45 @@ def check_enough(num_samples: int, proposal: str, *, all_enumerated: bool) -> No
 
 
 def enumerate_subsets(score: Scorer, which: Tensor) -> NLLEstimate:
-    """Every subset of the n target tokens of a group of sequences, by its code: bit j is the j-th target position."""
-    n, x0 = int(score.num_tokens[which[0]]), score.x0[which, : int(score.lengths[which[0]])]
-    target = score.target[which, : x0.shape[1]]
-    rank = (target.cumsum(1) - 1).clamp(min=0)
+    """Every subset of the n target tokens of a group of sequences."""
+    n, x0, target = int(score.num_tokens[which[0]]), score.x0[which], score.targets(which)
+    x0 = x0[:, : target.shape[1]]
     token_nll = torch.zeros(x0.shape, dtype=torch.float64, device=x0.device)
     for rows in score.batches(len(which) * (2**n - 1)):
         k, code = rows // (2**n - 1), rows % (2**n - 1) + 1
-        mask = target[k] & (code.unsqueeze(1) >> rank[k]).bitwise_and(1).bool()
+        mask, weight = subset(target[k], code)
         loss = score(which[k], Masked(x0[k].masked_fill(mask, score.mask_index), mask))
-        weight = subset_weight(score.num_tokens[which[k]], mask.sum(1)).unsqueeze(1)
-        token_nll = token_nll.index_add(0, k, weight * loss)
+        token_nll = token_nll.index_add(0, k, weight.unsqueeze(1) * loss)
     zero = torch.zeros_like(token_nll[:, 0].detach())
-    return _of_group(score, which, token_nll, (zero, zero + math.inf), 2**n - 1)
+    return of_group(score, which, token_nll, (zero, zero + math.inf), 2**n - 1)
 
 
-def replicates_by_token(
-    score: Scorer,
-    which: Tensor,
+def subset(target: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    """Masks [..., L] of subsets of target tokens by their codes [...], bit j the j-th one, and their weights [...]."""
+    rank = (target.cumsum(-1) - 1).clamp(min=0)
+    mask = target & (code.unsqueeze(-1) >> rank).bitwise_and(1).bool()
+    return mask, subset_weight(target.sum(-1), mask.sum(-1))
+
+
+def plan_passes(
+    target: Tensor,
     chains_and_looks: tuple[int, int],
     num_samples: int,
     proposal: str,
     seed: Tensor,
     sample_ids: Tensor,
     step: int,
-) -> Replicates:
-    """What is averaged over, by token: a value from each chain, each pair of complements, or each pass."""
+    backend: str | None,
+) -> Passes:
+    """Passes of sequences with targets [K, L] of the same number of tokens.
+
+    Replicates, by token, are of each chain, each pair of complements, or each pass.
+    """
     if proposal == "stratified":
-        return run_chains(score, which, *chains_and_looks, seed, sample_ids, step)
-    n, passes = score.num_tokens[which], torch.arange(num_samples, device=which.device)
+        return plan_chains(target, *chains_and_looks, seed, sample_ids, step, backend)
+    n, passes = target.sum(1), torch.arange(num_samples, device=target.device)
     if proposal == "complementary":
-        return _complementary(score, which, num_samples // 2, seed, sample_ids, step)
+        return _complementary(target, num_samples // 2, seed, sample_ids, step, backend)
     if proposal == "systematic":
         shift = draw32(seed, Purpose.COUNT, step, sample_ids, 0, 0).unsqueeze(1)
         counts = 1 + scaled_in_stratum(shift, passes, num_samples, n.unsqueeze(1))
@@ -310,24 +343,40 @@ def replicates_by_token(
         counts, weight = sample_mask_counts(
             num_samples, n, proposal=proposal, seed=seed, step=step, sample_ids=sample_ids
         )
-    loss, _ = score.draw(which, counts, step + passes, seed, sample_ids)
-    values = (weight.unsqueeze(2) * loss).unsqueeze(1)
-    return Replicates(values, values.new_zeros(()).expand_as(values))
+    mask = draw_masks(target, counts, step + passes, seed, sample_ids, backend)
+    return Passes(mask, lambda loss: without_controls(weight.unsqueeze(2) * loss))
 
 
-def run_replicates(*args: Any) -> Replicates:
-    """`replicates_by_token`, summed over the tokens."""
-    return replicates_by_token(*args).summed()
+def run_replicates(
+    score: Scorer,
+    which: Tensor,
+    chains_and_looks: tuple[int, int],
+    num_samples: int,
+    proposal: str,
+    seed: Tensor,
+    sample_ids: Tensor,
+) -> Replicates:
+    """What a group of sequences is averaged over, summed over its tokens."""
+    target, names = score.targets(which), (seed, sample_ids, 0, score.backend)
+    passes = plan_passes(target, chains_and_looks, num_samples, proposal, *names)
+    return passes.replicates(score.run(which, passes.mask)).summed()
 
 
-def _complementary(score: Scorer, which: Tensor, pairs: int, seed: Tensor, sample_ids: Tensor, step: int) -> Replicates:
+def _complementary(
+    target: Tensor, pairs: int, seed: Tensor, sample_ids: Tensor, step: int, backend: str | None
+) -> Passes:
     """A value from each pair of a mask of k tokens, k uniform on 0..n, and its complement."""
-    n, pair = score.num_tokens[which].unsqueeze(1), torch.arange(pairs, device=which.device)
+    n, pair = target.sum(1, keepdim=True), torch.arange(pairs, device=target.device)
     k = scaled(draw32(seed, Purpose.COUNT, step, sample_ids.unsqueeze(1), 0, pair), n + 1)
-    counts, steps = torch.cat([k, k], 1), step + torch.cat([pair, pair])
-    loss, mask = score.draw(which, counts, steps, seed, sample_ids, complement=torch.arange(2 * pairs) >= pairs)
-    weight = (n + 1).double() / (2 * mask.sum(2)).clamp(min=1)
-    values = (weight.unsqueeze(2) * loss).unflatten(1, (2, pairs)).sum(1).unsqueeze(1)
+    mask = draw_masks(target, k, step + pair, seed, sample_ids, backend)
+    mask = torch.cat([mask, target.unsqueeze(1) & ~mask], 1)
+    weight = ((n + 1).double() / (2 * mask.sum(2)).clamp(min=1)).unsqueeze(2)
+    return Passes(mask, lambda loss: without_controls((weight * loss).unflatten(1, (2, pairs)).sum(1)))
+
+
+def without_controls(values: Tensor) -> Replicates:
+    """Replicates of values [K, R, L]."""
+    values = values.unsqueeze(1)
     return Replicates(values, values.new_zeros(()).expand_as(values))
 
 
@@ -339,40 +388,41 @@ def mean_over(replicates: Replicates, proposal: str) -> tuple[Tensor, Tensor, Te
 
 
 def _estimates(
-    score: Scorer,
-    num_samples: Tensor,
-    planned: int,
-    proposal: str,
-    seed: Tensor,
-    sample_ids: Tensor,
-    step: int,
-) -> list[tuple[Tensor, NLLEstimate]]:
+    score: Scorer, planned: int, proposal: str, num_samples: Tensor, seed: Tensor, sample_ids: Tensor, step: int
+) -> Parts:
     """Sequences of num_samples [B] > 0, those that agree in length, target tokens and num_samples together.
 
-    Chains have as many looks as `planned` passes would give them, if that leaves four of them.
+    Chains are as long as `planned` passes make them, see `chains_of`.
     """
     few = fits(score.num_tokens, num_samples)
     total = torch.where(few, 2 ** score.num_tokens.clamp(max=62) - 1, num_samples).sum()
     parts = []
     with score.evaluating(int(total)):
         for group in score.groups(num_samples):
-            num, n = int(num_samples[group[0]]), int(score.num_tokens[group[0]])
+            num = int(num_samples[group[0]])
             if num == 0:
                 continue
             if few[group[0]]:
                 parts.append((group, enumerate_subsets(score, group)))
                 continue
-            looks = min(plan(planned, n)[1], max(1, (num - 1) // 4))
-            plans = (num - 1) // looks, looks
-            passes = {"stratified": 1 + math.prod(plans), "complementary": num // 2 * 2}.get(proposal, num)
-            for which in group.split(max(1, _STORED_LOSSES // (num * int(score.lengths[group[0]])))):
-                found = replicates_by_token(score, which, plans, num, proposal, seed, sample_ids[which], step)
+            plans = chains_of(num, planned, int(score.num_tokens[group[0]]))
+            for which in group.split(max(1, STORED_LOSSES // (num * int(score.lengths[group[0]])))):
+                names = seed, sample_ids[which], step, score.backend
+                passes = plan_passes(score.targets(which), plans, num, proposal, *names)
+                found = passes.replicates(score.run(which, passes.mask))
                 error = mean_over(found.summed(), proposal)[1:]
-                parts.append((which, _of_group(score, which, found.of_tokens(), error, passes)))
+                parts.append((which, of_group(score, which, found.of_tokens(), error, passes.mask.shape[1])))
     return parts
 
 
-def _of_group(
+def chains_of(num_samples: int, planned: int, length: int) -> tuple[int, int]:
+    """How many chains, and looks at each, num_samples passes buy, where chains have as many looks as `planned` passes
+    would give them, if that leaves four of them."""
+    looks = min(plan(planned, length)[1], max(1, (num_samples - 1) // 4))
+    return (num_samples - 1) // looks, looks
+
+
+def of_group(
     score: Scorer, which: Tensor, token_nll: Tensor, stderr_freedom: tuple[Tensor, Tensor], passes: int
 ) -> NLLEstimate:
     stderr, freedom = (x.detach() for x in stderr_freedom)
@@ -381,7 +431,7 @@ def _of_group(
     return NLLEstimate(*columns, token_nll=tokens)
 
 
-def _in_order(parts: list[tuple[Tensor, NLLEstimate]], x0: Tensor) -> NLLEstimate:
+def _in_order(parts: Parts, x0: Tensor) -> NLLEstimate:
     """Parts with their places in the batch, as one estimate of the batch."""
     if not parts:
         nothing, none = x0.new_zeros(0), x0.new_zeros(0, dtype=torch.float64)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.integrations.loss_head import LossHead
-from fastdiff.integrations.mdlm import check_bypassed, float32_on_gpus, last_layer
+from fastdiff.integrations.mdlm import at_step, check_bypassed, float32_on_gpus, last_layer
 from fastdiff.integrations.patching import patch, setting
 from fastdiff.losses import dse_loss
 from fastdiff.reverse import reverse_step
@@ -81,16 +81,16 @@ class DUO_BASE:
         their mean over tokens, marked as such.
 
         Raises:
-            ValueError: discrete time (T > 0); labels though the model is not class-conditional, or none though it is.
+            ValueError: labels though the model is not class-conditional, or none though it is.
             TypeError: a class derived from this one has its own of what is not called here.
             ValueError, TypeError, RuntimeError: as `LossHead.dse_loss`.
         """
         check_bypassed(self, DUO_BASE.nll, "forward", "_process_model_output", "nll_per_token")
-        if self.T > 0:
-            raise ValueError(f"T: expected 0, continuous time, got {self.T}")
         if self.class_conditional != (labels is not None):
             raise ValueError(f"labels: expected classes if class_conditional, else None, got {labels}")
         t = self._sample_t(len(x0), current_accumulation_step)
+        if self.T > 0:
+            t = at_step(t, self.T)
         dalpha_t, alpha_t = (number[:, None] for number in self.noise(t))
         xt, sigma = self.q_xt(x0, alpha_t), self._sigma_from_alphat(alpha_t)
         if labels is not None:

@@ -18,7 +18,10 @@ from fastdiff.losses import dse_loss
 from fastdiff.tokens import sample_tokens
 
 # What a loss that makes no logits does not call.
-BYPASSED = ("forward", "_forward_pass_diffusion", "_subs_parameterization", "_sedd_parameterization", "_score_entropy")
+BYPASSED = (
+    *("forward", "_forward_pass_diffusion", "_subs_parameterization", "_sedd_parameterization", "_score_entropy"),
+    *("_d3pm_parameterization", "_d3pm_loss", "_reconstruction_loss"),
+)
 LAST_LAYERS = ("output_layer.linear", "backbone.output_layer.linear", "model.lm_head")  # DIT, the hub's, DiMamba
 
 
@@ -39,6 +42,9 @@ class Loss:
     nlls: Tensor
     token_mask: Tensor
 
+    def __add__(self, other: "Loss") -> "Loss":
+        return Loss(self.loss + other.loss, self.nlls + other.nlls, self.token_mask)
+
 
 class Diffusion:
     """For `diffusion.Diffusion`, whose attributes the methods read."""
@@ -46,22 +52,25 @@ class Diffusion:
     def _loss(self: Any, x0: Tensor, attention_mask: Tensor) -> Loss:
         """NELBO of a token, in nats, at a time and under a noise drawn for x0 [B, L] int64. No logits are made.
 
-        For the parameterizations "subs" (with importance sampling of t or a change of variables too) and "sedd";
-        "ar" is MDLM's own.
+        For the parameterizations "subs" (with importance sampling of t or a change of variables too), "d3pm" with
+        subs_masking, and "sedd", in continuous time and in T steps. "ar" is MDLM's own, and so is "d3pm" without
+        subs_masking, whose loss follows the probability of the mask too, from logits.
 
         Raises:
-            ValueError: another parameterization, or discrete time (T > 0).
+            ValueError: another parameterization.
             TypeError: a class derived from this one has its own of what is not called here.
             ValueError, TypeError, RuntimeError: as `LossHead.dce_loss`.
         """
         x0, targets, attention_mask = self._maybe_sub_sample(x0, attention_mask)
         if self.parameterization == "ar":
             return mean_loss(-at(self.backbone(x0, None), targets), attention_mask)
+        if self.parameterization == "d3pm" and not self.subs_masking:
+            return mean_loss(self._forward_pass_diffusion(x0), attention_mask)
         check_bypassed(self, Diffusion._loss, *BYPASSED)
-        check_choice("parameterization", self.parameterization, ("subs", "sedd", "ar"))
-        if self.T > 0:
-            raise ValueError(f"T: expected 0, continuous time, got {self.T}")
+        check_choice("parameterization", self.parameterization, ("subs", "d3pm", "sedd", "ar"))
         t = self._sample_t(len(x0), x0.device)
+        if self.T > 0:
+            t = at_step(t, self.T)
         if self.change_of_variables:
             low, high = (_log_masked(end) for end in (self.noise.sigma_min, self.noise.sigma_max))
             conditioning, move_chance = t, torch.exp(low + t * (high - low))
@@ -70,17 +79,17 @@ class Diffusion:
             conditioning, move_chance = sigma, -torch.expm1(-sigma)
         xt = self.q_xt(x0, move_chance[:, None])
 
-        def logits(x: Tensor) -> Tensor:
-            return _logits(self, x, conditioning[: len(x), None])
-
-        head = LossHead(self.backbone, last_layer(self.backbone), logits=logits)
+        head, logits = _head(self, conditioning)
         if self.parameterization == "sedd":
             return sedd_loss(self, head, logits, xt, x0, sigma[:, None], dsigma[:, None], attention_mask)
-        if self.change_of_variables or self.importance_sampling:
+        if self.T > 0:
+            weight = 1 / t.clamp_max(1 - 1e-4)[:, None]  # T (alpha_s - alpha_t) / (1 - alpha_t), as if log-linear
+        elif self.change_of_variables or self.importance_sampling:
             weight = -_log_masked(self.noise.sigma_min)[None]  # every log of the masked share is as likely
         else:
             weight = (dsigma / torch.expm1(sigma))[:, None]
-        return subs_loss(self, head, logits, xt, x0, weight, attention_mask)
+        loss = subs_loss(self, head, logits, xt, x0, weight, attention_mask)
+        return loss if self.parameterization == "subs" else loss + _reconstruction_loss(self, x0, attention_mask)
 
     def _score_entropy(self: Any, log_score: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor) -> Tensor:
         """Score entropy of each token in nats per unit of sigma, [B, L] float32; 0 where xt is not the mask.
@@ -160,6 +169,11 @@ def mean_loss(losses: Tensor, attention_mask: Tensor) -> Loss:
     return Loss(nlls.sum() / attention_mask.sum(), nlls, attention_mask)
 
 
+def at_step(t: Tensor, num_steps: int) -> Tensor:
+    """The time in 1/T, 2/T, ..., 1 that ends the step in which t is."""
+    return (t * num_steps).int() / num_steps + 1 / num_steps
+
+
 def _scored(xt: Tensor, x0: Tensor, attention_mask: Tensor) -> Tensor:
     """xt with masks nowhere but where a token is scored."""
     return torch.where(attention_mask != 0, xt, x0)
@@ -195,6 +209,25 @@ def check_bypassed(diffusion: Any, ours: Callable[..., Any], *names: str) -> Non
 def float32_on_gpus(x: Tensor) -> AbstractContextManager[Any]:
     """The autocast of `Diffusion.forward`: CUDA's alone."""
     return torch.autocast("cuda", dtype=torch.float32) if x.is_cuda else nullcontext()
+
+
+def _reconstruction_loss(diffusion: Any, x0: Tensor, attention_mask: Tensor) -> Loss:
+    """Cross-entropy at all tokens of x0 [B, L], of which the model sees each."""
+    head, logits = _head(diffusion, diffusion.noise(torch.zeros(len(x0), dtype=diffusion.dtype, device=x0.device))[0])
+    options: dict[str, Any] = dict(mask=attention_mask != 0, weight=attention_mask, mask_index=diffusion.mask_index)
+    options |= dict(reduction="mean", num_items=attention_mask.sum(), return_stats=True)
+    with head.dce_loss(x0, **options) as loss_of:
+        loss, stats = loss_of(logits(x0))
+    return Loss(loss, stats.nll * attention_mask, attention_mask)
+
+
+def _head(diffusion: Any, conditioning: Tensor) -> tuple[LossHead, Model]:
+    """The backbone's last layer, and how it is asked for logits [n, L, V] at noise [B]."""
+
+    def logits(x: Tensor) -> Tensor:
+        return _logits(diffusion, x, conditioning[: len(x), None])
+
+    return LossHead(diffusion.backbone, last_layer(diffusion.backbone), logits=logits), logits
 
 
 def _logits(diffusion: Any, x: Tensor, sigma: Tensor) -> Tensor:

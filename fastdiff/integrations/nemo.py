@@ -42,7 +42,7 @@ class Scored(NamedTuple):
     """What a loss asks of each hidden state, [B, L] or [B, 2 L]: the loss is the sum of weight times cross-entropy.
 
     first: L, whose part of the loss is logged. causal: whether the rest is of the model's causal_logits; None if
-    nobody asks.
+    nobody asks. balanced: the rest weighs as much as the first L, by a number that has no gradient.
     """
 
     x0: Tensor
@@ -50,9 +50,10 @@ class Scored(NamedTuple):
     weight: Tensor
     first: int
     causal: bool | None = None
+    balanced: bool = False
 
 
-def without_logits(published: Any, loss: str, scored: Callable[..., Scored | None]) -> Callable[..., None]:
+def without_logits(published: Any, loss: str, scored: Callable[..., Scored]) -> Callable[..., None]:
     """A strategy's forward and backward in which the model gives the loss of what is scored where it gave logits."""
 
     def forward_backward(
@@ -97,14 +98,18 @@ def without_logits(published: Any, loss: str, scored: Callable[..., Scored | Non
 @contextmanager
 def _loss_fn(recipe: Any, rows: Scored) -> Iterator[Any]:
     """In the place of the recipe's: the loss, given what the model gives in the place of its logits."""
-    x0, mask, weight, first, causal = rows
-    halves = first < x0.shape[1]
-    options = dict(mask=mask, weight=weight, exclude_mask=False, reduction="sum", return_stats=halves)
+    x0, mask, weight, first, causal, balanced = rows
+    halves = first < x0.shape[1] and not balanced
+    reduction = "none" if balanced else "sum"
+    options = dict(mask=mask, weight=weight, exclude_mask=False, reduction=reduction, return_stats=halves)
     with _head(recipe).dce_loss(x0, **options) as loss_of:
 
         def loss_fn(logits: Tensor, *_: Any, causal_logits: Tensor | None = None, **__: Any) -> DLLMLossOutput:
             if causal not in (None, causal_logits is not None):
                 raise ValueError(f"causal_logits: expected {'some' if causal else 'None'} of this dlm_paradigm")
+            if balanced:
+                noisy, clean = (half.sum() for half in loss_of(logits).split(first, 1))
+                return DLLMLossOutput(noisy + (noisy / clean.clamp_min(1e-6)).detach() * clean, noisy.detach())
             if not halves:
                 total = loss_of(logits)
                 return DLLMLossOutput(total, total.detach().clone())
@@ -122,7 +127,7 @@ def mdlm(recipe: Any, batch: dict[str, Tensor], num_diffusion_tokens: int, _: in
 
 def hybrid(recipe: Any, batch: dict[str, Tensor], num_diffusion_tokens: int, num_ar_tokens: int) -> Scored:
     """In two paradigms of [xt, x0]; in the second of them x0 predicts the next token."""
-    x0, mask, weight, length, _ = mdlm(recipe, batch, num_diffusion_tokens, num_ar_tokens)
+    x0, mask, weight, length, *_ = mdlm(recipe, batch, num_diffusion_tokens, num_ar_tokens)
     weight = recipe.dllm_loss_fn.alpha * weight
     paradigm = getattr(recipe.model_parts[0].config, "dlm_paradigm", None)
     if paradigm not in ("block_diff", "sbd_block_diff"):
@@ -134,16 +139,16 @@ def hybrid(recipe: Any, batch: dict[str, Tensor], num_diffusion_tokens: int, num
     return Scored(x0, mask, weight, length, causal)
 
 
-def idlm(recipe: Any, batch: dict[str, Tensor], num_diffusion_tokens: int, _: int) -> Scored | None:
+def idlm(recipe: Any, batch: dict[str, Tensor], num_diffusion_tokens: int, _: int) -> Scored:
     """Of [xt, x0], where each half predicts the next token."""
-    if recipe.dllm_loss_fn.auto_balance:  # their weights are known when both losses are
-        return None
+    loss_fn = recipe.dllm_loss_fn
     x0, mask = batch["_clean_input_ids"], batch["_noise_mask"].bool()
     if "attention_mask" in batch:
         mask = mask & batch["attention_mask"].bool()
     even = torch.full(x0.shape, 1 / num_diffusion_tokens, dtype=torch.float64, device=x0.device)
-    weight = torch.cat([even, recipe.dllm_loss_fn.clean_loss_weight * even], 1)
-    return Scored(_following(x0).repeat(1, 2), _following(mask).repeat(1, 2), weight, x0.shape[1])
+    weight = torch.cat([even, even if loss_fn.auto_balance else loss_fn.clean_loss_weight * even], 1)
+    x0, mask = (_following(tensor).repeat(1, 2) for tensor in (x0, mask))
+    return Scored(x0, mask, weight, even.shape[1], balanced=loss_fn.auto_balance)
 
 
 SEAMS = {

@@ -32,10 +32,10 @@ def log1p_(x):
 
 
 @triton.jit
-def noise(sigma):
-    """1 / e1 and log e1, where e1 = expm1(sigma) is never formed."""
-    o = -expm1_(-sigma)
-    return tl.exp(-sigma) / o, sigma + tl.log(o)
+def survival(sigma):
+    """alpha = exp(-sigma), 1 - alpha, and 1 / e1, where e1 = expm1(sigma) is never formed."""
+    alpha, rest = tl.exp(-sigma), -expm1_(-sigma)
+    return alpha, rest, alpha / rest
 
 
 @triton.jit
@@ -64,19 +64,9 @@ def log_gap(w, rho, near: tl.constexpr):
 
 
 @triton.jit
-def nelbo_constants(k, num_states, moved, c_xt, c_x0, rest_xt, rest_x0):
-    """NelboRow of csrc/row_loss.h: b, a, slope, offset, offset_w, a_x0, w_x0, rho_x0, dc_xt."""
-    b = 1 + k * c_xt
-    spread = k * (num_states + k)
-    a = tl.where(moved, 1.0, 1 / (1 + k))
-    slope = tl.where(moved, k, k * (1 + k)) / b
-    offset = tl.where(moved, 1.0, 1 + k) / b
-    offset_w = tl.where(moved, -k * c_xt, k * rest_xt) / b
-    a_x0 = tl.where(moved, 1 + k, 0.0)
-    w_x0 = tl.where(moved, -k * (rest_x0 + c_xt * (1 + k)) / (b * (1 + k)), 0.0)
-    rho_x0 = tl.where(moved, (1 + k * c_x0) / (b * (1 + k)), 1.0)
-    dc_xt = tl.where(moved, spread * c_xt, -spread * rest_xt / (1 + k)) / b
-    return b, a, slope, offset, offset_w, a_x0, w_x0, rho_x0, dc_xt
+def gap_at(w, rho, divisor):
+    """gap(rho) and 1 - 1/rho of rho = 1 + w in float64, from both times a divisor."""
+    return log_gap(w / divisor, rho / divisor, 1e-3), w / rho
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -115,12 +105,16 @@ def load_at(row, index):
 
 
 @triton.jit
+def store_at(row, index, gradient):
+    tl.store(row[1] + index, gradient.to(tl.float32), mask=(index >= 0) & (index < row[6]))
+
+
+@triton.jit
 def store_apart(row, at_x0, at_excluded):
     """Writes the gradients of x0 and of the excluded id over what the loops have left there."""
     tl.debug_barrier()
-    for_x0, for_excluded = row[7], row[8]
-    tl.store(row[1] + for_x0, at_x0, mask=(for_x0 >= 0) & (for_x0 < row[6]))
-    tl.store(row[1] + for_excluded, at_excluded, mask=(for_excluded >= 0) & (for_excluded < row[6]))
+    store_at(row, row[7], at_x0)
+    store_at(row, row[8], at_excluded)
 
 
 @triton.jit
@@ -133,69 +127,109 @@ def zero_grad(row, BLOCK: tl.constexpr, VEC: tl.constexpr):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Score entropy: loss and gradient from one pass.
+# Log scores: a sum of terms, loss and gradient from one pass.
 
 
 @triton.jit
-def dse_visit(part, row, constants, KIND: tl.constexpr, WITH_GRAD: tl.constexpr):
+def score_term(s, d, a, near: tl.constexpr, SQUARED: tl.constexpr):
+    """a phi(d), or (exp(s) - a)^2 / 2 if SQUARED, and its derivative, d = s - log a; a series where |d| < near."""
+    value, slope = scaled_phi(s, d, a, near)
+    if SQUARED:
+        return slope * slope / 2, slope * tl.exp(s)
+    return value, slope
+
+
+@triton.jit
+def scores_visit(part, row, constants, RATIOS: tl.constexpr, SQUARED: tl.constexpr, WITH_GRAD: tl.constexpr):
     """The terms of some numbers, 0 at x0 and the excluded id; stores gradients."""
     z, grad, ids, exists = part
     shift, shift_a, a, scale = constants
     x = tl.load(z, mask=exists, other=0.0).to(tl.float32)
-    if KIND == "phi":
-        value, slope = scaled_phi(x - shift, x - shift_a, a, 0.25)
+    if RATIOS:
+        value, slope = score_term(x - shift, x - shift_a, a, 0.25, SQUARED)
     else:
-        value = tl.exp(x - shift)
-        slope = value
+        slope = tl.exp((x - shift) * (2 if SQUARED else 1))
+        value = slope / 2 if SQUARED else slope
     if WITH_GRAD:
         tl.store(grad, scale * slope, mask=exists)
     return tl.where(exists & (ids != row[7]) & (ids != row[8]), value, 0.0)
 
 
 @triton.jit
-def dse_sum(row, constants, KIND: tl.constexpr, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr):
+def scores_sum(
+    row, constants,
+    RATIOS: tl.constexpr, SQUARED: tl.constexpr, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
     total = tl.zeros((BLOCK,), tl.float32)
     for i in range(num_blocks(row, BLOCK, VEC)):
-        total += dse_visit(block_of(row, i, BLOCK, VEC), row, constants, KIND, WITH_GRAD)
+        total += scores_visit(block_of(row, i, BLOCK, VEC), row, constants, RATIOS, SQUARED, WITH_GRAD)
     # In place, warps that come later find gradients at the edges, which all read; what is stored is the first's.
-    edge = dse_visit(edge_of(row, VEC), row, constants, KIND, WITH_GRAD)
+    edge = scores_visit(edge_of(row, VEC), row, constants, RATIOS, SQUARED, WITH_GRAD)
     return (tl.sum(total, 0).to(tl.float64) + tl.sum(edge, 0)) * constants[3]
 
 
 @triton.jit
-def weighted(constants):
-    """The same terms with the weight's share in the exponent, at a digit's cost."""
-    shift, shift_a, a, weight = constants
-    factor, share = weight_parts(weight)
-    return (shift - tl.log(share.to(tl.float64))).to(tl.float32), shift_a, a * share, factor
+def shared(shift, a, weight, SQUARED: tl.constexpr):
+    """A term's shift and a with the weight's share in the exponent, and the weight's factor."""
+    factor, share = weight_parts(weight.to(tl.float64))
+    if SQUARED:
+        share = tl.sqrt(share)
+    return shift - tl.log(share), a * share, factor
 
 
 @triton.jit
-def dse_row(
-    row, weight, shift, a, log_a, a_x0, log_a_x0,
-    KIND: tl.constexpr, WITH_GRAD: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+def weighted(constants, SQUARED: tl.constexpr):
+    """The same terms with the weight's share in the exponent, at a digit's cost."""
+    shift, shift_a, a, weight = constants
+    shift, a, factor = shared(shift, a, weight, SQUARED)
+    return shift.to(tl.float32), shift_a, a.to(tl.float32), factor.to(tl.float32)
+
+
+@triton.jit
+def scores_row(
+    row, weight, sigma, all_states,
+    FUNCTOR: tl.constexpr, SCALE_BY_SIGMA: tl.constexpr, WITH_GRAD: tl.constexpr, IN_PLACE: tl.constexpr,
+    BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    s_x0 = load_at(row, row[7]) - shift
+    """Terms of the ratios p(y | x0) / p(x_t | x0), which are a_x0 at x0 and a elsewhere: where RATIOS is false, 0."""
+    SQUARED: tl.constexpr = FUNCTOR == "csm_absorb" or FUNCTOR == "csm_uniform"
+    RATIOS: tl.constexpr = FUNCTOR == "dse_uniform" or FUNCTOR == "csm_uniform"
+    f32 = tl.float32
+    _, rest, inv_e1 = survival(sigma)
+    log_e1 = sigma + tl.log(rest)
+    shift = tl.full((), 0.0, tl.float64)
+    if SCALE_BY_SIGMA:
+        shift = log_e1 + tl.log((all_states - 1).to(tl.float64))
+    if RATIOS:
+        moved, k = row[7] != row[8], all_states * inv_e1
+        log_r = tl.where(k < float("inf"), -log1p_(k), 0.0)  # with sigma = 0 r is 0, and log r is not needed
+        a, log_a = tl.where(moved, 1.0, 1 / (1 + k)), tl.where(moved, 0.0, log_r)
+        a_x0, log_a_x0 = 1 + k, -log_r
+    else:
+        a, log_a, a_x0, log_a_x0 = shift * 0, shift * 0, inv_e1, -log_e1
+    if FUNCTOR == "dse_uniform":
+        weight /= all_states
+
+    s_x0 = load_at(row, row[7])
     if WITH_GRAD:
         tl.debug_barrier()  # a gradient in the place of its row must not come before this
-    factor, share = weight_parts(weight)
-    at_x0, slope_x0 = scaled_phi(s_x0 + tl.log(share), s_x0 - log_a_x0, a_x0 * share, 1e-2)
+    shift_x0, a_x0, factor = shared(shift, a_x0, weight, SQUARED)
+    at_x0, slope_x0 = score_term(s_x0 - shift_x0, s_x0 - shift - log_a_x0, a_x0, 1e-2, SQUARED)
     at_x0 = tl.where((row[7] == row[8]) | (row[7] == -1), 0.0, at_x0)
-    f32 = tl.float32
     constants = (shift.to(f32), (shift + log_a).to(f32), a.to(f32), weight.to(f32))
     if IN_PLACE:  # where a row is gone once it is read
-        others = dse_sum(row, weighted(constants), KIND, WITH_GRAD, BLOCK, VEC)
+        others = scores_sum(row, weighted(constants, SQUARED), RATIOS, SQUARED, WITH_GRAD, BLOCK, VEC)
     else:
-        others = dse_sum(row, constants, KIND, WITH_GRAD, BLOCK, VEC)
+        others = scores_sum(row, constants, RATIOS, SQUARED, WITH_GRAD, BLOCK, VEC)
         if not tl.abs(others) < float("inf"):  # again, in smaller blocks: for the registers that the first loop takes
-            others = dse_sum(row, weighted(constants), KIND, WITH_GRAD, BLOCK // 4, VEC)
+            others = scores_sum(row, weighted(constants, SQUARED), RATIOS, SQUARED, WITH_GRAD, BLOCK // 4, VEC)
     if WITH_GRAD:
-        store_apart(row, (factor * slope_x0).to(f32), 0.0)
+        store_apart(row, factor * slope_x0, shift * 0)
     return others + factor * at_x0
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Cross-entropy: the sum first, then the gradient from a row that is still in the second-level cache.
+# Softmax: the sum first, then the gradient from a row that is still in the second-level cache.
 
 
 @triton.jit
@@ -235,7 +269,13 @@ def sum_exp(row, BLOCK: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def dce_visit(part, row, constants, WITH_GRAD: tl.constexpr, WITH_STATS: tl.constexpr, WITH_ENTROPY: tl.constexpr):
+def x_exp(x):
+    """exp(x) x, 0 at -inf."""
+    return tl.where(x < -700.0, 0.0, tl.exp(x) * x)
+
+
+@triton.jit
+def softmax_visit(part, row, constants, WITH_GRAD: tl.constexpr, WITH_STATS: tl.constexpr, WITH_ENTROPY: tl.constexpr):
     """Stores gradients; for the statistics, exp(x) x with x = z - shift, and which numbers stand before x0's."""
     _, grad, ids, exists = part
     shift, x_x0, slope, pull, size = constants
@@ -250,7 +290,7 @@ def dce_visit(part, row, constants, WITH_GRAD: tl.constexpr, WITH_STATS: tl.cons
 
 
 @triton.jit
-def dce_pass(
+def softmax_pass(
     row, shift, x_x0, slope, pull,
     WITH_GRAD: tl.constexpr, WITH_STATS: tl.constexpr, WITH_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr, VEC: tl.constexpr,
@@ -261,30 +301,42 @@ def dce_pass(
     constants = (shift.to(f32), x_x0, (slope / size).to(f32), (pull / size).to(f32), size.to(f32))
     dots, aheads = tl.zeros((BLOCK,), f32), tl.zeros((BLOCK,), tl.int32)
     for i in range(num_blocks(row, BLOCK, VEC)):
-        dot, ahead = dce_visit(block_of(row, i, BLOCK, VEC), row, constants, WITH_GRAD, WITH_STATS, WITH_ENTROPY)
+        dot, ahead = softmax_visit(block_of(row, i, BLOCK, VEC), row, constants, WITH_GRAD, WITH_STATS, WITH_ENTROPY)
         if WITH_STATS:
             dots += dot
             aheads += ahead
-    dot, ahead = dce_visit(edge_of(row, VEC), row, constants, WITH_GRAD, WITH_STATS, WITH_ENTROPY)
+    dot, ahead = softmax_visit(edge_of(row, VEC), row, constants, WITH_GRAD, WITH_STATS, WITH_ENTROPY)
     return tl.sum(dots, 0) + tl.sum(dot, 0), tl.sum(aheads, 0) + tl.sum(ahead, 0)
 
 
 @triton.jit
-def dce_row(
-    row, weight, entropy_weight, z_loss,
-    WITH_GRAD: tl.constexpr, WITH_STATS: tl.constexpr, WITH_ENTROPY: tl.constexpr,
+def softmax_row(
+    row, weight, entropy_weight, z_loss, offset,
+    OFFSET: tl.constexpr, WITH_GRAD: tl.constexpr, WITH_STATS: tl.constexpr, WITH_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
+    """With OFFSET the excluded id is not left out, but has an offset."""
     top, others = sum_exp(row, BLOCK, VEC)
     elsewhere = row[7] == -1
     at_x0 = tl.where(elsewhere, float("-inf"), load_at(row, row[7]))
+    at_xt = tl.full((), float("-inf"), tl.float64)
+    if OFFSET:
+        same = row[7] == row[8]
+        at_xt = tl.where(same, at_xt, load_at(row, row[8]) + offset)
+        at_x0 += tl.where(same, offset, 0.0)
+        above = tl.where(at_xt > top, at_xt, top)
+        others = others * tl.exp(top - above) + tl.exp(at_xt - above)
+        top = above
     if WITH_GRAD:
-        tl.debug_barrier()  # as in dse_row
+        tl.debug_barrier()  # as in scores_row
     shift = tl.where(at_x0 > top, at_x0, top)
+    if OFFSET:  # a number of the loops' type
+        shift = shift.to(tl.float32).to(tl.float64)
     others = tl.where(shift == float("inf"), float("nan"), others * tl.exp(top - shift))  # inf - inf, as in PyTorch
-    total = others + tl.exp(at_x0 - shift)
+    e_x0 = tl.exp(at_x0 - shift)
+    total = others + e_x0
     # Neither is 1 added to a small sum, nor the shift to log(sum): digits would be lost.
-    log_total = tl.where(at_x0 == shift, log1p_(others), tl.log(total))
+    log_total = tl.where(at_x0 >= top, log1p_(others / e_x0) + (at_x0 - shift), tl.log(total))
     log_p = (at_x0 - shift) - log_total
     logsumexp = shift + log_total
     log_p = tl.where(elsewhere, -logsumexp, log_p)
@@ -296,87 +348,186 @@ def dce_row(
     grad_x0 = weight * (expm1_(log_p) + (slope - 1) * tl.exp(log_p))
     is_nothing = elsewhere & (total == 0)  # a part of the row without weight
     slope = tl.where(is_nothing, 0.0, weight * slope / total)
+    at_excluded = tl.zeros_like(total)
+    if OFFSET:
+        at_excluded = tl.where(same, grad_x0, slope * tl.exp(at_xt - shift))
     if WITH_GRAD or WITH_STATS or WITH_ENTROPY:
         AT_ONCE: tl.constexpr = WITH_GRAD and not WITH_ENTROPY
         AS_WELL: tl.constexpr = WITH_STATS or WITH_ENTROPY
-        dot, ahead = dce_pass(row, shift, x_x0, slope, pull, AT_ONCE, AS_WELL, False, BLOCK, VEC)
+        dot_apart = x_exp(at_x0 - shift) + x_exp(at_xt - shift)
+        first = (total == total) & ((at_xt < at_x0) | ((at_xt == at_x0) & (row[7] < row[8])))
+        dot, ahead = softmax_pass(row, shift, x_x0, slope, pull, AT_ONCE, AS_WELL, False, BLOCK, VEC)
         if AS_WELL:
-            dot_x0 = tl.where(x_x0 < -86.0, 0.0, tl.exp(x_x0) * x_x0)
-            entropy = log_total - (dot + dot_x0).to(tl.float64) / total
-            correct = tl.where((ahead == 0) & (total == total), 1.0, 0.0).to(tl.float64)
+            entropy = log_total - (dot.to(tl.float64) + dot_apart) / total
+            correct = tl.where(first & (ahead == 0), 1.0, 0.0).to(tl.float64)
     if WITH_ENTROPY:
         loss += entropy_weight * entropy
         p = tl.exp(log_p)
         grad_x0 -= entropy_weight * tl.where(p == 0, 0.0, p * (log_p + entropy))
         pull = tl.where(is_nothing, 0.0, entropy_weight / total)
         slope -= tl.where(is_nothing, 0.0, pull * (entropy - log_total))
+        if OFFSET:
+            at_excluded = tl.where(same, grad_x0, slope * tl.exp(at_xt - shift) - pull * x_exp(at_xt - shift))
         if WITH_GRAD:
             tl.debug_barrier()  # as above
-            dce_pass(row, shift, x_x0, slope, pull, True, False, True, BLOCK, VEC)
+            softmax_pass(row, shift, x_x0, slope, pull, True, False, True, BLOCK, VEC)
     if WITH_GRAD:
-        store_apart(row, grad_x0.to(tl.float32), 0.0)
+        store_apart(row, grad_x0, at_excluded)
     return loss, logsumexp, entropy, correct, -log_p
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Score entropy of the uniform graph from conditionals: two sums in sequence, then the gradient.
+# Affine: two sums in sequence, then the gradient. AffineRow of csrc/row_loss.h has the formulas.
 
 
 @triton.jit
-def nelbo_terms(part, row, constants):
-    """c, w - log(rho) and 1 - 1/rho of some numbers, 0, 0 and anything at x0, x_t and where there is none."""
+def dse_uniform_logits(sigma, n, moved, c_x0, c_xt, rest_x0, rest_xt):
+    """a, slope, offset, offset_w, unit, value, mass_x0 and mass_xt, as the next two give them too."""
+    _, _, inv_e1 = survival(sigma)
+    k = n * inv_e1
+    b, ratio = 1 + k * c_xt, tl.where(moved, 1.0, 1 / (1 + k))
+    unit = k / (n * b)
+    offset_w = tl.where(moved, -k * c_xt, k * rest_xt) / b
+    at_xt = unit * k * (n + k) / b * c_xt
+    gap, pull = gap_at(-k * (rest_x0 + c_xt * (1 + k)), 1 + k * c_x0, (1 + k) * b)
+    mass_x0 = tl.where(moved, unit * c_x0 * pull, -at_xt * rest_xt * ratio)
+    value, mass_xt = tl.where(moved, (1 + k) / n * gap, 0.0), tl.where(moved, at_xt * c_xt, 0.0)
+    return ratio / n, k / (ratio * b), 1 / (ratio * b), offset_w, unit, value, mass_x0, mass_xt
+
+
+@triton.jit
+def d3pm_uniform(sigma, sigma_s, penalty, n, moved, c_x0, c_xt, rest_x0, rest_xt, nll):
+    last = sigma_s == 0
+    alpha_s, rest_s, inv_s = survival(tl.where(last, sigma / 2, sigma_s))
+    alpha_t, rest_t, inv_t = survival(sigma)
+    alpha_ts, rest_ts, _ = survival(sigma - tl.where(last, sigma / 2, sigma_s))
+    k, k_s, lives = n * inv_t, n * inv_s, tl.where(last, 0.0, 1.0)
+    b, m = 1 + k * c_xt, tl.where(moved, 1.0, 1 + k)
+    between = n * alpha_s * rest_ts / (rest_t * rest_s)  # k_s - k
+    keeps, stays = alpha_s + rest_s / n, alpha_ts + rest_ts / n
+    unit, unit_xt = rest_ts * alpha_s / (rest_t * b), (rest_ts + n * alpha_ts) * alpha_s / (rest_t * b)
+    offset_w = tl.where(moved, -k * c_xt, k * rest_xt) / b
+    w_x0 = tl.where(moved, -(k_s * rest_x0 + k * c_xt * (1 + k_s)), -between * rest_xt)
+    gap_x0, pull_x0 = gap_at(w_x0, (1 + k_s * c_x0) * m, (1 + k_s) * b)
+    gap_xt, pull_xt = gap_at(between * c_xt, 1 + k_s * c_xt, b)
+    q_x0 = tl.where(moved, rest_ts / rest_t, stays / (alpha_t + rest_t / n)) * keeps
+    q_xt = tl.where(moved, stays * rest_s / rest_t, 0.0)
+    cross_entropy = penalty + 1 - lives
+    value = lives * (q_x0 * gap_x0 + q_xt * gap_xt) + cross_entropy * nll
+    mass_x0 = lives * tl.where(moved, unit, unit_xt) * c_x0 * pull_x0 - cross_entropy
+    mass_xt = lives * tl.where(moved, unit_xt * c_xt * pull_xt, 0.0)
+    a = rest_ts * rest_s / (n * rest_t * m)
+    return (
+        lives * a,
+        lives * k_s * m / b,
+        tl.where(last, 1.0, m / b),
+        lives * offset_w,
+        lives * unit,
+        value,
+        mass_x0,
+        mass_xt,
+    )
+
+
+@triton.jit
+def mixture(sigma, share, n, moved, apart, c_x0, c_xt, rest_x0, nll):
+    alpha, rest, _ = survival(sigma)
+    alpha = tl.maximum(alpha, 1e-280)
+    base = rest * share / n
+    t = base / alpha
+    least = tl.maximum(t, 2e-18)  # instead of 0, where this is cross-entropy
+    a = alpha * least
+    part = 1 / (1 + tl.where(t > 0, t * tl.exp(nll), 0.0))  # c / (c + t) of x0
+    w, rho = -rest_x0 / (1 + t), (c_x0 + t) / (1 + t)
+    log_rho = tl.where(t > 0, tl.log(rho), -nll)
+    value = (alpha + base) * tl.where(tl.abs(w) < 1e-3, log_gap(w, rho, 1e-3), w - log_rho)
+    mass_x0 = -alpha * rest_x0 * part
+    v = rest_x0 / (c_x0 + t)  # 1 / rho - 1
+    at_x0 = tl.where(tl.abs(v) < 1e-3, log_gap(v, 1 + v, 1e-3), v + log_rho)
+    w_xt = c_xt / least
+    pull = w_xt / (1 + w_xt)
+    at_xt = a * log_gap(w_xt, 1 + w_xt, 1e-3) + log_gap(-pull, 1 / (1 + w_xt), 1e-3)
+    value += tl.where(apart, at_xt, tl.where(moved, 0.0, at_x0))
+    mass_x0 -= tl.where(moved, 0.0, v * part)
+    mass_xt = tl.where(apart, pull * (alpha * c_xt + pull), 0.0)
+    return a, 1 / least, a * 0 + 1, a * 0, alpha, value, mass_x0, mass_xt
+
+
+@triton.jit
+def affine_terms(part, row, xt, constants):
+    """c, w - log(rho) and 1 - 1/rho of some numbers, 0, 0 and anything at the ids apart and where there is none."""
     _, _, ids, exists = part
     shift, inv_total, slope, offset, offset_w = constants
-    c = tl.exp2((load_others(part, row) - shift) * LOG2_E) * inv_total
+    live = exists & (ids != row[7]) & (ids != row[8]) & (ids != xt)
+    c = tl.exp2((tl.where(live, load_part(part), float("-inf")) - shift) * LOG2_E) * inv_total
     rho, w = slope * c + offset, slope * c + offset_w
-    live = exists & (ids != row[7]) & (ids != row[8])
     return c, tl.where(live, log_gap(w, rho, 0.25), 0.0), w / rho
 
 
 @triton.jit
-def nelbo_store(part, row, constants, gradient):
-    scale, mean = gradient
-    c, _, pull = nelbo_terms(part, row, constants)
-    tl.store(part[1], scale * c * (pull - mean), mask=part[3])
+def affine_store(part, row, xt, constants, gradient):
+    unit, masses = gradient
+    c, _, pull = affine_terms(part, row, xt, constants)
+    tl.store(part[1], c * (unit * pull - masses), mask=part[3])
 
 
 @triton.jit
-def nelbo_row(row, weight, k, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr):
-    top, others = sum_exp(row, BLOCK, VEC)
-    moved = row[7] != row[8]
-    at_x0, at_xt, num_states = load_at(row, row[7]), load_at(row, row[8]), row[6].to(tl.float64)
-    shift = tl.where(at_x0 > top, at_x0, top)
-    shift = tl.where(at_xt > shift, at_xt, shift)
-    others *= tl.exp(top - shift)
-    e_x0, e_xt = tl.where(moved, tl.exp(at_x0 - shift), 0.0), tl.exp(at_xt - shift)
-    total = others + e_x0 + e_xt
-    c_x0, c_xt, rest_xt, rest_x0 = e_x0 / total, e_xt / total, (others + e_x0) / total, (others + e_xt) / total
-    b, a, slope, offset, offset_w, a_x0, w_x0, rho_x0, dc_xt = nelbo_constants(
-        k, num_states, moved, c_xt, c_x0, rest_xt, rest_x0
-    )
-    loss_x0, pull_x0, scale = a_x0 * log_gap(w_x0, rho_x0, 1e-3), w_x0 / rho_x0, weight * k / b
+def affine_row(
+    row, xt, weight, sigma, extra, penalty,
+    FUNCTOR: tl.constexpr, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """x_t is the excluded id, or of a mixture any; what is excluded then, the mask, has no part."""
     f32 = tl.float32
+    MIXED: tl.constexpr = FUNCTOR == "mixture"
+    top, others = sum_exp(row, BLOCK, VEC)
+    moved = row[7] != xt
+    apart = moved & (xt != row[8]) if MIXED else moved
+    at_x0, at_xt, n = load_at(row, row[7]), tl.where(apart, load_at(row, xt), float("-inf")), row[6].to(tl.float64)
+    shift = tl.where(at_x0 > top, at_x0, top)
+    if not MIXED:
+        shift = tl.where(at_xt > shift, at_xt, shift)
+    others *= tl.exp(top - shift)
+    e_x0, e_xt = tl.exp(at_x0 - shift), tl.exp(at_xt - shift)
+    but_x0 = others if MIXED else others + e_xt
+    total = but_x0 + e_x0
+    c_x0, rest_x0 = e_x0 / total, but_x0 / total
+    c_xt, rest_xt = e_xt / total, tl.where(moved, (total - e_xt) / total if MIXED else (others + e_x0) / total, rest_x0)
+    nll = tl.where(at_x0 == shift, log1p_(but_x0), tl.log(total)) - (at_x0 - shift)
+    if FUNCTOR == "dse_uniform_logits":
+        found = dse_uniform_logits(sigma, n, moved, c_x0, tl.where(moved, c_xt, c_x0), rest_x0, rest_xt)
+    elif FUNCTOR == "d3pm_uniform":
+        found = d3pm_uniform(
+            sigma, extra, penalty, n, moved, c_x0, tl.where(moved, c_xt, c_x0), rest_x0, rest_xt, nll
+        )  # fmt: skip
+    else:
+        found = mixture(sigma, extra, n - 1, moved, apart, c_x0, c_xt, rest_x0, nll)
+    a, slope, offset, offset_w, unit, value, mass_x0, mass_xt = found
     constants = (shift.to(f32), (1 / total).to(f32), slope.to(f32), offset.to(f32), offset_w.to(f32))
+    # An id apart has its mass less its share of all, in two parts: without what the loops add, and with it. They and
+    # all else that waits for the loops take few registers.
+    unit, apart_mass = weight * unit, weight * (mass_x0 + mass_xt)
+    grad_x0 = (weight * (mass_x0 * rest_x0 - c_x0 * mass_xt)).to(f32)
+    grad_xt = (weight * (mass_xt * rest_xt - c_xt * mass_x0)).to(f32)
+    share_x0, share_xt = c_x0.to(f32), c_xt.to(f32)
+    a, value = weight * a, weight * value
     gaps, pulls = tl.zeros((BLOCK,), f32), tl.zeros((BLOCK,), f32)
     for i in range(num_blocks(row, BLOCK, VEC)):
-        c, gap, pull = nelbo_terms(block_of(row, i, BLOCK, VEC), row, constants)
+        c, gap, pull = affine_terms(block_of(row, i, BLOCK, VEC), row, xt, constants)
         gaps += gap
         pulls += c * pull
-    edge_c, edge_gap, edge_pull = nelbo_terms(edge_of(row, VEC), row, constants)
-    gap_sum = tl.sum(gaps, 0).to(tl.float64) + tl.sum(edge_gap, 0)
-    pull_sum = tl.sum(pulls, 0).to(tl.float64) + tl.sum(edge_c * edge_pull, 0)
-
+    edge_c, edge_gap, edge_pull = affine_terms(edge_of(row, VEC), row, xt, constants)
     if WITH_GRAD:
-        mean = pull_sum + c_xt * dc_xt + c_x0 * pull_x0
-        # pull - mean, where the two nearly cancel if c is near 1
-        grad_xt = (scale * c_xt * (dc_xt * rest_xt - (pull_sum + c_x0 * pull_x0))).to(f32)
-        grad_x0 = (scale * c_x0 * (pull_x0 * rest_x0 - (mean - c_x0 * pull_x0))).to(f32)
-        gradient = (scale.to(f32), mean.to(f32))
+        mass = unit * (tl.sum(pulls, 0).to(tl.float64) + tl.sum(edge_c * edge_pull, 0))
+        gradient = (unit.to(f32), (mass + apart_mass).to(f32))
         for i in range(num_blocks(row, BLOCK, VEC)):
-            nelbo_store(block_of(row, i, BLOCK, VEC), row, constants, gradient)
-        nelbo_store(edge_of(row, VEC), row, constants, gradient)
-        store_apart(row, grad_x0, grad_xt)
-    return weight * (a * gap_sum + loss_x0)
+            affine_store(block_of(row, i, BLOCK, VEC), row, xt, constants, gradient)
+        affine_store(edge_of(row, VEC), row, xt, constants, gradient)
+        grad_x0 -= share_x0 * mass.to(f32)
+        grad_xt -= share_xt * mass.to(f32)
+        store_apart(row, grad_x0, grad_x0 * 0 if MIXED else tl.where(moved, grad_xt, grad_x0))
+        if MIXED:
+            store_at(row, tl.where(apart, xt, -1), grad_xt)
+    return a * (tl.sum(gaps, 0).to(tl.float64) + tl.sum(edge_gap, 0)) + value
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -392,6 +543,7 @@ def row_loss_kernel(
     SIGMA,  # float64 [rows] or None
     WEIGHT,  # float64 [rows] or None
     ENTROPY_WEIGHT,  # float64 [rows] or None
+    EXTRA,  # float64 [rows] or None
     SCALE,  # float64 [], a factor of every loss
     LOSS,  # float32 or float64 [rows]
     GRAD,  # [rows, V] contiguous; anything without gradient
@@ -403,7 +555,7 @@ def row_loss_kernel(
     stride_inner,
     mask_index,
     ignore_index,
-    z_loss,
+    penalty,
     FUNCTOR: tl.constexpr,
     EXCLUDE_MASK: tl.constexpr,
     SCALE_BY_SIGMA: tl.constexpr,
@@ -414,22 +566,28 @@ def row_loss_kernel(
     VEC: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64)
-    UNIFORM: tl.constexpr = FUNCTOR == "dse_uniform" or FUNCTOR == "dse_uniform_logits"
+    SOFTMAX: tl.constexpr = FUNCTOR == "dce" or FUNCTOR == "loo"
+    AFFINE: tl.constexpr = FUNCTOR == "dse_uniform_logits" or FUNCTOR == "d3pm_uniform" or FUNCTOR == "mixture"
+    # Masks are scored, or all tokens; the id that is treated apart is the mask, or x_t.
+    MASKED: tl.constexpr = FUNCTOR == "dce" or FUNCTOR == "dse_absorb" or FUNCTOR == "csm_absorb"
     x0 = tl.load(X0 + r)
     scored = x0 != ignore_index
-    excluded = tl.full((), -1, tl.int64)
-    if UNIFORM:
-        excluded = tl.load(XT + r)
-    else:
+    if MASK is not None:
+        scored &= tl.load(MASK + r) != 0
+    xt = tl.full((), -1, tl.int64)
+    if XT is not None:
+        xt = tl.load(XT + r)
+        if MASKED and MASK is None:
+            scored &= xt == mask_index
+    excluded = xt
+    if MASKED or FUNCTOR == "mixture":
+        excluded = tl.full((), -1, tl.int64)
         if EXCLUDE_MASK:
             excluded += mask_index + 1
-        if MASK is not None:
-            scored &= tl.load(MASK + r) != 0
-        elif XT is not None:
-            scored &= tl.load(XT + r) == mask_index
     least = tl.where(all_states == V, 0, -1)
     x0 = tl.where((x0 >= least) & (x0 < V), x0, -2).to(tl.int32)  # no such id: the loss will be NaN
     excluded = tl.where((excluded >= -1) & (excluded < V), excluded, -3).to(tl.int32)
+    xt = tl.where((xt >= -1) & (xt < V), xt, -3).to(tl.int32)
 
     start, grad_start = (r // inner) * stride_outer + (r % inner) * stride_inner, r * V
     head = tl.minimum((VEC - start % VEC) % VEC, V)
@@ -447,31 +605,29 @@ def row_loss_kernel(
         if WEIGHT is not None:
             weight *= tl.load(WEIGHT + r)
         zero = tl.full((), 0.0, tl.float64)
-        inv_e1, log_e1, shift = zero, zero, zero
+        sigma, extra, offset, entropy_weight = zero, zero, zero, zero
         if SIGMA is not None:
-            inv_e1, log_e1 = noise(tl.load(SIGMA + r))
-        if SCALE_BY_SIGMA:
-            shift = log_e1 + tl.log((all_states - 1).to(tl.float64))
-        if FUNCTOR == "dce":
-            if SIGMA is not None:  # conditionals as scores: DSE of log c - log e1 is DCE / e1
-                weight *= inv_e1
-            entropy_weight = zero
+            sigma = tl.load(SIGMA + r)
+        if EXTRA is not None:
+            extra = tl.load(EXTRA + r)
+        if SOFTMAX:
+            if SIGMA is not None:
+                _, _, inv_e1 = survival(sigma)
+                if FUNCTOR == "loo":
+                    offset = log1p_(V * inv_e1)
+                else:  # conditionals as scores: DSE of log c - log e1 is DCE / e1
+                    weight *= inv_e1
             WITH_ENTROPY: tl.constexpr = ENTROPY_WEIGHT is not None
             if WITH_ENTROPY:
                 entropy_weight = tl.load(SCALE) * tl.load(ENTROPY_WEIGHT + r)
-            loss, logsumexp, entropy, correct, nll = dce_row(
-                row, weight, entropy_weight, z_loss, WITH_GRAD, STATS is not None, WITH_ENTROPY, BLOCK, VEC
-            )
-        elif FUNCTOR == "dse_absorb":
-            loss = dse_row(row, weight, shift, zero, zero, inv_e1, -log_e1, "exp", WITH_GRAD, IN_PLACE, BLOCK, VEC)
+            loss, logsumexp, entropy, correct, nll = softmax_row(
+                row, weight, entropy_weight, penalty, offset, FUNCTOR == "loo", WITH_GRAD, STATS is not None,
+                WITH_ENTROPY, BLOCK, VEC,
+            )  # fmt: skip
+        elif AFFINE:
+            loss = affine_row(row, xt, weight, sigma, extra, penalty, FUNCTOR, WITH_GRAD, BLOCK, VEC)
         else:
-            moved, k, weight = x0 != excluded, all_states * inv_e1, weight / all_states
-            if FUNCTOR == "dse_uniform":
-                log_r = tl.where(k < float("inf"), -log1p_(k), 0.0)  # with sigma = 0 r is 0, and log r is not needed
-                a, log_a = tl.where(moved, 1.0, 1 / (1 + k)), tl.where(moved, 0.0, log_r)
-                loss = dse_row(row, weight, shift, a, log_a, 1 + k, -log_r, "phi", WITH_GRAD, IN_PLACE, BLOCK, VEC)
-            else:
-                loss = nelbo_row(row, weight, k, WITH_GRAD, BLOCK, VEC)
+            loss = scores_row(row, weight, sigma, all_states, FUNCTOR, SCALE_BY_SIGMA, WITH_GRAD, IN_PLACE, BLOCK, VEC)
     elif WITH_GRAD:
         zero_grad(row, BLOCK, VEC)
     tl.store(LOSS + r, loss.to(LOSS.dtype.element_ty))
@@ -502,6 +658,12 @@ def scale_kernel(GRAD, FACTOR, size, BLOCK: tl.constexpr):
 SMALL = dict(BLOCK=1024, num_warps=4)
 LARGE = {2: dict(BLOCK=4096, num_warps=8), 4: dict(BLOCK=2048, num_warps=8)}  # by the bytes of a number
 SCALE = dict(BLOCK=4096, num_warps=8)
+AFFINE = ("dse_uniform_logits", "d3pm_uniform", "mixture")  # whose constants take registers, too
+
+
+def config(functor: str, num_states: int, size: int) -> dict[str, int]:
+    """Of the kernel, for numbers of so many bytes."""
+    return SMALL if num_states <= SMALL["BLOCK"] or functor in AFFINE else LARGE[size]
 
 
 def launch_row_loss(
@@ -512,6 +674,7 @@ def launch_row_loss(
     sigma: Tensor | None,
     weight: Tensor | None,
     entropy_weight: Tensor | None,
+    extra: Tensor | None,
     scale: Tensor,
     loss: Tensor,
     grad: Tensor | None,
@@ -521,16 +684,16 @@ def launch_row_loss(
     exclude_mask: bool,
     ignore_index: int,
     scale_by_sigma: bool,
-    z_loss: float,
+    penalty: float,
     all_states: int,
 ) -> None:
     num_states = z.shape[-1]
     row_loss_kernel[(x0.numel(),)](
-        z, x0, xt, mask, sigma, weight, entropy_weight, scale, loss, z if grad is None else grad, stats,
-        num_states, all_states, *row_strides(z), mask_index, ignore_index, z_loss,
+        z, x0, xt, mask, sigma, weight, entropy_weight, extra, scale, loss, z if grad is None else grad, stats,
+        num_states, all_states, *row_strides(z), mask_index, ignore_index, penalty,
         FUNCTOR=functor, EXCLUDE_MASK=exclude_mask, SCALE_BY_SIGMA=scale_by_sigma, WITH_GRAD=grad is not None,
         IN_PLACE=grad is z, CONTIGUOUS=z.is_contiguous(), VEC=16 // z.element_size(),
-        **(SMALL if num_states <= SMALL["BLOCK"] else LARGE[z.element_size()]),
+        **config(functor, num_states, z.element_size()),
     )  # fmt: skip
 
 

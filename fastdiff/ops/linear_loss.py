@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.backends import KERNELS, BackendUnavailable, resolve
+from fastdiff.ops.functors import FUNCTORS
 from fastdiff.ops.library import define, implement, library, no_derivative, no_forward_mode
 from fastdiff.ops.parallel import Shard, sharded_losses_
 from fastdiff.ops.row_loss import (
     ENTROPY,
     IGNORE_NONE,
+    ROWS,
     Rows,
     check_row_values,
     loss_dtype,
@@ -43,12 +45,10 @@ IDS = {"cpu": 512, "cuda": 8192}
 # Returns the loss, float32 (float64 for a float64 dtype); those gradients of its sum or mean, or empty; and the
 # statistics, as new_stats has them.
 _LINEAR = (
-    "Tensor hidden, Tensor? lm_head, Tensor? bias, Tensor x0, Tensor? xt, Tensor? mask, Tensor? sigma, Tensor? weight, "
-    "Tensor? entropy_weight, Tensor? num_items, str functor, int mask_index, bool exclude_mask, int ignore_index, "
-    "bool scale_by_sigma, float z_loss, str reduction, float softcap, SymInt capacity, ScalarType dtype, str group, "
-    "SymInt all_states"
+    f"Tensor hidden, Tensor? lm_head, Tensor? bias, {ROWS}, float softcap, SymInt capacity, ScalarType dtype, "
+    "str group, SymInt all_states"
 )
-_TENSORS = 10  # of the arguments
+_TENSORS = 11  # of the arguments
 _NONE = [False] * 3
 
 
@@ -85,8 +85,8 @@ def linear_loss(
     backend = resolve(backend, head.hidden.device, "linear_loss", head.num_states)
     if backend == "reference" or (backend != "cpu" and head.dtype == torch.float64):
         return _reference(head, rows, with_stats)
-    if head.shard.group and rows.functor == "dse_uniform_logits":
-        raise ValueError("parametrization: conditionals of the uniform graph cannot be sharded over a group")
+    if head.shard.group and FUNCTORS[rows.functor].over_ranks is None:
+        raise ValueError(f"group: the loss {rows.functor} cannot be cut over ranks")
     inputs = (head.hidden, head.lm_head, head.bias)
     no_forward_mode("linear_loss", (*inputs, *rows.arguments()))
     wanted = _NONE
@@ -266,7 +266,7 @@ class Chunks:
     def _sums_suffice(self) -> bool:
         """Whether a kernel makes what is asked for from tiles of logits that are never stored."""
         more = self.with_grad or self.with_stats or self.rows.entropy_weight is not None
-        sums = self.rows.functor in ("dce", "dse_absorb") and not more
+        sums = FUNCTORS[self.rows.functor].from_sums and not more
         return sums and self.head.dtype.itemsize == 2 and self.backend == "triton" and not self.head.shard.group
 
     def _from_sums(self, lm_head: Tensor, index: Tensor, count: Tensor) -> Tensor:

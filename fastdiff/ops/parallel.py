@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastdiff.ops.functors import FUNCTORS
 from fastdiff.ops.row_loss import ENTROPY, Rows, loss_dtype, row_losses_
 
 T = TypeVar("T")
@@ -112,7 +113,7 @@ def replicated(name: str, tensor: Tensor) -> Tensor:
 def sharded_losses_(rows: Rows, backend: str, shard: Shard, with_grad: bool, with_stats: bool) -> tuple[Tensor, Tensor]:
     """`row_losses_` of whole rows, of which rows.z holds this rank's part; ids count from the first of all."""
     part = _own(rows, shard)
-    if rows.functor != "dce":  # a sum over ids, and what belongs to x0 is added where x0 is
+    if FUNCTORS[rows.functor].over_ranks == "sum":  # a sum over ids, and what belongs to x0 is added where x0 is
         losses, none = row_losses_(part, backend, shard.all_states, with_grad)
         return shard.sum(losses), none
     scored, z = rows.x0 != rows.ignore_index, rows.z
@@ -121,16 +122,16 @@ def sharded_losses_(rows: Rows, backend: str, shard: Shard, with_grad: bool, wit
         weight = weight * torch.exp(-rows.sigma) / -torch.expm1(-rows.sigma)
     pull = rows.entropy_weight
     here, at = part.x0 >= 0, part.x0.clamp_min(0).unsqueeze(1)
-    plain: dict[str, Any] = dict(sigma=None, weight=None, entropy_weight=None, z_loss=0.0)
+    plain: dict[str, Any] = dict(sigma=None, weight=None, entropy_weight=None, penalty=0.0)
     others = dataclasses.replace(part, x0=torch.where(scored, -1, part.x0), **plain)
     own, stats = row_losses_(others, backend, shard.all_states, False, with_stats or pull is not None)
     top = shard.max(own.clone())
     at_x0 = torch.where(here, z.gather(1, at).squeeze(1).double(), 0)
     total, at_x0 = shard.sum(torch.stack([torch.exp(own - top), at_x0]))
     logsumexp = top + total.log()
-    log_p, slope = at_x0 - logsumexp, 1 + 2 * rows.z_loss * logsumexp
+    log_p, slope = at_x0 - logsumexp, 1 + 2 * rows.penalty * logsumexp
     share, p = torch.exp(own - logsumexp), log_p.exp()
-    loss = weight * (rows.z_loss * logsumexp**2 - log_p)
+    loss = weight * (rows.penalty * logsumexp**2 - log_p)
     if with_stats or pull is not None:  # a part's -sum p log p is its share of the sum times own_entropy
         own_entropy = torch.where(share == 0, 0, stats[ENTROPY] + logsumexp - own)
         entropy = shard.sum(share * own_entropy)
@@ -168,7 +169,7 @@ def _own(rows: Rows, shard: Shard) -> Rows:
         return torch.where((ids >= first) & (ids < first + num_states), ids - first, elsewhere)
 
     xt = None
-    if rows.xt is not None and rows.functor == "dse_uniform":
+    if rows.xt is not None and FUNCTORS[rows.functor].apart == "xt":
         xt = own(rows.xt, (rows.xt == rows.x0).long() - 2)
     return dataclasses.replace(
         rows,

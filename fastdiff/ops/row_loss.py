@@ -10,23 +10,23 @@ from torch import Tensor
 from fastdiff import reference
 from fastdiff.backends import KERNELS, resolve
 from fastdiff.checks import check_values, values_are_checked
+from fastdiff.ops.functors import FUNCTORS
 from fastdiff.ops.gpu import at_most_three_dimensions, define_launch, implement_on_gpus
 from fastdiff.ops.library import define, implement, library, no_derivative, no_forward_mode
 from fastdiff.ops.saved_grads import save_grads, scaled
 
-# z [..., V] with any strides before the last; x0, xt int64, mask bool, sigma, weight and entropy_weight float64,
-# contiguous [...]; num_items float64 []. entropy_weight times the row's entropy is added to dce's weighted loss.
+# z [..., V] with any strides before the last; x0, xt int64, mask bool, sigma, weight, entropy_weight and extra float64,
+# contiguous [...]; num_items float64 []. entropy_weight times the row's entropy is added to dce's weighted loss; extra
+# is one more number a row, which the functor gives its meaning; penalty is the weight, in what weight weighs, of
+# logsumexp^2 (dce, loo) or of -log c_x0 (d3pm_uniform). functor: a name in FUNCTORS.
 # Returns the loss, [...] or []; the gradient of a scalar one, [..., V], or empty; and the statistics, as new_stats has
-# them, of which beside losses per token the entropy has a gradient too. functor: dce, dse_absorb, dse_uniform or
-# dse_uniform_logits.
-_ROWS = (
-    "Tensor z, Tensor x0, Tensor? xt, Tensor? mask, Tensor? sigma, Tensor? weight, Tensor? entropy_weight, "
-    "Tensor? num_items, str functor, int mask_index, bool exclude_mask, int ignore_index, bool scale_by_sigma, "
-    "float z_loss, str reduction"
-)
+# them, of which beside losses per token the entropy has a gradient too.
+_TOKENS = "Tensor x0, Tensor? xt, Tensor? mask, Tensor? sigma, Tensor? weight, Tensor? entropy_weight, Tensor? extra"
+_CONSTANTS = "str functor, int mask_index, bool exclude_mask, int ignore_index, bool scale_by_sigma, float penalty"
+ROWS = f"{_TOKENS}, Tensor? num_items, {_CONSTANTS}, str reduction"  # but z
 
 
-_TENSORS = 8  # of the arguments
+_TENSORS = 9  # of the arguments
 ENTROPY = 1  # which of the statistics it is
 IGNORE_NONE = -(2**63)  # an ignore_index that is no id
 
@@ -42,13 +42,14 @@ class Rows:
     sigma: Tensor | None
     weight: Tensor | None
     entropy_weight: Tensor | None
+    extra: Tensor | None
     num_items: Tensor | None
     functor: str
     mask_index: int
     exclude_mask: bool
     ignore_index: int
     scale_by_sigma: bool
-    z_loss: float
+    penalty: float
     reduction: str
 
     def arguments(self) -> tuple[Any, ...]:
@@ -56,7 +57,8 @@ class Rows:
 
     def at(self, index: Tensor) -> "Rows":
         """What is known of some of the tokens, flattened; z is still that of all."""
-        given = {name: getattr(self, name) for name in ("x0", "xt", "mask", "sigma", "weight", "entropy_weight")}
+        names = ("x0", "xt", "mask", "sigma", "weight", "entropy_weight", "extra")
+        given = {name: getattr(self, name) for name in names}
         chosen: dict[str, Any] = {name: None if t is None else t.flatten()[index] for name, t in given.items()}
         return dataclasses.replace(self, **chosen)
 
@@ -162,17 +164,17 @@ def _recompute(backend: str, grad_loss: Tensor | None, grad_entropy: Tensor | No
     return _row_loss[backend](*rows.arguments(), True, False)[1]
 
 
-_row_loss = define("row_loss", f"({_ROWS}, bool with_grad, bool with_stats) -> (Tensor, Tensor, Tensor)", _fake)
+_row_loss = define(
+    "row_loss", f"(Tensor z, {ROWS}, bool with_grad, bool with_stats) -> (Tensor, Tensor, Tensor)", _fake
+)
 _row_loss_backward = define(
     "row_loss_backward",
-    f"(Tensor? grad_loss, Tensor? grad_entropy, {_ROWS}) -> Tensor",
+    f"(Tensor? grad_loss, Tensor? grad_entropy, Tensor z, {ROWS}) -> Tensor",
     lambda grad_loss, grad_entropy, z, *_: z.new_empty(z.shape),
 )
 _row_loss_ = define(
     "row_loss_",
-    "(Tensor(a!) z, Tensor x0, Tensor? xt, Tensor? mask, Tensor? sigma, Tensor? weight, Tensor? entropy_weight, "
-    "str functor, int mask_index, bool exclude_mask, int ignore_index, bool scale_by_sigma, float z_loss, "
-    "SymInt all_states, bool with_grad, bool with_stats) -> (Tensor, Tensor)",
+    f"(Tensor(a!) z, {_TOKENS}, {_CONSTANTS}, SymInt all_states, bool with_grad, bool with_stats) -> (Tensor, Tensor)",
     lambda z, x0, *rest: (z.new_empty(x0.shape, dtype=torch.float64), new_stats(x0, z.dtype, rest[-1])),
 )
 for _backend in KERNELS:
@@ -187,82 +189,51 @@ for _backend in KERNELS:
 # On a GPU. Nothing here waits for the device.
 
 
-def _on_gpu(
-    kernels: Any,
-    z: Tensor,
-    x0: Tensor,
-    xt: Tensor | None,
-    mask: Tensor | None,
-    sigma: Tensor | None,
-    weight: Tensor | None,
-    entropy_weight: Tensor | None,
-    num_items: Tensor | None,
-    functor: str,
-    mask_index: int,
-    exclude_mask: bool,
-    ignore_index: int,
-    scale_by_sigma: bool,
-    z_loss: float,
-    reduction: str,
-    with_grad: bool,
-    with_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _on_gpu(kernels: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *given, with_grad, with_stats = arguments
+    rows = Rows(*given)
+    z, x0 = rows.z, rows.x0
     scale = z.new_ones((), dtype=torch.float64)
-    if num_items is not None:
-        scale = 1 / num_items
-    elif reduction == "mean":
-        scored = x0 != ignore_index
-        if not functor.startswith("dse_uniform"):
-            scored &= mask if mask is not None else xt == mask_index if xt is not None else True
-        scale = 1 / scored.sum().clamp_min(1).double()
-    losses = z.new_empty(x0.shape, dtype=torch.float32 if reduction == "none" else torch.float64)
+    if rows.num_items is not None:
+        scale = 1 / rows.num_items
+    elif rows.reduction == "mean":
+        scale = 1 / scored_tokens(rows).sum().clamp_min(1).double()
+    losses = z.new_empty(x0.shape, dtype=torch.float32 if rows.reduction == "none" else torch.float64)
     grad = z.new_empty(z.shape if with_grad else (0,))
     stats = new_stats(x0, z.dtype, with_stats)
-    if x0.numel():
-        kernels.launch_row_loss(
-            at_most_three_dimensions(z), x0, xt, mask, sigma, weight, entropy_weight, scale,
-            losses, grad if with_grad else None, stats if with_stats else None,
-            functor, mask_index, exclude_mask, ignore_index, scale_by_sigma, z_loss, z.shape[-1],
-        )  # fmt: skip
-    loss = losses if reduction == "none" else losses.sum().float()
+    _launch(kernels, rows, scale, losses, grad if with_grad else None, stats, z.shape[-1])
+    loss = losses if rows.reduction == "none" else losses.sum().float()
     return loss, grad, stats
 
 
-def _in_place_on_gpu(
-    kernels: Any,
-    z: Tensor,
-    x0: Tensor,
-    xt: Tensor | None,
-    mask: Tensor | None,
-    sigma: Tensor | None,
-    weight: Tensor | None,
-    entropy_weight: Tensor | None,
-    functor: str,
-    mask_index: int,
-    exclude_mask: bool,
-    ignore_index: int,
-    scale_by_sigma: bool,
-    z_loss: float,
-    all_states: int,
-    with_grad: bool,
-    with_stats: bool,
-) -> tuple[Tensor, Tensor]:
+def _in_place_on_gpu(kernels: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *given, all_states, with_grad, with_stats = arguments
+    given = [*given[: _TENSORS - 1], None, *given[_TENSORS - 1 :], "none"]  # num_items, reduction
+    rows = Rows(*given)
+    z, x0 = rows.z, rows.x0
     losses, one = z.new_empty(x0.shape, dtype=torch.float64), z.new_ones((), dtype=torch.float64)
     stats = new_stats(x0, z.dtype, with_stats)
-    if x0.numel():
-        kernels.launch_row_loss(
-            at_most_three_dimensions(z), x0, xt, mask, sigma, weight, entropy_weight, one,
-            losses, z if with_grad else None, stats if with_stats else None,
-            functor, mask_index, exclude_mask, ignore_index, scale_by_sigma, z_loss, all_states,
-        )  # fmt: skip
+    _launch(kernels, rows, one, losses, z if with_grad else None, stats, all_states)
     return losses, stats
+
+
+def _launch(
+    kernels: Any, rows: Rows, scale: Tensor, losses: Tensor, grad: Tensor | None, stats: Tensor, all_states: int
+) -> None:
+    if not rows.x0.numel():
+        return
+    z, *tokens = rows.arguments()[: _TENSORS - 1]
+    constants, stats_or_none = rows.arguments()[_TENSORS:-1], stats if len(stats) else None
+    z = at_most_three_dimensions(z)
+    kernels.launch_row_loss(
+        z, *tokens, scale, losses, z if grad is rows.z else grad, stats_or_none, *constants, all_states
+    )
 
 
 define_launch(
     "launch_row_loss",
-    "Tensor z, Tensor x0, Tensor? xt, Tensor? mask, Tensor? sigma, Tensor? weight, Tensor? entropy_weight, "
-    "Tensor scale, Tensor(a!) loss, Tensor(b!)? grad, Tensor(c!)? stats, str functor, int mask_index, "
-    "bool exclude_mask, int ignore_index, bool scale_by_sigma, float z_loss, int all_states",
+    f"Tensor z, {_TOKENS}, Tensor scale, Tensor(a!) loss, Tensor(b!)? grad, Tensor(c!)? stats, {_CONSTANTS}, "
+    "int all_states",
 )
 implement_on_gpus("row_loss", _on_gpu, triton="row_loss")
 implement_on_gpus("row_loss_", _in_place_on_gpu, triton="row_loss")
@@ -275,8 +246,7 @@ implement_on_gpus("row_loss_", _in_place_on_gpu, triton="row_loss")
 def reference_loss(rows: Rows) -> Tensor:
     check_row_values(rows)
     scored = scored_tokens(rows)
-    x0 = torch.where(rows.x0 != rows.ignore_index, rows.x0, 0)
-    loss = torch.where(scored, _reference_loss(rows, x0, scored), 0)
+    loss = torch.where(scored, FUNCTORS[rows.functor].formula(_harmless(rows, scored)), 0)
     if rows.weight is not None:
         loss = loss * torch.where(scored, rows.weight, 0)
     if rows.entropy_weight is not None:
@@ -288,60 +258,63 @@ def reference_loss(rows: Rows) -> Tensor:
     return loss.to(loss_dtype(rows.z.dtype))
 
 
-def _reference_loss(rows: Rows, x0: Tensor, scored: Tensor) -> Tensor:
-    z, xt = torch.where(scored.unsqueeze(-1), rows.z, 0), rows.xt  # unscored rows are not read, not even for NaN
-    sigma = None if rows.sigma is None else torch.where(scored, rows.sigma, 1)
-    if rows.functor == "dce" or xt is None or sigma is None:
-        loss = reference.dce(z, x0, scored, rows.mask_index if rows.exclude_mask else None, rows.z_loss)
-        return loss if sigma is None else loss * torch.exp(-sigma) / -torch.expm1(-sigma)
-    if rows.functor == "dse_uniform_logits":
-        return reference.dse_uniform_logits(z, sigma, torch.where(scored, xt, 0), x0)
-    if rows.weight is not None:  # a weight of 0 leaves nothing of a finite score, though its exponential be infinite
+def _harmless(rows: Rows, scored: Tensor) -> Rows:
+    """The rows as formulas take them, where unscored tokens hold numbers that none minds."""
+    functor = FUNCTORS[rows.functor]
+
+    def safe(t: Tensor | None, otherwise: int) -> Any:
+        return None if t is None else torch.where(scored, t, otherwise)
+
+    z = torch.where(scored.unsqueeze(-1), rows.z, 0)  # unscored rows are not read, not even for NaN
+    x0, xt, sigma, extra = safe(rows.x0, 0), safe(rows.xt, 0), safe(rows.sigma, 1), safe(rows.extra, 0)
+    if functor.of_scores and rows.weight is not None:
+        # A weight of 0 leaves nothing of a finite score, though its exponential be infinite.
         z = torch.where((rows.weight != 0).unsqueeze(-1) | ~z.isfinite(), z, 0)
     if rows.scale_by_sigma:
         z = reference.scale_by_sigma(z, sigma, xt)
-    if rows.functor == "dse_absorb":
-        return reference.dse_absorb(z, sigma, xt, x0, rows.mask_index)
-    return reference.dse_uniform(z, sigma, torch.where(scored, xt, 0), x0)
+    given = dataclasses.replace(rows, z=z, x0=x0, xt=xt, sigma=sigma, extra=extra, mask=scored)
+    return given if functor.logits is None else dataclasses.replace(given, z=functor.logits(given))
 
 
 def reference_stats(rows: Rows, with_stats: bool) -> Tensor:
     if not with_stats:
         return new_stats(rows.x0, rows.z.dtype, False)
     scored = scored_tokens(rows)
-    z = torch.where(scored.unsqueeze(-1), rows.z, 0)
-    stats = reference.dce_stats(z, torch.where(scored, rows.x0, 0), rows.mask_index if rows.exclude_mask else None)
-    return torch.where(scored, stats, 0).to(loss_dtype(z.dtype))
+    given = _harmless(rows, scored)
+    stats = reference.dce_stats(given.z, given.x0, rows.mask_index if rows.exclude_mask else None)
+    return torch.where(scored, stats, 0).to(loss_dtype(rows.z.dtype))
 
 
 def scored_tokens(rows: Rows) -> Tensor:
     """Which tokens have a loss, bool [...]."""
     live = rows.x0 != rows.ignore_index
-    if rows.functor.startswith("dse_uniform"):
-        return live
     if rows.mask is not None:
         return live & rows.mask
-    return live if rows.xt is None else live & (rows.xt == rows.mask_index)
+    return live & (rows.xt == rows.mask_index) if FUNCTORS[rows.functor].masked and rows.xt is not None else live
 
 
 def check_row_values(rows: Rows) -> None:
     """What the kernels check of the values, RowLoss::check in csrc/cpu/row_loss_cpu.h."""
     if not values_are_checked(rows.x0.device):
         return
-    x0, xt, sigma, num_states = rows.x0, rows.xt, rows.sigma, rows.z.shape[-1]
-    live, scored, uniform = x0 != rows.ignore_index, scored_tokens(rows), rows.functor.startswith("dse_uniform")
+    functor, x0, xt, sigma, num_states = FUNCTORS[rows.functor], rows.x0, rows.xt, rows.sigma, rows.z.shape[-1]
+    live, scored = x0 != rows.ignore_index, scored_tokens(rows)
     check_values("x0", x0, live & ((x0 < 0) | (x0 >= num_states)), f"ids in [0, {num_states})")
-    if xt is not None and uniform:
-        check_values("xt", xt, live & ((xt < 0) | (xt >= num_states)), f"ids in [0, {num_states})")
-    if xt is not None and not uniform:
+    if xt is not None and functor.masked:
         wrong = live & (xt != rows.mask_index) & (xt != x0)
         check_values("xt", xt, wrong, f"x0 or the mask {rows.mask_index} (are xt and x0 swapped?)")
-    if rows.exclude_mask and not uniform:
+    elif xt is not None:
+        check_values("xt", xt, live & ((xt < 0) | (xt >= num_states)), f"ids in [0, {num_states})")
+    if functor.apart == "mask" and rows.exclude_mask:
         check_values("x0", x0, scored & (x0 == rows.mask_index), "a token, not the mask")
     if sigma is not None:
         check_values("sigma", sigma, live & ~((sigma >= 0) & sigma.isfinite()), "finite numbers >= 0")
-        needed = scored & (xt != x0) if rows.functor == "dse_uniform" and not rows.scale_by_sigma else scored
+        clean = functor.clean and not rows.scale_by_sigma
+        needed = scored & (xt != x0) & functor.of_scores if clean else scored
         check_values("sigma", sigma, needed & (sigma == 0), "numbers > 0 where a token was masked or moved")
+    if rows.extra is not None and functor.extra is not None and functor.extra_range is not None:
+        wrong, expected = functor.extra_range(rows)
+        check_values(functor.extra, rows.extra, scored & wrong, expected)
 
 
 def new_stats(x0: Tensor, dtype: torch.dtype, with_stats: bool) -> Tensor:

@@ -194,6 +194,8 @@ def _jump(rows: SampleRows, weights: Tensor, xt: Tensor) -> Tensor:
     """x_t, or the token that replaces it, its law raised to 1 / temperature."""
     here = xt.unsqueeze(-1)
     stay, jump = weights.gather(-1, here).squeeze(-1), weights.scatter(-1, here, 0)
+    if rows.exclude is not None:
+        jump = jump.index_fill(-1, rows.exclude, 0)  # a theta below 0 gives them some
     total = stay + jump.sum(-1)
     check_values("log_score", total, ~total.isfinite(), "finite numbers or -inf")
     draws = draw32(rows.seed, Purpose.STEP, rows.step, rows.sample_ids[rows.live], 0, rows.positions[rows.live])

@@ -11,12 +11,13 @@ LOSSES = ("dce-t", "dce-lambda", "dce-k", "dce-harmonic", "dse-absorb", "dse-uni
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _CHOICES = {
     "loss": LOSSES,
+    "times": ("stratified", "importance"),
     "dtype": tuple(DTYPES),
     "sharding": ("none", "full", "hybrid"),
     "track": ("none", "tensorboard", "wandb"),
 }
 _LEAST = {"steps": 1, "batch_size": 1, "accumulation": 1, "warmup": 0, "save_every": 1, "keep": 1, "seed": 0}
-_LEAST |= {"eval_every": 0, "eval_sequences": 2, "eval_samples": 3, "shards": 0, "keep_every": 0}
+_LEAST |= {"eval_every": 0, "eval_sequences": 2, "eval_samples": 3, "shards": 0, "keep_every": 0, "block_length": 0}
 # What a resumed run may change: where it ends, what is written down, and how the same numbers are come by.
 MAY_CHANGE = {"steps", "save_every", "keep", "keep_every", "eval_every", "eval_sequences", "eval_samples", "track"}
 MAY_CHANGE |= {"accumulation", "sharding", "shards", "recompute", "compile"}
@@ -33,8 +34,13 @@ class TrainConfig:
             "dce-k": with exactly m masked, m stratified over 1..L, weight L / m.
             "dce-harmonic": with m of probability 1 / (m H_L), weight H_L.
             "dse-absorb", "dse-uniform": score entropy of a model that sees the noise level, log-linear schedule.
+        block_length: tokens of a block, of block diffusion: blocks are noised each at a level of its own, and seen
+            with the clean blocks before them; losses then bound a block's likelihood given these. 0: sequences whole.
         steps: optimiser steps.
-        batch_size: sequences in a step, of all ranks.
+        times: how noise levels (times, shares or numbers of masks) are drawn: "stratified", or by "importance", also
+            stratified but under a law that is learned from the losses (`ImportanceTimes`); not with "dce-harmonic".
+        complementary: for "dce-k": every sequence twice in a batch, under a mask and under its complement.
+        batch_size: rows in a step, of all ranks: sequences, or with `complementary` two for each.
         accumulation: parts that a rank's share of a batch is cut into to fit memory; ranks that share a copy of the
             model sum gradients after each of them.
         lr: learning rate of AdamW, reached in proportion over the first `warmup` steps.
@@ -61,6 +67,9 @@ class TrainConfig:
     """
 
     loss: str = "dce-k"
+    times: str = "stratified"
+    complementary: bool = False
+    block_length: int = 0
     steps: int = 1000
     batch_size: int = 64
     accumulation: int = 1
@@ -92,14 +101,25 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected a number below 2^63, got {value}")
             object.__setattr__(self, name, value)
         whole = self.batch_size % self.accumulation == 0
+        learned = self.times == "importance"
         expected = {
             "lr": ("a number > 0", 0 < self.lr < math.inf),
             "weight_decay": ("a number >= 0", 0 <= self.weight_decay < math.inf),
             "grad_clip": ("a number > 0", self.grad_clip > 0),
             "ema": ("a decay in [0, 1)", 0 <= self.ema < 1),
             "batch_size": (f"a multiple of accumulation = {self.accumulation}", whole),
+            "times": ("'stratified' for loss 'dce-harmonic'", not learned or self.loss != "dce-harmonic"),
+            "complementary": ("False unless loss is 'dce-k'", not self.complementary or self.loss == "dce-k"),
+            "block_length": ("0 for loss 'dse-uniform'", not self.block_length or self.loss != "dse-uniform"),
             "shards": ("0 unless sharding is 'hybrid'", self.shards == 0 or self.sharding == "hybrid"),
         }
         for name, (what, holds) in expected.items():
             if not holds:
                 raise ValueError(f"{name}: expected {what}, got {getattr(self, name)}")
+        if self.complementary and self.batch_size % 2:
+            raise ValueError(f"batch_size: expected an even number, as rows are complementary, got {self.batch_size}")
+
+    @property
+    def streams(self) -> int:
+        """Sequences side by side in a pass: with blocks the noised one and the clean one."""
+        return 2 if self.block_length else 1

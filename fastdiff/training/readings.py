@@ -69,5 +69,6 @@ class Readings:
         rate = self._config.batch_size * reading.length / reading.done.since(self._last)
         record = {"step": reading.step, "loss": loss, "grad_norm": norm, "lr": reading.lr, "tokens_per_second": rate}
         if self._peak is not None:
-            record["mfu"] = rate * operations_per_token(self._model, reading.length) / self._peak
+            operations = operations_per_token(self._model, reading.length, self._config.streams)
+            record["mfu"] = rate * operations / self._peak
         return record | {"memory": memory(self._device)}

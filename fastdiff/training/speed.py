@@ -31,16 +31,20 @@ class Moment:
         return self._at - other._at
 
 
-def operations_per_token(model: DiffusionTransformer, length: int) -> int:
+def operations_per_token(model: DiffusionTransformer, length: int, streams: int = 1) -> int:
     """Of a training step: 6 for each weight but the embeddings', and attention's 12 L dim a layer.
+
+    With more streams than one (`TrainConfig.streams`) a token passes the layers but the last in each of them, and
+    attention is over all.
 
     The usual count, of which the share of the peak is told (MFU), so that it compares with others': the last layer's
     are among them for every token, multiplied or not, and recomputed ones are not. `Plan.operations` are those done.
     """
     config = model.config
     embedded = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding))
-    weights = sum(p.numel() for p in model.parameters()) - embedded
-    return 6 * weights + 12 * length * config.dim * config.depth
+    last = sum(p.numel() for p in model.lm_head.parameters())
+    weights = sum(p.numel() for p in model.parameters()) - embedded - last
+    return 6 * (streams * weights + last) + 12 * streams**2 * length * config.dim * config.depth
 
 
 def peak(device: torch.device, dtype: str) -> float | None:

@@ -18,10 +18,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from fastdiff.blocks import num_blocks
 from fastdiff.checkpoints import Checkpoints
 from fastdiff.data import TokenSource
-from fastdiff.estimators import time_free_nll
+from fastdiff.estimators import block_nll, time_free_nll
 from fastdiff.model import DiffusionTransformer
+from fastdiff.times import ImportanceTimes
 from fastdiff.training.config import DTYPES, MAY_CHANGE, TrainConfig
 from fastdiff.training.objectives import SCHEDULE, diffusion_loss, noise
 from fastdiff.training.ranks import Ranks, check_topology, over_ranks, synchronising, whole
@@ -39,6 +41,9 @@ class Trainer:
     def __init__(self, config: TrainConfig, model: DiffusionTransformer, source: TokenSource, ranks: Ranks) -> None:
         self.config, self.source, self.ranks = config, source, ranks
         self.step = 0
+        self.law: ImportanceTimes | None = None
+        if config.times == "importance":
+            self.law = ImportanceTimes(eps=0 if config.loss == "dce-k" else 1e-3)
         self.device = model.lm_head.weight.device
         self.model = model.train()
         self.called, self.averaged = over_ranks(model, config, ranks)
@@ -56,16 +61,18 @@ class Trainer:
         return self.source.fingerprint
 
     def batch(self, step: int) -> Tensor:
-        """This rank's rows of a step's sequences, [n, L]."""
+        """This rank's rows of a step, [n, L]."""
         n = self.config.batch_size // self.ranks.size
         start = step * self.config.batch_size + self.ranks.rank * n
-        x0 = self.source.sequences(start, start + n)
+        times = 1 + int(self.config.complementary)  # that each sequence is there
+        x0 = self.source.sequences(start // times, -(-(start + n) // times))
+        x0 = x0.repeat_interleave(times, 0)[start % times :][:n]
         return x0.pin_memory() if self.device.type == "cuda" else x0
 
     def advance(self, x0: Tensor, signals: list[int]) -> Reading:
         """One optimiser step on what `batch` gave; a rank that has noted a signal by its end wants to stop.
 
-        Nothing waits for the device.
+        Nothing waits for the device, but where times are drawn by importance and their law changes.
         """
         loss = self._backward(x0.to(self.device, non_blocking=True))
         norm = self._clip()
@@ -80,14 +87,24 @@ class Trainer:
         loss = torch.zeros((), dtype=torch.float32, device=self.device)
         parts = x0.chunk(c.accumulation)
         first = self.ranks.rank * len(x0)
+        met: list[tuple[Tensor, Tensor]] = []
         for part in parts:
             with synchronising(self.called, last=part is parts[-1]), self._autocast():
                 names: dict[str, Any] = {"seed": c.seed, "step": self.step, "first": first, "batch_size": c.batch_size}
+                names |= {"law": self.law, "complementary": c.complementary, "block_length": c.block_length}
                 batch = noise(part, c.loss, self.model.config.num_states, **names)
-                value = diffusion_loss(self.called, batch, c.loss, reduction="mean", num_items=x0.numel())
+                if batch.times is None:
+                    value = diffusion_loss(self.called, batch, c.loss, reduction="mean", num_items=x0.numel())
+                else:
+                    losses = diffusion_loss(self.called, batch, c.loss)
+                    met.append((batch.times, losses.detach().view(len(batch.times), -1)))
+                    value = losses.sum() / x0.numel()
                 value.backward()
             loss += value.detach()
             first += len(part)
+        if self.law is not None:
+            times, losses = map(torch.cat, zip(*met, strict=True))
+            self.law.update(times, losses, self.ranks.group)
         return loss
 
     @torch.no_grad()
@@ -112,7 +129,8 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> Record:
-        """Held-out bits per token of the averaged weights; for "dse-uniform" the loss in nats per token.
+        """Held-out bits per token of the averaged weights, a likelihood of blocks where they are trained; for
+        "dse-uniform" the loss in nats per token.
 
         The standard error is that over sequences: masking noise, and how far they stand for their text.
         """
@@ -139,9 +157,12 @@ class Trainer:
             return torch.stack(losses).double().mean((0, 2))
         options: dict[str, Any] = {"num_samples": c.eval_samples, "seed": c.seed}
         options["sample_ids"] = torch.arange(first, first + len(x0), device=x0.device)
-        mask_index = num_states - 1
+        options["mask_index"] = mask_index = num_states - 1
+        if c.block_length:
+            blocks = self.averaged.block_conditionals(c.block_length, mask_index, SCHEDULE.total_noise)
+            return block_nll(blocks, x0, block_length=c.block_length, **options).bits_per_token
         model = self.averaged.conditionals(mask_index, SCHEDULE.total_noise)
-        return time_free_nll(model, x0, mask_index=mask_index, **options).bits_per_token
+        return time_free_nll(model, x0, **options).bits_per_token
 
     def save(self, checkpoints: Checkpoints) -> None:
         """Write a checkpoint, which holds all that the numbers of a resumed run come of."""
@@ -150,7 +171,7 @@ class Trainer:
     def load(self, checkpoints: Checkpoints, step: int, folder: Path) -> None:
         """Take up a checkpoint, if it was made under the same settings and is not beyond the last step."""
         extra = checkpoints.extra(step)
-        then, now = extra["settings"], self._settings
+        then, now = dataclasses.asdict(TrainConfig()) | extra["settings"], self._settings
         for name in sorted(now.keys() - MAY_CHANGE):
             if then.get(name) != now[name]:
                 raise ValueError(f"{name}: the run in {folder} has {then.get(name)!r}, got {now[name]!r}")
@@ -163,6 +184,8 @@ class Trainer:
         set_model_state_dict(self.model, state["model"])
         set_model_state_dict(self.averaged, state["averaged"])
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        if self.law is not None:
+            self.law.load_state_dict(state["times"])
         self.step = step
 
     def _state(self) -> dict[str, dict]:
@@ -170,6 +193,7 @@ class Trainer:
             "model": get_model_state_dict(self.model),
             "averaged": get_model_state_dict(self.averaged),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+            "times": {} if self.law is None else self.law.state_dict(),
         }
 
     @property
@@ -191,6 +215,8 @@ def check_fit(config: TrainConfig, model: DiffusionTransformer, source: TokenSou
     if bool(model.config.cond_dim) != conditioned:
         what = "> 0" if conditioned else "= 0"
         raise ValueError(f"model: expected cond_dim {what} for loss {config.loss!r}, got {model.config.cond_dim}")
+    if config.block_length:
+        num_blocks(source.sequences(0, 1).shape[1], config.block_length)
     n = len(source.validation(config.eval_sequences)) if config.eval_every else 2
     if n < 2:
         raise ValueError(f"eval_every: expected 2 held-out sequences or more to evaluate on, got {n}; 0 does without")

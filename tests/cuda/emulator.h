@@ -22,6 +22,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define FASTDIFF_SHARED(name) unsigned char* name = fastdiff::emulator::shared_memory()

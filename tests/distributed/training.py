@@ -24,13 +24,18 @@ TOPOLOGIES = [
     ("dse-absorb", True, "full"),
     ("dse-absorb", False, "none"),
     ("dse-uniform", False, "full"),
+    ("dse-absorb in blocks of 4", True, "full"),
 ]
-LOSSES = ("dce-t", "dce-k", "dce-harmonic", "dse-absorb", "dse-uniform")
+LOSSES = ("dce-t", "dce-k", "dce-harmonic", "dse-absorb", "dse-uniform", "dse-absorb in blocks of 4")
+
+
+IMPORTANCE = dict(times="importance", complementary=True)
 
 
 def trained(loss, large=False, out=None, resume=False, dtype=torch.float64, **settings):
     """Weights and their averages by name, whole; and the records, which the first rank has."""
     objectives.LARGE_VOCABULARY = 2 if large else 4096
+    loss, _, block_length = loss.partition(" in blocks of ")
     torch.manual_seed(0)
     model = DiffusionTransformer(ModelConfig(V + (loss != "dse-uniform"), L, 16, 2, 2, 8 * loss.startswith("dse"))).to(
         dtype
@@ -38,7 +43,7 @@ def trained(loss, large=False, out=None, resume=False, dtype=torch.float64, **se
     tokens = torch.randint(0, V, (40, L), generator=torch.Generator().manual_seed(0))
     records = []
     source = Table(tokens, num_tokens=V, held_out=tokens[:7])
-    config = TrainConfig(**(SETTINGS | dict(loss=loss) | settings))
+    config = TrainConfig(**(SETTINGS | dict(loss=loss, block_length=int(block_length or 0)) | settings))
     averaged = train(config, model, source, out=out, resume=resume, callback=records.append)
     parts = {"raw": model, "averaged": averaged}
     return {f"{k} {name}": _whole(p) for k, m in parts.items() for name, p in m.named_parameters()}, records
@@ -65,6 +70,7 @@ def one_process():
     for loss in LOSSES:
         torch.save(trained(loss), FOLDER / loss)
     torch.save(trained("dse-absorb", dtype=torch.float32), FOLDER / "float32")
+    torch.save(trained("dce-k", **IMPORTANCE), FOLDER / "importance")
 
 
 def _holds(cases):
@@ -75,10 +81,13 @@ def _holds(cases):
 def two_ranks():
     cases = [(loss, dict(large=large, sharding=sharding)) for loss, large, sharding in TOPOLOGIES]
     cases += [("dce-k", dict(accumulation=4, sharding="full")), ("dse-absorb", dict(accumulation=2, large=True))]
+    cases += [("dse-absorb in blocks of 4", dict(accumulation=2))]
     cases += [("dce-t", dict(recompute=True, sharding="full", large=True))]
     _holds(cases)
     found = trained("dse-absorb", dtype=torch.float32, sharding="full")
     _near(found, torch.load(FOLDER / "float32"), "float32", tolerance=1e-5)
+    found = trained("dce-k", sharding="full", large=True, accumulation=2, **IMPORTANCE)
+    _near(found, torch.load(FOLDER / "importance"), "importance")
 
 
 def four_ranks():

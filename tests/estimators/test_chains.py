@@ -88,8 +88,9 @@ def test_controls_have_no_mean_and_take_out_what_neighbours_tell() -> None:
     oracle = markov_chain(8)
     x0 = oracle.sample(1, 32, seed=1).expand(300, -1)
     score = Scorer(oracle, x0, 8)
+    passes = chains.plan_chains(score.target, 21, 3, torch.tensor(0), torch.arange(300), 0, None)
     with score.evaluating(300 * 64):
-        replicates = chains.run_chains(score, torch.arange(300), 21, 3, torch.tensor(0), torch.arange(300), 0).summed()
+        replicates = passes.replicates(score.run(torch.arange(300), passes.mask)).summed()
     none = torch.zeros_like(replicates.controls)
     without, control = (chains.Replicates(v, none).mean()[0] for v in replicates)
     assert abs(control.mean() / (control.std() / math.sqrt(300))) < 3.5

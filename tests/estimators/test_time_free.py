@@ -214,6 +214,14 @@ def test_what_is_easily_within_tolerance_costs_little_more_than_its_pilot() -> N
     torch.testing.assert_close(estimate.nll[1], time_free_nll(network, x0, **options).nll[1])
 
 
+def test_what_more_pilots_could_enumerate_is_enumerated() -> None:
+    network, x0 = RandomNetwork(7), random_tokens(1, 7)
+    estimate = time_free_nll(network, x0.expand(20, -1), mask_index=4, num_samples=17, tolerance=0.5)
+    assert estimate.stderr.tolist() == [0] * 20
+    torch.testing.assert_close(estimate.nll, exact_nll(network, x0, mask_index=4).nll.expand(20))
+    assert (estimate.num_forwards <= 16 + 67 + 127).all()
+
+
 @each_proposal
 def test_a_tolerance_stops_at_max_samples(proposal: str) -> None:
     network, x0 = RandomNetwork(12), random_tokens(2, 12)
@@ -422,7 +430,7 @@ def test_memory_bounds_do_not_change_the_result(proposal: str, monkeypatch: pyte
     network, x0 = RandomNetwork(10), random_tokens(6, 10)
     options = {"mask_index": 4, "num_samples": 16, "proposal": proposal}
     expected = time_free_nll(network, x0, **options)
-    monkeypatch.setattr(time_free, "_STORED_LOSSES", 2 * 16 * 10)
+    monkeypatch.setattr(time_free, "STORED_LOSSES", 2 * 16 * 10)
     monkeypatch.setattr(scoring, "_LOGITS_PER_BATCH", 5 * 10 * 1024)
     network.asked.clear()
     bounded = time_free_nll(network, x0, **options)

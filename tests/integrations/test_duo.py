@@ -74,18 +74,25 @@ def diffusion(guid_weight=None, algo="duo_base", cls=published.DUO_BASE, **attri
 
 
 @pytest.fixture
+def in_float64():
+    """Times in steps are of the default type."""
+    with default_dtype(torch.float64):
+        yield
+
+
+@pytest.fixture
 def swap(applied):
     return lambda: applied(published, duo.apply_to_duo)
 
 
 @pytest.mark.parametrize("xt", [P.x0, P.moved, (P.x0 + 1) % 7], ids=["none moved", "some", "all"])
-@pytest.mark.parametrize("time_conditioning", [True, False])
-def test_a_training_step_is_the_published_one_without_logits(xt, time_conditioning, swap):
+@pytest.mark.parametrize("options", [{}, dict(time_conditioning=False), dict(T=16)])
+def test_a_training_step_is_the_published_one_without_logits(xt, options, swap, in_float64):
     """Loss, gradients, metrics, and what is asked of the noise and of the backbone."""
     seen = []
     for _ in range(2):
         backbone, q_xt = WithLastLayer(), mock.Mock(return_value=xt)
-        it = diffusion(backbone=backbone, q_xt=q_xt, time_conditioning=time_conditioning)
+        it = diffusion(backbone=backbone, q_xt=q_xt, **options)
         with torch.inference_mode():  # Lightning validates before it trains
             valid = it.validation_step(BATCH, 5)
         step = loss_and_grads(it.training_step, backbone, BATCH, 5)

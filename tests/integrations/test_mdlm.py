@@ -74,6 +74,9 @@ OPTIONS = [
     dict(change_of_variables=True),
     dict(time_conditioning=False),
     dict(parameterization="sedd"),
+    dict(T=1000),
+    dict(T=1000, change_of_variables=True),
+    dict(T=1000, parameterization="d3pm", subs_masking=True),
 ]
 
 
@@ -188,6 +191,25 @@ def test_the_autoregressive_loss_is_the_published_one(swap):
     assert_same_step(vars(losses), vars(expected))
 
 
+def test_d3pm_whose_loss_follows_the_mask_is_the_published_one(swap):
+    backbone = Backbone()
+    it = diffusion(backbone=backbone, parameterization="d3pm", T=1000)
+    expected = loss_and_grads(it._compute_loss, backbone, BATCH, "train")
+    swap()
+    assert_same_step(loss_and_grads(it._compute_loss, backbone, BATCH, "train"), expected, rtol=0)
+
+
+def test_the_first_of_the_steps_has_a_loss(swap):
+    """Which is 0 / 0 in the published code."""
+    options = dict(backbone=Backbone(), T=1000, _sample_t=lambda n, device: torch.full((n,), 1e-4, dtype=torch.float64))
+    assert diffusion(**options)._loss(P.x0, ATTENTION).loss.isnan()
+    swap()
+    loss = diffusion(**options)._loss(P.x0, ATTENTION).loss
+    one = diffusion(**options | dict(T=0, noise=lambda t: (-torch.log1p(-t), 1 / (1 - t))))
+    one._sample_t = lambda n, device: torch.full((n,), 1 / 1000, dtype=torch.float64)
+    torch.testing.assert_close(loss, one._loss(P.x0, ATTENTION).loss)  # weight 1 / t
+
+
 def test_a_method_of_a_derived_class_that_the_loss_does_not_call_is_an_error(swap):
     class Own(published.Diffusion):
         def forward(self, x, sigma):
@@ -264,9 +286,7 @@ def test_no_mask_is_left_at_time_0(t, noise):
 
 def test_what_is_not_here_is_an_error(swap):
     swap()
-    with pytest.raises(ValueError, match="parameterization: expected one of 'subs', 'sedd', 'ar', got 'd3pm'"):
-        diffusion(parameterization="d3pm")._loss(P.x0, ATTENTION)
-    with pytest.raises(ValueError, match="T: expected 0"):
-        diffusion(T=1000)._loss(P.x0, ATTENTION)
+    with pytest.raises(ValueError, match="parameterization: expected one of 'subs', 'd3pm', 'sedd', 'ar', got 'mean'"):
+        diffusion(parameterization="mean")._loss(P.x0, ATTENTION)
     with pytest.raises(ValueError, match="parameterization"):
         mdlm.Diffusion._ddpm_caching_update(diffusion(parameterization="d3pm"), P.xt, P.t, 0.1)

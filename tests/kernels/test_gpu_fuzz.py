@@ -4,7 +4,17 @@ from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
-from random_cases import CASES, check_dce, check_dse, check_logps, check_masks, check_reverse, fuzz
+from random_cases import (
+    CASES,
+    check_conditionals,
+    check_csm,
+    check_dce,
+    check_dse,
+    check_logps,
+    check_masks,
+    check_reverse,
+    fuzz,
+)
 
 FEWER = max(CASES // 40, 1)  # a case is interpreted, or may be compiled
 
@@ -25,6 +35,18 @@ def test_logps(backend, device, data):
 @given(st.data())
 def test_dse(backend, device, data):
     check_dse(data.draw, backend, device)
+
+
+@fuzz(FEWER)
+@given(st.data())
+def test_csm(backend, device, data):
+    check_csm(data.draw, backend, device)
+
+
+@fuzz(FEWER)
+@given(st.data())
+def test_conditionals(backend, device, data):
+    check_conditionals(data.draw, backend, device)
 
 
 @fuzz(FEWER)

@@ -69,7 +69,7 @@ def test_parts_of_a_row(name, backend, device):
         constants = [functor, 5, functor != "dse_uniform", -100, name.endswith("scaled"), 0.1 * name.endswith("z")]
         results = []
         for b, where in ((backend, device), ("cpu", "cpu")):
-            tensors = [None if t is None else t.to(where) for t in (z.clone(), x0, xt, None, sigma, weight, pull)]
+            tensors = [None if t is None else t.to(where) for t in (z.clone(), x0, xt, None, sigma, weight, pull, None)]
             row_loss_ = getattr(torch.ops.fastdiff.row_loss_, b)
             before, _ = row_loss_(*tensors, *constants, 3 * num_states, False, False)
             losses, stats = row_loss_(*tensors, *constants, 3 * num_states, True, functor == "dce")

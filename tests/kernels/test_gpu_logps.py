@@ -65,7 +65,7 @@ def test_rows_without_doubt_and_ids_without_probability(backend, device):
 def test_opcheck(backend, device):
     p = problem((2, 3), 7, device=device)
     weights = [p["weight"], torch.rand(2, 3, dtype=torch.float64, device=device)]
-    given = (p["x0"], p["xt"], None, None, *weights, None, "dce", 6, True, -100, False, 0.0, "none")
+    given = (p["x0"], p["xt"], None, None, *weights, None, None, "dce", 6, True, -100, False, 0.0, "none")
     row_loss = getattr(torch.ops.fastdiff.row_loss, backend)
     torch.library.opcheck(row_loss, (p["z"].requires_grad_(), *given, False, True))
     upstream = torch.rand(2, 3, device=device)

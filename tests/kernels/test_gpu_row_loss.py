@@ -180,7 +180,7 @@ def _ties(backend):
 def test_an_id_that_does_not_exist_gives_nan_and_reads_nothing(backend, device):
     z, x0 = torch.randn(1, 3, 9, device=device), torch.tensor([[0, 9, -1]], device=device)
     constants = ["dce", -1, False, -100, False, 0.0, "none", False, False]
-    loss, _, _ = getattr(torch.ops.fastdiff.row_loss, backend)(z, x0, None, None, None, None, None, None, *constants)
+    loss, _, _ = getattr(torch.ops.fastdiff.row_loss, backend)(z, x0, *[None] * 7, *constants)
     assert loss.isnan().tolist() == [[False, True, True]]
 
 
@@ -242,7 +242,7 @@ def test_compiles_whole(reduction, backend, device):
 
 def test_opcheck(backend, device):
     p = problem((2, 3), 7, device=device)
-    rows = [p["x0"], p["xt"], None, None, p["weight"], None, None]
+    rows = [p["x0"], p["xt"], None, None, p["weight"], None, None, None]
     constants = ["dce", p["mask_index"], True, -100, False, 1e-3, "mean"]
     z = p["z"].requires_grad_()
     torch.library.opcheck(getattr(torch.ops.fastdiff.row_loss, backend), (z, *rows, *constants, True, True))

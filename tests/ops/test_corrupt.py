@@ -448,7 +448,7 @@ def test_compiles_whole():
         (lambda **k: corrupt(tokens(), -1.0, Uniform(M), **k), ValueError, "sigma: expected finite numbers >= 0"),
         (lambda **k: corrupt(tokens(), torch.nan, Uniform(M), **k), ValueError, "sigma: expected finite numbers >= 0"),
         (lambda **k: corrupt(tokens(), 1.0, Uniform(9), **k), ValueError, r"x0: expected ids in \[0, 9\)"),
-        (lambda **k: corrupt(tokens(), 1.0, "absorb", **k), TypeError, "graph: expected Absorbing or Uniform"),
+        (lambda **k: corrupt(tokens(), 1.0, "absorb", **k), TypeError, "graph: expected Absorbing, Uniform or Mixture"),
     ],
 )
 def test_bad_input(call, error, message, backend):

@@ -337,7 +337,7 @@ def test_compiles_whole(reduction, capacity):
 def test_opcheck(reduction):
     p = linear_problem((2, 3), 7)
     inputs = [p[leaf].requires_grad_() for leaf in LEAVES]
-    rows = [p["x0"], p["xt"], None, None, p["weight"], None, None]
+    rows = [p["x0"], p["xt"], None, None, p["weight"], None, None, None]
     constants = ["dce", p["mask_index"], True, -100, False, 1e-3, reduction, 0.0, -1, torch.float32, "", 7]
     for wanted in ([True] * 3, [True, False, True]) if reduction == "sum" else ([False] * 3,):
         for with_stats in (False, True):

@@ -194,7 +194,7 @@ def test_opcheck():
     p, q = problem((2, 3), 7), linear_problem((2, 3), 7)
     pull, upstream = torch.rand(2, 3, dtype=torch.float64), torch.rand(2, 3)
     rows, constants = (
-        [p["x0"], p["xt"], None, None, p["weight"], pull, None],
+        [p["x0"], p["xt"], None, None, p["weight"], pull, None, None],
         ["dce", 6, True, -100, False, 0.0, "none"],
     )
     ops, z = torch.ops.fastdiff, p["z"]

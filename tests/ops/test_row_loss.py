@@ -1,6 +1,7 @@
 """The compiled row losses against the reference: values, gradients, shapes, layouts, bad input."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -22,7 +23,8 @@ from exact import EXTENDED, dse_uniform_logits
 from torch.utils.checkpoint import checkpoint
 
 import fastdiff
-from fastdiff import dce_loss, dse_loss
+from fastdiff import Geometric, d3pm_loss, dce_loss, dse_loss, loo_loss, mixture_loss, reference
+from fastdiff.ops.row_loss import row_loss, scored_tokens
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
@@ -100,27 +102,79 @@ def test_gradcheck(name):
         )
 
 
+def rows_of(name, p, monkeypatch, **options):
+    """What a loss gives the operator."""
+    with monkeypatch.context() as patched:
+        patched.setattr(fastdiff.losses, "row_loss", lambda rows, *_: (rows, rows))
+        return loss_of(name, p, **options)
+
+
+FUNCTORS = [
+    "dce_z",
+    "absorb",
+    "uniform",
+    "uniform_logits",
+    "csm_absorb",
+    "csm_uniform",
+    "loo",
+    "d3pm_uniform",
+    "mixture",
+]
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("functor", ["dce", "dse_absorb", "dse_uniform", "dse_uniform_logits"])
-def test_opcheck(functor, reduction):
-    p = problem((2, 3), 7)
-    xt, sigma = (
-        (p["moved"] if functor.startswith("dse_uniform") else p["xt"]),
-        p["sigma"][:, None].expand(2, 3).contiguous(),
-    )
-    rows = [p["x0"], xt, None, None if functor == "dce" else sigma, p["weight"], None, None]
-    constants = [functor, p["mask_index"], True, -100, False, 1e-3, reduction]
-    z = p["z"].requires_grad_()
+@pytest.mark.parametrize("name", FUNCTORS)
+def test_opcheck(name, reduction, monkeypatch):
+    z, *given = rows_of(name, problem((2, 3), 7), monkeypatch, reduction=reduction).arguments()
+    z.requires_grad_()
     for with_grad in (False, True) if reduction == "mean" else (False,):
-        for with_stats in (False, True) if functor == "dce" else (False,):
-            torch.library.opcheck(torch.ops.fastdiff.row_loss.cpu, (z, *rows, *constants, with_grad, with_stats))
+        for with_stats in (False, True) if name in ("dce_z", "loo") else (False,):
+            torch.library.opcheck(torch.ops.fastdiff.row_loss.cpu, (z, *given, with_grad, with_stats))
     upstream = torch.rand(() if reduction == "mean" else (2, 3))
-    torch.library.opcheck(torch.ops.fastdiff.row_loss_backward.cpu, (upstream, None, z.detach(), *rows, *constants))
+    torch.library.opcheck(torch.ops.fastdiff.row_loss_backward.cpu, (upstream, None, z.detach(), *given))
     torch.library.opcheck(torch.ops.fastdiff.scale_grad.default, (z.detach(), torch.tensor(2.0)))
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum"])
-@pytest.mark.parametrize("name", ["dce", "absorb", "uniform"])
+@pytest.mark.parametrize("spread", [0.3, 1.0, 6.0])
+@pytest.mark.parametrize("name", FUNCTORS[4:])
+def test_errors_are_at_most_twice_those_of_the_formula_in_float32(name, spread, monkeypatch):
+    """Relative errors, as above, of the reference's formula in each type."""
+    p = problem((4, 16), 5003, spread=spread)
+    rows = rows_of(name, p, monkeypatch)
+    functor, scored = fastdiff.ops.functors.FUNCTORS[rows.functor], scored_tokens(rows)
+    if functor.of_scores:  # in the form that is near 0 where a score is right, everywhere
+        monkeypatch.setattr(reference, "_distance", lambda s, log_a: torch.exp(log_a) * torch.expm1(s - log_a))
+    monkeypatch.setattr(torch.Tensor, "double", lambda t: t)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        given = {k: None if t is None else t.to(dtype) for k, t in vars(rows).items() if k in ("z", "sigma", "extra")}
+        given["z"].requires_grad_()
+        prepared = given["z"] if functor.logits is None else functor.logits(dataclasses.replace(rows, **given))
+        loss = functor.formula(dataclasses.replace(rows, **given | dict(z=prepared, mask=scored)))
+        loss = torch.where(scored, rows.weight * loss, 0)
+        results.append((loss.detach(), torch.autograd.grad(loss.sum(), given["z"])[0]))
+    z = p["z"].requires_grad_()
+    loss = loss_of(name, p, backend="cpu")
+    results.append((loss.detach(), torch.autograd.grad(loss.sum(), z)[0]))
+    for right, plain, got in zip(*results, strict=True):
+        nonzero = right.abs() > 1e-30
+        error, plain_error = (((t.to(right) - right) / right)[nonzero].abs().max() for t in (got, plain))
+        assert error <= 2 * plain_error
+
+
+@pytest.mark.parametrize(
+    ("name", "reduction"),
+    [
+        ("dce", "none"),
+        ("dce", "sum"),
+        ("absorb", "sum"),
+        ("uniform", "none"),
+        ("csm_uniform", "sum"),
+        ("loo", "none"),
+        ("d3pm_uniform", "sum"),
+        ("mixture", "none"),
+    ],
+)
 def test_compiles_whole(name, reduction):
     p = problem((2, 3), 11)
 
@@ -410,12 +464,81 @@ def test_bad_input_to_dse(change, error, message, backend):
         dse_loss(z, sigma, xt, x0, **arguments)
 
 
-def test_still_tokens_need_no_noise_in_the_uniform_graph():
+BAD_NEW = [
+    ("csm_uniform", dict(parametrization="logits"), ValueError, "parametrization: expected one of"),
+    ("csm_absorb", dict(graph="star"), ValueError, "graph: expected one of"),
+    ("csm_absorb", dict(sigma=0.0), ValueError, "sigma: expected numbers > 0"),
+    ("loo", dict(sigma=0.0), ValueError, "sigma: expected numbers > 0"),
+    ("loo", dict(moved=torch.full((2, 3), 9)), ValueError, r"xt: expected ids in \[0, 9\)"),
+    ("loo", dict(mask=torch.ones(2, 3)), TypeError, "mask: expected a bool tensor"),
+    ("d3pm_uniform", dict(step=0), ValueError, r"step: expected steps in \[1, 4\], got 0"),
+    ("d3pm_uniform", dict(step=torch.tensor([1, 5])), ValueError, r"step: expected steps in \[1, 4\], got 5"),
+    ("d3pm_uniform", dict(step=1.5), TypeError, "step: expected an int"),
+    ("d3pm_uniform", dict(step=torch.ones(2)), TypeError, "step: expected int64 or int32 steps"),
+    ("d3pm_uniform", dict(num_steps=0), ValueError, "num_steps: expected at least 1"),
+    ("d3pm_uniform", dict(auxiliary=-1.0), ValueError, "auxiliary: expected a number >= 0"),
+    ("d3pm_uniform", dict(graph="star"), ValueError, "graph: expected one of"),
+    ("mixture", dict(share=1.5), ValueError, r"share: expected numbers in \[0, 1\]"),
+    ("mixture", dict(share=torch.ones(3)), ValueError, "share: expected a number or a shape"),
+    ("mixture", dict(x0=torch.full((2, 3), 8)), ValueError, "x0: expected a token"),
+    ("mixture", dict(sigma=-1.0), ValueError, "sigma: expected finite numbers >= 0"),
+    ("mixture", dict(mask_index=9), ValueError, "mask_index: expected an id"),
+]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("name", "change", "error", "message"), BAD_NEW)
+def test_bad_input_to_the_other_losses(name, change, error, message, backend):
+    p = problem((2, 3), 9)
+    tensors = {k: v for k, v in change.items() if k in p and k != "mask_index"}
+    options = {k: v for k, v in change.items() if k not in tensors}
+    with pytest.raises(error, match=message):
+        loss_of(name, p | tensors, backend=backend, **options)
+
+
+def test_noise_levels_out_of_order_are_refused(monkeypatch):
+    rows = rows_of("d3pm_uniform", problem((2, 3), 9), monkeypatch)
+    rows.extra = rows.sigma.clone()
+    for backend in ("cpu", "reference"):
+        with pytest.raises(ValueError, match=r"sigma_s: expected numbers in \[0, sigma\)"):
+            row_loss(dataclasses.replace(rows), backend)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_d3pms_absorbing_loss_is_weighted_cross_entropy(backend):
+    """For any schedule: the last step to the data is one, too, where noise is left at time 0."""
+    p, noise = problem((4, 6), 9), Geometric(0.5, 5.0)
+    step = torch.tensor([1, 2, 3, 4])
+    alpha = torch.exp(-noise.total_noise(torch.arange(5, dtype=torch.float64) / 4))
+    alpha[0] = 1
+    weight = 4 * ((alpha[step - 1] - alpha[step]) / (1 - alpha[step]) + 0.1)
+    got = d3pm_loss(
+        p["z"], step, p["xt"], p["x0"], num_steps=4, schedule=noise, auxiliary=0.1, weight=2.0, backend=backend
+    )
+    torch.testing.assert_close(got, dce_loss(p["z"], p["x0"], xt=p["xt"], weight=2 * weight, backend=backend))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_leave_one_out_is_cross_entropy_of_raised_logits(backend):
+    p = problem((3, 4), 50, torch.float64)
+    sigma, mask = p["sigma"][:, None], p["xt"] != p["x0"]
+    raised = p["z"] + F.one_hot(p["moved"], 50) * torch.log1p(50 / torch.expm1(sigma))[..., None]
+    options = dict(mask=mask, weight=p["weight"], z_loss=0.1, return_stats=True, backend=backend)
+    got, stats = loo_loss(p["z"], sigma, p["moved"], p["x0"], **options)
+    expected, expected_stats = dce_loss(raised, p["x0"], exclude_mask=False, **options)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(stats, expected_stats)
+
+
+def test_still_tokens_need_no_noise():
     p = problem((2, 3), 9)
     for backend in ("cpu", "reference"):
         loss = dse_loss(p["z"], 0.0, p["x0"], p["x0"], graph="uniform", backend=backend)
         expected = (p["z"].exp().sum(-1) - p["z"].exp().gather(-1, p["x0"][..., None])[..., 0]) / 9
         torch.testing.assert_close(loss, expected)
+        nll = dce_loss(p["z"], p["x0"], backend="reference")
+        loss = mixture_loss(p["z"], 0.0, 0.5, p["x0"], p["x0"], backend=backend)
+        torch.testing.assert_close(loss, nll + nll.exp() - 1 - nll)
 
 
 def test_mask_outside_the_vocabulary_when_it_is_not_excluded():
