@@ -21,7 +21,7 @@ SLACK = {torch.float64: 1, torch.float32: 4, torch.bfloat16: 4, torch.float16: 8
 @pytest.fixture(params=[1, 10**9], ids=["many chunks", "one chunk"])
 def chunked(request, monkeypatch):
     monkeypatch.setitem(op.TILE_BYTES, "cpu", request.param)
-    monkeypatch.setattr(op._Chunks, "_sum_bytes", lambda chunks: 0)
+    monkeypatch.setattr(op.Chunks, "_sum_bytes", lambda chunks: 0)
     monkeypatch.setitem(op.IDS, "cpu", 20)
 
 

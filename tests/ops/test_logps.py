@@ -66,7 +66,7 @@ def test_of_logits(dtype, backend):
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_of_hidden_states(dtype, backend, chunk, monkeypatch):
     monkeypatch.setitem(op.TILE_BYTES, "cpu", chunk)
-    monkeypatch.setattr(op._Chunks, "_sum_bytes", lambda chunks: 0)
+    monkeypatch.setattr(op.Chunks, "_sum_bytes", lambda chunks: 0)
     for num_states, softcap, temperature in ((2, 0.0, 1.0), (507, 0.0, 0.7), (507, 2.0, 1.0), (27, 1.5, 2.0)):
         p = linear_problem((3, 5), num_states, dtype)
         mask, leaves = p["weight"] < 0.6, [p[leaf].requires_grad_() for leaf in LEAVES]
