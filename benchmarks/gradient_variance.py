@@ -82,7 +82,6 @@ def ways(model, source) -> dict[str, tuple[Way, int]]:
         "dce-k, importance by summed losses": importance("dce-k", summed=True),
         "dce-k, two masks a sequence": (partial(trained, "dce-k"), 2),
         "dce-k, complementary": (partial(trained, "dce-k", complementary=True), 2),
-        "dce-k, two masks a sequence, importance": importance("dce-k", 2),
         "dce-k, complementary, importance": importance("dce-k", 2, complementary=True),
     }
 

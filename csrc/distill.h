@@ -38,11 +38,11 @@ FASTDIFF_HD Term<C> kl_term(C p, C q, C d) {
 // exp(scale x) over its sum, of which the sum of exp(scale (x - top)) is known. NaN for a row that has +inf or only
 // -inf, as in PyTorch.
 template <typename C>
-struct Probabilities {
+struct Conditional {
   C scale, top, factor;
   double log_sum;  // less scale top
 
-  FASTDIFF_HD Probabilities(double scale_, C top_, double sum)
+  FASTDIFF_HD Conditional(double scale_, C top_, double sum)
       : scale(static_cast<C>(scale_)), top(top_), factor(static_cast<C>(1 / sum)), log_sum(std::log(sum)) {
     if (!(sum > 0)) factor = std::numeric_limits<C>::quiet_NaN(), log_sum = factor;
   }
@@ -53,10 +53,10 @@ struct Probabilities {
 // The terms of a row whose student has numbers z and whose teacher t.
 template <typename C>
 struct KlRow {
-  Probabilities<C> student, teacher;
+  Conditional<C> student, teacher;
   C shift;
 
-  FASTDIFF_HD KlRow(const Probabilities<C>& student_, const Probabilities<C>& teacher_)
+  FASTDIFF_HD KlRow(const Conditional<C>& student_, const Conditional<C>& teacher_)
       : student(student_),
         teacher(teacher_),
         shift(static_cast<C>(student.scale * (static_cast<double>(student.top) - teacher.top) +

@@ -70,6 +70,7 @@ inline const Traits& functor_named(const std::string& name) {
 struct Apart {
   int64_t x0, left_out, xt;
 
+  FASTDIFF_HD explicit Apart(int64_t left_out_) : x0(-1), left_out(left_out_), xt(-1) {}
   // exclude: the mask has no part.
   FASTDIFF_HD Apart(const Traits& traits, int64_t x0_, int64_t xt_, int64_t mask_index, bool exclude)
       : x0(x0_), left_out(-1), xt(-1) {

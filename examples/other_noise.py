@@ -34,7 +34,7 @@ class Exact:
 
     def __call__(self, xt: Tensor, sigma: Tensor) -> Tensor:
         sigma = sigma.double()
-        graph = Mixture(V, MASK, self.schedule.share(self.schedule.inverse(sigma)))
+        graph, _ = Mixture(V, MASK).at(self.schedule, self.schedule.inverse(sigma))
         from_letter = graph.transp_transition(xt, sigma).clamp_min(1e-30).log()  # log p(x_t | x0), [b, 8, V]
         each = torch.einsum("blv,slv->bls", from_letter, LETTERS)
         others = each.sum(1, keepdim=True) - each + P.log()
@@ -49,9 +49,9 @@ def bound(model: Exact, x0: Tensor) -> Tensor:
     """GIDD's, of strings at a time each, in nats: [n]."""
     schedule, t = model.schedule, sample_times(len(x0), eps=1e-4, seed=2).double()
     sigma, dsigma = schedule(t)
-    graph = Mixture(V, MASK, schedule.share(t))
+    graph, dshare = Mixture(V, MASK).at(schedule, t)
     xt = corrupt(x0, sigma, graph, seed=2)
-    weight = mixture_weight(xt, x0, sigma, dsigma, graph, dshare=schedule.rate_share(t))
+    weight = mixture_weight(xt, x0, sigma, dsigma, graph, dshare=dshare)
     return mixture_loss(model(xt, sigma), sigma, graph.share, xt, x0, weight=weight, mask_index=MASK).sum(1)
 
 

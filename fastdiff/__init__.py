@@ -1,6 +1,7 @@
 """Fused kernels for discrete-diffusion language models: losses, masking and likelihoods, each in one pass."""
 
 from fastdiff.backends import BackendUnavailable
+from fastdiff.blocks import MaskedBlocks, block_causal, mask_blocks, two_streams, two_streams_mask
 from fastdiff.d3pm import d3pm_loss, linear_d3pm_loss
 from fastdiff.distillation import distill_loss, linear_distill_loss
 from fastdiff.estimators import (
@@ -44,6 +45,7 @@ from fastdiff.reverse import reverse_probs, reverse_step
 from fastdiff.sampling import Generated, sample
 from fastdiff.schedules import Cosine, Geometric, Hybrid, Linear, LogLinear, Polynomial
 from fastdiff.score_matching import csm_loss, linear_csm_loss
+from fastdiff.times import ImportanceTimes
 from fastdiff.tokens import TokenStats, linear_sample_tokens, sample_tokens
 
 __version__ = "0.1.0"
@@ -58,11 +60,13 @@ __all__ = [
     "Geometric",
     "HarmonicMask",
     "Hybrid",
+    "ImportanceTimes",
     "InformationCurve",
     "Linear",
     "LogLinear",
     "LogRatioEstimate",
     "Masked",
+    "MaskedBlocks",
     "Mixture",
     "NLLEstimate",
     "OrderedNLL",
@@ -70,6 +74,7 @@ __all__ = [
     "RowStats",
     "TokenStats",
     "Uniform",
+    "block_causal",
     "block_nll",
     "conditional_nll",
     "corrupt",
@@ -95,6 +100,7 @@ __all__ = [
     "linear_token_logps",
     "log_likelihood_ratio",
     "loo_loss",
+    "mask_blocks",
     "mask_exactly",
     "mask_tokens",
     "mixture_loss",
@@ -113,5 +119,7 @@ __all__ = [
     "time_free_nll",
     "time_integral_nll",
     "token_logps",
+    "two_streams",
+    "two_streams_mask",
     "upper_bound_nll",
 ]

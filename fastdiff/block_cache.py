@@ -17,7 +17,7 @@ class Cache(Protocol):
     """What `sample(cache=)` asks of a cache of b sequences.
 
     block_length: of the model. tokens: int64 [b, n], what it holds, whole blocks. With an attribute lm_head, an
-    nn.Linear or its weight, it gives hidden states, else logits.
+    nn.Linear or its weight, it gives hidden states, else logits; one max_length tells how many tokens it can take.
     """
 
     block_length: int
@@ -37,6 +37,7 @@ class BlockCache:
         tokens: [b, n] int64, what it holds.
         block_length: of the model.
         lm_head: the last layer, for the hidden states that it gives.
+        max_length: tokens that the model takes, or None.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class BlockCache:
         self.block_length = check_integer("block_length", block_length, 1)
         batch_size, device = check_integer("batch_size", batch_size, 1), model.lm_head.weight.device
         self.tokens = torch.empty(batch_size, 0, dtype=torch.int64, device=device)
+        self.max_length = model.config.max_length
         self._model, self._noise = model, None if model.sigma_map is None else noise
         self._states: list[Tensor | None] = [None] * len(model.blocks)  # [2, b, heads, room for tokens, D / heads]
 
@@ -128,7 +130,7 @@ class BlockCache:
 
     def _check(self, name: str, tokens: Tensor, batch: tuple[int, ...]) -> None:
         check_tokens(name, tokens, None, self.tokens.device)
-        most, held = self._model.config.max_length, self.tokens.shape[1]
+        most, held = self.max_length, self.tokens.shape[1]
         if tokens.dim() != 2 or tokens.shape[:1] != batch or tokens.shape[1] < 1:
             raise ValueError(f"{name}: expected shape [{batch[0]}, m] with m >= 1, got {tuple(tokens.shape)}")
         if most is not None and held + tokens.shape[1] > most:

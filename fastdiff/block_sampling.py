@@ -44,8 +44,8 @@ def checked_block_length(block_length: int | None, cache: Cache | None, given: T
         given: [B, L], what is given, -1 elsewhere.
 
     Raises:
-        TypeError, ValueError: no length, or a cache of another one, of another number of sequences, or of other tokens
-            than those that all sequences begin with.
+        TypeError, ValueError: no length, or a cache of another one, of another number of sequences, for shorter ones,
+            or of other tokens than those that they begin with.
     """
     if cache is None:
         if block_length is None:
@@ -55,6 +55,9 @@ def checked_block_length(block_length: int | None, cache: Cache | None, given: T
         raise ValueError(f"block_length: expected the block model's, {cache.block_length}, or None, got {block_length}")
     check_tokens("cache.tokens", cache.tokens, None)
     b, held = cache.tokens.shape
+    most = getattr(cache, "max_length", None)
+    if most is not None and given.shape[1] > most:
+        raise ValueError(f"length: expected at most {most} tokens, for which the cache is, got {given.shape[1]}")
     if b != len(given):
         raise ValueError(f"cache: expected one of num_samples = {len(given)} sequences, got one of {b}")
     if held % cache.block_length:

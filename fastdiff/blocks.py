@@ -110,8 +110,8 @@ def mask_blocks(
     """Masks the tokens of each block at a rate of its own, drawn for all blocks of a batch together.
 
     The sum of the masked tokens' losses, each times its weight 1 / rate, is an unbiased estimate of the block bound on
-    -log p(x0) in nats if rates is (0, 1). Clipped rates (those of BD3-LM bring the variance down) give the mean of the
-    same integrand over them alone, which is another objective.
+    -log p(x0) in nats if rates is (0, 1). Clipped rates, as BD3-LM trains with, give the mean of the same integrand
+    over them alone, which is another objective.
 
     Rates are stratified: of N blocks in a batch one falls into each N-th of the range. A row has rates from all over
     it, and where a block stands says nothing of its rate, for the strata move on from step to step.
@@ -137,12 +137,12 @@ def mask_blocks(
     if maskable is not None:
         check_bool("maskable", maskable, x0.shape, x0.device)
     n, blocks = len(x0), num_blocks(x0.shape[1], block_length)
-    total = n if batch_size is None else check_integer("batch_size", batch_size, 1)
+    total = check_integer("batch_size", n if batch_size is None else batch_size, 1)
     if check_integer("first", first, 0) + n > total:
         raise ValueError(f"first: expected {n} rows of a batch of {total}, got those from {first} on")
     seed = resolve_seed(seed, generator, x0.device)
-    names = torch.arange(first * blocks, (first + n) * blocks, device=x0.device)
-    strata, parts = block_strata(names, total * blocks, seed=seed, step=step), total * blocks
+    names, parts = torch.arange(first * blocks, (first + n) * blocks, device=x0.device), total * blocks
+    strata = block_strata(names, parts, seed=seed, step=step)
     named: dict[str, Any] = dict(mask_index=mask_index, seed=seed, step=step, sample_ids=names)
     rows = x0.reshape(-1, block_length)
     if exact:
@@ -158,7 +158,7 @@ def mask_blocks(
         mask = mask_tokens(rows, rate, **named).mask
     mask = mask.view(x0.shape)
     mask = mask if maskable is None else mask & maskable
-    rate = per_token_of_blocks(rate, x0)
+    rate = per_token_of_blocks(rate, x0, block_length)
     return MaskedBlocks(torch.where(mask, mask_index, x0.long()), mask, rate, 1 / rate)
 
 
@@ -176,10 +176,11 @@ def block_strata(names: Tensor, n: int, *, seed: int | Tensor, step: int) -> Ten
 def mean_of_blocks(values: Tensor, block_length: int) -> Tensor:
     """The mean of a block of values [B, L], for each in it, [B, L]; the last block may be shorter."""
     block = torch.arange(values.shape[1], device=values.device) // block_length
-    sums = values.new_zeros(len(values), -(-len(block) // block_length)).index_add(1, block, values)
-    return (sums / block.bincount())[:, block]
+    both = torch.cat([values, torch.ones_like(values[:1])])
+    sums = both.new_zeros(len(both), -(-len(block) // block_length)).index_add(1, block, both)
+    return (sums[:-1] / sums[-1])[:, block]
 
 
-def per_token_of_blocks(value: Tensor, tokens: Tensor) -> Tensor:
+def per_token_of_blocks(value: Tensor, tokens: Tensor, block_length: int) -> Tensor:
     """A number of each block, [B K], for each of the tokens [B, L]."""
-    return value.repeat_interleave(tokens.numel() // len(value)).view(tokens.shape)
+    return value.repeat_interleave(block_length).view(tokens.shape)

@@ -120,7 +120,9 @@ def d3pm_rows(
     mask_index: int = -1,
     weight: Number | Tensor | None = None,
     exclude_mask: bool = True,
-    **options: Any,
+    ignore_index: int = -100,
+    reduction: str = "none",
+    num_items: Number | Tensor | None = None,
 ) -> Rows:
     """The checked arguments of D3PM's loss over rows z, of which only type, shape and device are looked at."""
     check_choice("graph", graph, ("absorb", "uniform"))
@@ -138,6 +140,7 @@ def d3pm_rows(
     sigma, before = (schedule.total_noise(i / num_steps) for i in (number, number - 1))
     before = torch.where(number == 1, 0, before)
     factor = num_steps if weight is None else num_steps * per_token("weight", weight, shape, device)
+    options: dict[str, Any] = dict(ignore_index=ignore_index, reduction=reduction, num_items=num_items)
     if graph == "uniform":
         options |= dict(sigma=sigma, sigma_s=before, penalty=auxiliary, weight=factor)
         return checked_rows("d3pm_uniform", z, x0, xt=xt, **options)

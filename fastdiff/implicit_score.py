@@ -106,7 +106,7 @@ def _neighbour(
     position = scaled(where, length).unsqueeze(1)
     token = scaled(which, others).unsqueeze(1)
     token = token + (token >= xt.gather(1, position)).long()
-    number = torch.full_like(position.squeeze(1), length * others) / num_states
+    number = torch.full_like(position.squeeze(1), length * others).double() / num_states
     return xt.scatter(1, position, token), position.squeeze(1), number
 
 

@@ -118,10 +118,14 @@ def loo_rows(
     xt: Tensor,
     x0: Tensor,
     *,
+    mask: Tensor | None = None,
+    weight: Number | Tensor | None = None,
     ignore_index: int = -100,
     z_loss: float = 0.0,
-    **options: Any,
+    reduction: str = "none",
+    num_items: Number | Tensor | None = None,
 ) -> Rows:
     """The checked arguments of the loss over rows z, of which only type, shape and device are looked at."""
-    options |= dict(xt=xt, sigma=sigma, ignore_index=ignore_index, penalty=z_loss, exclude_mask=False)
-    return checked_rows("loo", z, x0, **options)
+    options: dict[str, Any] = dict(xt=xt, sigma=sigma, mask=mask, weight=weight, reduction=reduction)
+    options |= dict(ignore_index=ignore_index, num_items=num_items, exclude_mask=False)
+    return checked_rows("loo", z, x0, penalty=z_loss, **options)

@@ -17,12 +17,13 @@ from fastdiff.estimators.orders import ORDERS
 from fastdiff.evaluating import BlockModel, Model
 from fastdiff.files import read_config
 from fastdiff.graphs import Absorbing, Graph, Uniform
+from fastdiff.mixture_noise import Mixture
 from fastdiff.model import DiffusionTransformer, ModelConfig
 from fastdiff.placing import placed, spread
 from fastdiff.published import KINDS, Published, load_published
 from fastdiff.schedules import LogLinear, Schedule
 from fastdiff.texts import Bytes, load_tokenizer, saved_hash
-from fastdiff.training import SCHEDULE
+from fastdiff.training import MIXED, SCHEDULE
 
 _OF_ANY_GRAPH = ("time-free", "integral")
 LIKELIHOODS = (*_OF_ANY_GRAPH, *ORDERS)
@@ -35,7 +36,7 @@ class Loaded:
     Attributes:
         network: what holds the weights.
         conditionals: p(x0 | xt) as estimators take them, of the absorbing graph, or with a block_length as `block_nll`
-            takes them; None of the uniform graph.
+            takes them; None of the uniform graph and of mixtures.
         score: (xt, sigma) -> [B, L, V], as `dse_nll` takes it with that parametrization; None if there is none.
         graph, schedule, parametrization: of the score; the graph of both.
         exclude_mask: leave the mask out of the softmax of conditionals.
@@ -50,7 +51,7 @@ class Loaded:
     network: nn.Module
     conditionals: Model | BlockModel | None
     score: Callable[[Tensor, Tensor], Tensor] | None
-    graph: Graph
+    graph: Graph | Mixture
     schedule: Schedule
     parametrization: str
     exclude_mask: bool
@@ -87,9 +88,9 @@ class Loaded:
 
         Args:
             likelihood: "time-free", of `conditional_nll`, or of `block_nll` for a block model; the uniform graph, which
-                has none, gives its "bound", the whole integral of `dse_nll`. "integral", what the model's own codebase
-                prints: a mean over times, of `dse_nll` for scores and of `time_integral_nll` for conditionals. Or an
-                order of `ordered_nll`.
+                has none, and mixtures give their "bound", the whole integral of `dse_nll`. "integral", what the model's
+                own codebase prints: a mean over times, of `dse_nll` for scores and of `time_integral_nll` for
+                conditionals. Or an order of `ordered_nll`.
             options: of that estimator.
 
         Raises:
@@ -123,7 +124,7 @@ class Loaded:
         return time_integral_nll(self.conditionals, x0, **names, **options)  # type: ignore[arg-type]
 
     def name_of(self, likelihood: str) -> str:
-        """What `estimate` gives for a likelihood: "bound" where a time-free one is asked of the uniform graph, "block"
+        """What `estimate` gives for a likelihood: "bound" where a time-free one is asked of uniform noise, "block"
         where it is of a block model.
 
         Raises:
@@ -199,7 +200,10 @@ def _of_run(
     length, device = _window(folder, length, longest, False), placed(model, device, dtype)
     graph: Graph = Uniform(n) if n == num_tokens else Absorbing(n)
     conditionals: Model | BlockModel | None = None
-    block_length = read_config(folder).get("training", {}).get("block_length") or None
+    settings = read_config(folder).get("training", {})
+    block_length = settings.get("block_length") or None
+    if settings.get("loss") == "gidd":
+        return Loaded(model, None, model, Mixture(n), MIXED, "logits", True, tokens, length, [], device)
     if graph.mask_index is not None:
         masks = graph.mask_index, SCHEDULE.total_noise
         conditionals = model.block_conditionals(block_length, *masks) if block_length else model.conditionals(*masks)

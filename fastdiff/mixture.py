@@ -105,12 +105,15 @@ def mixture_rows(
     xt: Tensor,
     x0: Tensor,
     *,
+    weight: Number | Tensor | None = None,
     mask_index: int = -1,
     ignore_index: int = -100,
-    **options: Any,
+    reduction: str = "none",
+    num_items: Number | Tensor | None = None,
 ) -> Rows:
     """The checked arguments of the loss over rows z, of which only type, shape and device are looked at."""
     if z.shape[-1] < 2:
         raise ValueError(f"logits: expected at least 2 states, got shape {tuple(z.shape)}")
-    options |= dict(mask_index=vocabulary_index("mask_index", mask_index, z.shape[-1]), ignore_index=ignore_index)
-    return checked_rows("mixture", z, x0, xt=xt, sigma=sigma, share=share, **options)
+    options: dict[str, Any] = dict(xt=xt, sigma=sigma, share=share, weight=weight, ignore_index=ignore_index)
+    options |= dict(mask_index=vocabulary_index("mask_index", mask_index, z.shape[-1]))
+    return checked_rows("mixture", z, x0, reduction=reduction, num_items=num_items, **options)

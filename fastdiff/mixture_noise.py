@@ -23,10 +23,12 @@ from fastdiff.checks import (
 from fastdiff.logps import token_logps
 from fastdiff.ops.row_sample import row_sample
 from fastdiff.philox import Purpose, draw32
+from fastdiff.schedules import Hybrid, Schedule
 from fastdiff.tokens import check_temperature, token_rows
 
 _MOST = 1e20  # of expm1(sigma) and of odds: beyond, the law is at its limit, and float32 would overflow
-_ROUNDING = 1e-12
+_ROUNDING = 1e-12  # in probabilities and rates
+_FORGOTTEN = 64.0  # sigma at which no draw of 32 bits leaves a token as it was
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,6 +63,18 @@ class Mixture:
             raise ValueError("share: expected a number or a tensor in [0, 1], got None")
         return check_share("share", self.share, shape, device)
 
+    def at(self, schedule: Schedule, t: Tensor) -> tuple["Mixture", Tensor]:
+        """The noise at times t, with its share, and the rate of that, in the shape and type of t.
+
+        A `Hybrid` schedule says the share, where this one has none; with another it is this one's at all times.
+        """
+        if not isinstance(schedule, Hybrid):
+            share = self.shares(torch.Size(), t.device).to(t.dtype)
+            return dataclasses.replace(self, share=share.expand_as(t)), torch.zeros_like(t)
+        if self.share is not None:
+            raise ValueError(f"share: expected None, for the schedule has its own, got {self.share}")
+        return dataclasses.replace(self, share=schedule.share(t)), schedule.rate_share(t)
+
     def transition(self, i: Tensor, sigma: Number | Tensor) -> Tensor:
         """Probabilities p(x_t = . | x_0 = i), float64 [..., V]; they sum to 1."""
         sigma, share = self._noise(i, sigma)
@@ -89,9 +103,6 @@ class Mixture:
         sigma = per_token("sigma", sigma, i.shape, i.device)
         check_values("sigma", sigma, ~((sigma >= 0) & sigma.isfinite()), "finite numbers >= 0")
         return sigma, self.shares(i.shape, i.device)
-
-
-_FORGOTTEN = 64.0  # sigma at which no draw of 32 bits leaves a token as it was
 
 
 def check_share(name: str, share: Number | Tensor, shape: torch.Size, device: torch.device) -> Tensor:
@@ -232,7 +243,9 @@ def _law(
     came = torch.where(masked, to_mask, to_id)
     kappa = 1 + survives / came.clamp_min(1 / _MOST)
     lam = -kappa * torch.where(masked, odds * (1 - share_after), uniform)
-    here = torch.where(masked, -torch.inf, torch.nan)  # the mask has no conditional; another id its own, of the row
+    here = torch.full_like(kappa, torch.nan).masked_fill(
+        masked, -torch.inf
+    )  # the mask has no conditional; another id its own, of the row
     law = torch.stack([-uniform, torch.where(masked, 0, kappa), lam, here], -1)
     return law, came > 0, (to_id * noise_after * (1 - share_after), torch.exp(-sigma), noise * share / ids)
 

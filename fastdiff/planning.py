@@ -99,7 +99,7 @@ class Plan:
         """Of these, those that the last layer multiplies: the scored ones, on average, if the vocabulary is large."""
         most = self.training.block_length or self.length  # masks of what is noised as one
         harmonic = sum(1 / m for m in range(1, most + 1))
-        shares = {"dce-k": (most + 1) / (2 * most), "dce-harmonic": 1 / harmonic, "dse-uniform": 1.0}
+        shares = {"dce-k": (most + 1) / (2 * most), "dce-harmonic": 1 / harmonic, "dse-uniform": 1.0, "gidd": 1.0}
         share = shares.get(self.training.loss, 0.5)
         large = self.model.num_states >= LARGE_VOCABULARY
         return math.ceil(share * self.last_tokens) if large else self.last_tokens

@@ -156,43 +156,6 @@ def dse_uniform_logits(logits: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor) ->
     return dse_uniform(log_p - log_p.gather(-1, xt.unsqueeze(-1)), sigma, xt, x0)
 
 
-def distill(z: Tensor, teacher: Tensor, ids: Tensor | None, mask_index: int | None, reverse: bool) -> Tensor:
-    """KL(p || q), or KL(q || p) if reverse, of q = softmax(z) and p = softmax(teacher) over v != mask_index.
-
-    With ids [..., k] the teacher holds log p at those ids, and all other ids count as one. A sum of p that is off by
-    rounding, above 1 or where there are no others, is divided by.
-    """
-    log_q = torch.log_softmax(_without_mask(z, mask_index), -1)
-    if ids is None:
-        log_p = torch.log_softmax(_without_mask(teacher, mask_index), -1)
-    else:
-        total = teacher.double().exp().sum(-1, keepdim=True)
-        are_all = ids.shape[-1] == z.shape[-1] - (mask_index is not None)
-        log_p = teacher.double() - (total if are_all else total.clamp_min(1)).log()
-        rest = (1 - (torch.ones_like(total) if are_all else total)).clamp_min(0).log()
-        others = log_q.scatter(-1, ids, -torch.inf)
-        none = torch.isneginf(others).all(-1, keepdim=True)
-        others = torch.logsumexp(torch.where(none, 0, others), -1, keepdim=True)
-        log_p = torch.cat([log_p, rest], -1)
-        log_q = torch.cat([log_q.gather(-1, ids), torch.where(none, -torch.inf, others)], -1)
-    return kl(log_q, log_p) if reverse else kl(log_p, log_q)
-
-
-def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) = sum p phi(log q - log p) for numbers that sum to 1: no term is negative, none cancels another.
-
-    A term is q - p - p (log q - log p): q where p is 0, infinite where only q is.
-    """
-    d = log_q - log_p
-    absent, apart = torch.isneginf(log_p), torch.isneginf(log_q)
-    d = torch.where(absent | apart, 0, d)
-    p, q = torch.exp(log_p), torch.exp(log_q)
-    near = d.abs() < 1
-    terms = torch.where(near, p * phi(torch.where(near, d, 0)), q - p - p * d)
-    terms = torch.where(absent, q, torch.where(apart, torch.inf, terms))
-    return terms.sum(-1)
-
-
 def csm_absorb(log_score: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor, mask_index: int) -> Tensor:
     """Concrete score matching at x_t = M, (1/2) sum_{y != M} (exp(s_y) - a_y)^2 with a = 1/e1 at x0 and 0 elsewhere."""
     s, scored = log_score.double(), xt == mask_index
@@ -244,10 +207,6 @@ def d3pm_uniform(
     c_xt, rest = c.gather(-1, xt.unsqueeze(-1)), torch.where(here, 0, c).sum(-1, keepdim=True)
     log_ratio = torch.where(here, _log_mixed(k_s, c, rest), torch.log1p(k_s * c))
     log_ratio = log_ratio - torch.where(moved, torch.log1p(k_t * c_xt), _log_mixed(k_t, c_xt, rest))
-    # At x_t the two nearly cancel, with k_s - k_t = n k_t / (o_s k_ts).
-    excess = n / o_s * k_t / k_ts / (1 + k_t * c_xt) * torch.where(moved, c_xt, -rest / (1 + k_s))
-    near = there & (excess > -0.5)
-    log_ratio = torch.where(near, torch.log1p(torch.where(near, excess, 0)), log_ratio)
     # q is a product of three (1 - alpha) / n, times 1 + k where its two ids are one.
     q = o_ts * o_s / (n * o_t) * torch.where(there, 1 + k_ts, 1) * torch.where(here, 1 + k_s, 1)
     nll = _nll(logits.double(), x0)
@@ -283,6 +242,43 @@ def mixture(logits: Tensor, sigma: Tensor, share: Tensor, xt: Tensor, x0: Tensor
     q = torch.where(here, alpha + spread, spread)
     kl = torch.where(only_masks & ~here, alpha * c, q * phi(log_rho)).sum(-1)
     return kl + torch.where(xt == mask_index, 0, phi(-log_rho.gather(-1, xt.unsqueeze(-1)).squeeze(-1)))
+
+
+def distill(z: Tensor, teacher: Tensor, ids: Tensor | None, mask_index: int | None, reverse: bool) -> Tensor:
+    """KL(p || q), or KL(q || p) if reverse, of q = softmax(z) and p = softmax(teacher) over v != mask_index.
+
+    With ids [..., k] the teacher holds log p at those ids, and all other ids count as one. A sum of p that is off by
+    rounding, above 1 or where there are no others, is divided by.
+    """
+    log_q = torch.log_softmax(_without_mask(z, mask_index), -1)
+    if ids is None:
+        log_p = torch.log_softmax(_without_mask(teacher, mask_index), -1)
+    else:
+        total = teacher.double().exp().sum(-1, keepdim=True)
+        are_all = ids.shape[-1] == z.shape[-1] - (mask_index is not None)
+        log_p = teacher.double() - (total if are_all else total.clamp_min(1)).log()
+        rest = (1 - (torch.ones_like(total) if are_all else total)).clamp_min(0).log()
+        others = log_q.scatter(-1, ids, -torch.inf)
+        none = torch.isneginf(others).all(-1, keepdim=True)
+        others = torch.logsumexp(torch.where(none, 0, others), -1, keepdim=True)
+        log_p = torch.cat([log_p, rest], -1)
+        log_q = torch.cat([log_q.gather(-1, ids), torch.where(none, -torch.inf, others)], -1)
+    return kl(log_q, log_p) if reverse else kl(log_p, log_q)
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) = sum p phi(log q - log p) for numbers that sum to 1: no term is negative, none cancels another.
+
+    A term is q - p - p (log q - log p): q where p is 0, infinite where only q is.
+    """
+    d = log_q - log_p
+    absent, apart = torch.isneginf(log_p), torch.isneginf(log_q)
+    d = torch.where(absent | apart, 0, d)
+    p, q = torch.exp(log_p), torch.exp(log_q)
+    near = d.abs() < 1
+    terms = torch.where(near, p * phi(torch.where(near, d, 0)), q - p - p * d)
+    terms = torch.where(absent, q, torch.where(apart, torch.inf, terms))
+    return terms.sum(-1)
 
 
 def phi(d: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from fastdiff.evaluating import Model, evaluating, model_parts
 from fastdiff.graphs import Absorbing, Uniform
 from fastdiff.losses import PARAMETRIZATIONS
 from fastdiff.mixture_noise import Mixture
-from fastdiff.schedules import Hybrid, LogLinear, Schedule
+from fastdiff.schedules import LogLinear, Schedule
 from fastdiff.tokens import check_temperature
 from fastdiff.unmasking import SAMPLERS, TIMED, Canvas, Network, Plan, moves_back, reverse, unmask
 
@@ -26,7 +26,7 @@ AnyModel = Model | Callable[..., Any]  # of xt, or of xt and sigma
 
 class Generated(NamedTuple):
     """Tokens [B, L], the trajectory [steps done + 1, B, L] from noise to them, and how many passes that took, each
-    sequence that the network was asked about counting as one."""
+    sequence that the network was asked about counting as one; clean blocks that a cache takes up are not counted."""
 
     tokens: Tensor
     trajectory: Tensor
@@ -145,7 +145,9 @@ def sample(  # type: ignore[misc]  # the overloads only tell apart what comes ba
     share = None
     if isinstance(graph, Mixture):
         share = _share(graph, schedule, parametrization, sampler)
-        graph = dataclasses.replace(graph, share=share(torch.ones((), dtype=torch.float64)))  # of what it starts from
+        graph = dataclasses.replace(
+            graph, share=share(torch.ones((), dtype=torch.float64, device="cpu"))
+        )  # of what it starts from
     by_sigma = graph.name != "absorb" or parametrization not in ("logits", "log_probs")
     if by_sigma:
         only: dict[str, Any] = dict(guidance=guidance or None, top_k=top_k, top_p=top_p)
@@ -199,12 +201,7 @@ def _share(graph: Mixture, schedule: Schedule | None, parametrization: str, samp
             "parametrization, sampler: a Mixture needs conditionals and 'tweedie' or 'ancestral', "
             f"got {parametrization!r} and {sampler!r}"
         )
-    if isinstance(schedule, Hybrid):
-        if graph.share is not None:
-            raise ValueError(f"share: expected None, for the schedule has its own, got {graph.share}")
-        return schedule.share
-    share = graph.shares(torch.Size(), torch.device("cpu"))
-    return lambda t: share.expand_as(t)
+    return lambda t: graph.at(schedule or LogLinear(), t)[0].shares(t.shape, t.device)
 
 
 def _canvas(network: Network, given: Tensor, graph: AnyGraph, start: int, seed: int) -> Canvas:

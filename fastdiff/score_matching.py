@@ -107,7 +107,9 @@ def csm_rows(
     graph: str = "absorb",
     mask_index: int = -1,
     parametrization: str = "log_score",
-    **options: Any,
+    dsigma: Number | Tensor | None = None,
+    reduction: str = "none",
+    num_items: Number | Tensor | None = None,
 ) -> Rows:
     """The checked arguments of concrete score matching over rows z, of which only type, shape and device are looked
     at."""
@@ -115,5 +117,6 @@ def csm_rows(
     check_choice("parametrization", parametrization, ("log_score", "scale_by_sigma"))
     if z.shape[-1] < 2:
         raise ValueError(f"log_score: expected at least 2 states, got shape {tuple(z.shape)}")
-    options |= dict(xt=xt, sigma=sigma, mask_index=vocabulary_index("mask_index", mask_index, z.shape[-1]))
+    options: dict[str, Any] = dict(xt=xt, sigma=sigma, dsigma=dsigma, reduction=reduction, num_items=num_items)
+    options |= dict(mask_index=vocabulary_index("mask_index", mask_index, z.shape[-1]))
     return checked_rows(f"csm_{graph}", z, x0, scale_by_sigma=parametrization == "scale_by_sigma", **options)

@@ -63,6 +63,8 @@ def loss_of(name, p, **options):
     linear = "hidden" in p
     rows = (p["hidden"], p["lm_head"]) if linear else (p["z"],)
     options |= dict(bias=p.get("bias")) if linear else {}
+    if linear and name.startswith("csm"):
+        rows = (p["hidden"] / 4, p["lm_head"])  # a 16-bit logit's rounding counts twice
     loss, given, fixed = _call(name, p)
     return getattr(fastdiff, "linear_" * linear + loss)(*rows, *(p[x] for x in given), **(fixed | options))
 

@@ -8,6 +8,7 @@ from test_sampling import RANKED, SAMPLERS, TIMED, agrees, strings
 from torch import Tensor, nn
 
 from fastdiff import LogLinear, sample
+from fastdiff.block_sampling import plans_of_blocks
 from fastdiff.blocks import block_causal
 from fastdiff.model import DiffusionTransformer, ModelConfig
 
@@ -201,6 +202,7 @@ def test_what_follows_an_end_token_is_filled_with_it(sampler: str) -> None:
         if sampler in ("first_hitting", "random"):  # which draw by positions alone
             assert row[:end] == plain[:end]
     assert ended > 10
+    assert (result.tokens[:, 5] != 2).any()  # that of the prompt ends nothing
     assert not torch.equal(result.tokens, free)
 
 
@@ -265,6 +267,15 @@ def test_steps_are_shared_by_the_blocks(sampler: str) -> None:
         sample(network, steps=4, **options)
 
 
+@pytest.mark.parametrize(("steps", "each"), [(None, [3, 4, 2]), (6, [2, 2, 2])])
+def test_plans(steps: int | None, each: list[int]) -> None:
+    """As many steps as a block has positions after the prompt; numbers of steps go on from block to block."""
+    plans = plans_of_blocks(14, 5, 4, steps, lambda n: [n])
+    assert [block for block, _ in plans] == [slice(4, 8), slice(8, 12), slice(12, 14)]
+    assert [plan for _, plan in plans] == [(n, None, [n], sum(each[:i])) for i, n in enumerate(each)]
+    assert plans_of_blocks(14, 14, 4, steps, lambda n: [n]) == []
+
+
 def test_draws_differ_between_blocks() -> None:
     def model(xt: Tensor) -> Tensor:
         return torch.zeros(*xt.shape, 5)
@@ -312,6 +323,9 @@ def test_bad_caches() -> None:
     ahead.append(torch.cat([prompt, prompt], 1))
     with pytest.raises(ValueError, match=r"^cache: expected the tokens that the sequences begin with, got 16 others"):
         sample(model, cache=ahead, **options)
+    short = DiffusionTransformer(ModelConfig(5, 11, 16, 1, 2)).cache(3, 4)
+    with pytest.raises(ValueError, match=r"^length: expected at most 11 tokens, for which the cache is, got 12"):
+        sample(model, cache=short, **options)
     part = Recomputing(None, 3, 4)
     part.append(prompt[:, :3])
     with pytest.raises(ValueError, match=r"^cache: expected whole blocks of 4 tokens, got 3 tokens"):

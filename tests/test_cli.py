@@ -234,11 +234,12 @@ def test_files_left_out_are_counted(folder, capsys, monkeypatch):
     assert capsys.readouterr().err == error
 
 
-@pytest.mark.parametrize("loss", ["dse-absorb", "dse-uniform"])
+@pytest.mark.parametrize("loss", ["dse-absorb", "dse-uniform", "gidd"])
 def test_score_entropy_runs(folder, capsys, monkeypatch, loss):
     shown = invoke(f"train --data text.txt --out run {SMALL} {EVALUATION} --loss {loss}")
-    assert ("held-out loss" if loss == "dse-uniform" else "held-out bits per byte") in shown
-    for sampler in ("tweedie", "euler") if loss == "dse-uniform" else ("tweedie", "euler", "confidence"):
+    assert ("held-out bits per byte" if loss == "dse-absorb" else "held-out loss") in shown
+    samplers = {"dse-absorb": ("tweedie", "euler", "confidence"), "dse-uniform": ("tweedie", "euler")}
+    for sampler in samplers.get(loss, ("tweedie",)):
         shown = invoke(f"sample run --sampler {sampler} --steps 3 --length 8 --prompt ab --show")
         assert "\n   3  ab" in shown
         assert "\n   4  ab" not in shown
@@ -247,10 +248,10 @@ def test_score_entropy_runs(folder, capsys, monkeypatch, loss):
     assert "bits per byte" in invoke("eval run --num-samples 15 --num-sequences 4 --json out.json")
     (row,) = json.loads((folder / "out.json").read_text()).values()
     assert 6 < row["bits_per_byte"] < math.inf
-    if loss == "dse-uniform":
+    if loss != "dse-absorb":
         assert row["likelihood"] == "bound"
         failed = fail(capsys, monkeypatch, "eval run --tolerance 1")
-        assert "tolerance: not for the bound of the uniform graph, got 1" in failed
+        assert "tolerance: not for the bound of uniform noise, got 1" in failed
         failed = fail(capsys, monkeypatch, "eval run --likelihood margin")
         assert "likelihood: expected one of 'time-free', 'integral', got 'margin'" in failed
 

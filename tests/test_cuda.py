@@ -43,7 +43,7 @@ def test_compiles_without_warnings_or_spills(source, architecture, tmp_path):
     assert result.returncode == 0, result.stderr
     spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
     registers = re.findall(r"Used (\d+) registers", result.stderr)
-    assert len(spilled) == len(registers) > 0
+    assert len(spilled) >= len(registers) > 0  # functions that kernels call are told of as well
     assert set(spilled) == {("0", "0")}
     print(
         f"{source.stem} for sm_{architecture}: {len(registers)} kernels, at most {max(map(int, registers))} registers"

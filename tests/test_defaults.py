@@ -13,8 +13,9 @@ import fastdiff
 from fastdiff import data, reference
 from fastdiff.graphs import Absorbing, Uniform
 from fastdiff.integrations import bd3lm, dream, llada, mdlm, radd
+from fastdiff.mixture_noise import Mixture
 from fastdiff.model import DiffusionTransformer, ModelConfig
-from fastdiff.schedules import Cosine, Geometric, Linear, LogLinear, Polynomial
+from fastdiff.schedules import Cosine, Geometric, Hybrid, Linear, LogLinear, Polynomial
 from fastdiff.training import TrainConfig, noise, train
 
 B, L, V, D, M = 3, 6, 5, 4, 4  # the mask is the last
@@ -43,6 +44,14 @@ def network(xt, sigma=None):
 
 def body(xt):
     return EMBED[xt].cumsum(1)
+
+
+def importance_times():
+    law = fastdiff.ImportanceTimes()
+    for step in range(40):
+        t, weight = law.sample(64, seed=1, step=step)
+        law.update(t, weight.unsqueeze(1) * SPREAD)
+    return law.sample(5, seed=2)
 
 
 class LastLayer(torch.nn.Module):
@@ -85,6 +94,22 @@ def token_logps_with_grad(logits):
     return logps, entropy, *torch.autograd.grad(entropy.sum(), logits)
 
 
+def mixtures(schedule):
+    (sigma, dsigma), (graph, dshare) = schedule(TIME), Mixture(V).at(schedule, TIME)
+    xt = fastdiff.corrupt(X0, sigma, graph, **DRAWN)
+    steps = [
+        fastdiff.mixture_reverse_step(LOGITS, xt, sigma, graph.share, sigma_next=sigma / 2, backend=b, **DRAWN)
+        for b in (None, "reference")
+    ]
+    options = dict(graph=Mixture(V), schedule=schedule, parametrization="logits")
+    return (
+        *(xt, steps, schedule.inverse(sigma), graph.transition(X0, sigma), graph.transp_transition(X0, sigma)),
+        fastdiff.mixture_weight(xt, X0, sigma, dsigma, graph, dshare=dshare),
+        fastdiff.sample(network, num_samples=2, length=L, **options, **DRAWN),
+        nll_of(fastdiff.dse_nll(network, X0, num_samples=8, **options, **DRAWN)),
+    )
+
+
 def denoised(codebase, **attributes):
     diffusion = SimpleNamespace(
         parameterization="subs",
@@ -116,6 +141,14 @@ CALLS = {
     "dse_loss": lambda: fastdiff.dse_loss(SCORES, 0.7, XT, X0, reduction="mean"),
     "dse_loss, reference": lambda: fastdiff.dse_loss(SCORES, SIGMA, XT, X0, graph="uniform", backend="reference"),
     "token_logps": lambda: token_logps_with_grad(LOGITS),
+    "csm_loss": lambda: fastdiff.csm_loss(SCORES, SIGMA, XT, X0, graph="uniform", backend="reference"),
+    "linear_csm_loss": lambda: fastdiff.linear_csm_loss(HIDDEN, LM_HEAD, 0.7, XT, X0, reduction="sum"),
+    "d3pm_loss": lambda: fastdiff.d3pm_loss(LOGITS, 2, XT, X0, num_steps=4, graph="uniform", backend="reference"),
+    "linear_d3pm_loss": lambda: fastdiff.linear_d3pm_loss(HIDDEN, LM_HEAD, 2, XT, X0, num_steps=4, reduction="sum"),
+    "loo_loss": lambda: fastdiff.loo_loss(LOGITS, SIGMA, XT, X0, backend="reference"),
+    "linear_loo_loss": lambda: fastdiff.linear_loo_loss(HIDDEN, LM_HEAD, 0.7, XT, X0, reduction="sum"),
+    "mixture_loss": lambda: fastdiff.mixture_loss(LOGITS, SIGMA, 0.2, XT, X0, backend="reference"),
+    "linear_mixture_loss": lambda: fastdiff.linear_mixture_loss(HIDDEN, LM_HEAD, 0.7, 0.2, XT, X0, reduction="sum"),
     "linear_dce_loss": lambda: fastdiff.linear_dce_loss(
         HIDDEN, LM_HEAD, X0, bias=BIAS, xt=XT, reduction="mean", return_stats=True
     ),
@@ -130,6 +163,7 @@ CALLS = {
         fastdiff.sample_mask_counts(7, 9, proposal=p, **DRAWN) for p in ("stratified", "uniform", "harmonic")
     ],
     "sample_times": lambda: [fastdiff.sample_times(7, method=m, **DRAWN) for m in ("iid", "antithetic", "stratified")],
+    "importance times": importance_times,
     "without a seed": lambda: [fastdiff.mask_tokens(X0, P, mask_index=M), fastdiff.sample_times(3)],
     "corrupt": lambda: [fastdiff.corrupt(X0, SIGMA, g, **DRAWN) for g in (Absorbing(V), Uniform(V))],
     "graphs": lambda: [
@@ -139,6 +173,12 @@ CALLS = {
             lambda g: (g.transition(X0, 0.3), g.transp_transition(X0, SIGMA), g.score_entropy(SCORES, SIGMA, XT, X0)),
             lambda g: (g.reverse_rate(XT, SCORES.exp()), g.staggered_score(SCORES.exp(), 0.2)),
         )
+    ],
+    "mixtures": lambda: mixtures(Hybrid()),
+    "implicit_score_entropy": lambda: [
+        fastdiff.implicit_score_entropy(network, XT, SIGMA, parametrization=p, **kind, **DRAWN)
+        for kind in (dict(mask_index=M), dict(graph="uniform"))
+        for p in ("log_score", "scale_by_sigma", "logits")
     ],
     "sample_limit": lambda: (Absorbing(V).sample_limit(2, 3), Uniform(V).sample_limit(2, 3, seed=1)),
     "schedules": lambda: [
@@ -184,7 +224,9 @@ CALLS = {
     "interval": lambda: fastdiff.exact_nll(network, X0, mask_index=M).to_dict(),
     "reference": lambda: (reference.subsets(3), reference.count_law(4, "harmonic"), reference.count_law(4, "uniform")),
     "models": lambda: (THIN(XT), CONDITIONED(XT, SIGMA)),
-    "noise": lambda: [noise(X0, loss, V, seed=1, step=2) for loss in ("dce-t", "dce-lambda", "dce-k", "dse-absorb")],
+    "noise": lambda: [
+        noise(X0, loss, V, seed=1, step=2) for loss in ("dce-t", "dce-lambda", "dce-k", "dse-absorb", "gidd")
+    ],
     "train": trained,
     "text": lambda: (
         TEXT.sequences(2, 5),

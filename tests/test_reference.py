@@ -268,10 +268,13 @@ def test_d3pms_divergence_keeps_its_digits_and_tends_to_cross_entropy():
     z[3:, 7] += 30
     xt, x0 = torch.tensor([7, 2, 9, 7, 2, 9]), torch.full((6,), 7)
     for sigma, before in ((1e-6, 5e-7), (1.0, 0.999999), (3.0, 1e-9), (40.0, 39.0)):
-        sigmas = f64([sigma] * 6), f64([before] * 6)
-        got = reference.d3pm_uniform(z, *sigmas, xt, x0).numpy()
+        sigmas, leaf = (f64([sigma] * 6), f64([before] * 6)), z.clone().requires_grad_()
+        got = reference.d3pm_uniform(leaf, *sigmas, xt, x0)
+        (grad,) = torch.autograd.grad(got.sum(), leaf)
         expected = exact.d3pm_uniform(*(x.numpy().astype(exact.EXTENDED) for x in (z, *sigmas)), xt.numpy(), x0.numpy())
-        np.testing.assert_allclose(got, expected.loss.astype(float), rtol=1e-9, atol=1e-18)
+        np.testing.assert_allclose(got.detach().numpy(), expected.loss.astype(float), rtol=1e-9, atol=1e-18)
+        error, size = abs(grad.numpy() - expected.grad), abs(expected.grad).max(1, keepdims=True)
+        assert (error <= 1e-11 * size + 1e-24).all(), (sigma, (error / size).max(1))
     last = reference.d3pm_uniform(z, f64([0.3] * 6), f64([0.0] * 6), xt, x0, 0.5)
     torch.testing.assert_close(last, 1.5 * reference.dce(z, x0, x0 == x0, None))
 

@@ -57,22 +57,6 @@ struct RowDistill {
   }
 };
 
-// A row, the place of its gradient, which may be its own, and the id that is left out, or -1.
-template <typename T>
-struct Student {
-  const T* z;
-  T* grad;
-  int64_t num_states, excluded;
-
-  // Calls f(first, n) for runs of at most kBlock of the other ids, in rising order.
-  template <typename F>
-  FASTDIFF_HD void for_each_run(const F& f) const {
-    for (int64_t first = 0; first < excluded; first += kBlock) f(first, std::min(kBlock, excluded - first));
-    for (int64_t first = excluded + 1; first < num_states; first += kBlock)
-      f(first, std::min(kBlock, num_states - first));
-  }
-};
-
 template <typename C>
 struct ScaledExpTerm {
   C shift, scale;
@@ -108,7 +92,7 @@ struct ScaledSum {
       block = sum_terms<false>(ScaledExpTerm<C>{from = block.max, rate}, z, static_cast<C*>(nullptr), n);
     add(from, block.sum);
   }
-  FASTDIFF_HD Probabilities<C> softmax() const { return {scale, shift, sum}; }
+  FASTDIFF_HD Conditional<C> softmax() const { return {scale, shift, sum}; }
 };
 
 // The terms' sum; of the forward one also what they are made of, for the gradient.
@@ -135,7 +119,7 @@ FASTDIFF_HD void reverse_slopes(const KlRow<C>& kl, const C* z, const C* t, C* o
 }
 
 template <bool kGrad, bool kReverse, typename T>
-FASTDIFF_HD double distill_row(const RowDistill& op, const Student<T>& row, const T* teacher, double weight) {
+FASTDIFF_HD double distill_row(const RowDistill& op, const Row<T>& row, const T* teacher, double weight) {
   using C = Acc<T>;
   ScaledSum<C> student{op.scale}, taught{op.scale};
   C in[kBlock], in_teacher[kBlock], out[kBlock];
@@ -157,13 +141,13 @@ FASTDIFF_HD double distill_row(const RowDistill& op, const Student<T>& row, cons
       store_scaled(row.grad + first, out, n, weight * op.scale);
     });
   }
-  if (kGrad && row.excluded >= 0) store(row.grad + row.excluded, C(0));
+  if (kGrad && row.apart.left_out >= 0) store(row.grad + row.apart.left_out, C(0));
   return weight * loss;
 }
 
 // The same where the teacher gives log_p at some ids, in rising order, and all others are one outcome.
 template <bool kGrad, typename T>
-FASTDIFF_HD double distill_row_at(const RowDistill& op, const Student<T>& row, const int64_t* ids, const double* log_p,
+FASTDIFF_HD double distill_row_at(const RowDistill& op, const Row<T>& row, const int64_t* ids, const double* log_p,
                                   double weight) {
   using C = Acc<T>;
   ScaledSum<C> rest{op.scale};
@@ -184,7 +168,7 @@ FASTDIFF_HD double distill_row_at(const RowDistill& op, const Student<T>& row, c
     if (z != -kInfinity<C>) all.add(z, 1);
     sum_p += std::exp(log_p[j]);
   }
-  const Probabilities<C> student = all.softmax();
+  const Conditional<C> student = all.softmax();
   const bool are_all = op.many == op.num_states - (op.mask_index >= 0);
   const Outcome others{log_left(sum_p, are_all), student.log(rest.shift) + std::log(rest.sum)};
   std::vector<Outcome> outcomes(op.many);
@@ -203,7 +187,7 @@ FASTDIFF_HD double distill_row_at(const RowDistill& op, const Student<T>& row, c
     });
     for (int64_t j = 0; j < op.many; ++j)
       store(row.grad + ids[j], static_cast<C>(factor * outcomes[j].slope(op.reverse, loss)));
-    if (row.excluded >= 0) store(row.grad + row.excluded, C(0));
+    if (row.apart.left_out >= 0) store(row.grad + row.apart.left_out, C(0));
   }
   return weight * loss;
 }
@@ -217,7 +201,7 @@ FASTDIFF_HD void distill_rows(const RowDistill& op, int64_t begin, int64_t end) 
       if constexpr (kGrad) std::memset(static_cast<void*>(grad), 0, op.num_states * sizeof(T));
       continue;
     }
-    const Student<T> row{data<T>(op.z) + row_offset(op.z, r), grad, op.num_states, op.mask_index};
+    const Row<T> row{data<T>(op.z) + row_offset(op.z, r), grad, op.num_states, Apart(op.mask_index)};
     const double weight = op.weight ? op.weight[r] * op.share : op.share;
     if (op.ids) {
       const double* log_p = data<double>(op.teacher) + r * op.many;

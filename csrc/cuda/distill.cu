@@ -63,7 +63,7 @@ struct MergeTwo {
 struct Shared {
   uint64_t barriers[Copies::kParts];
   KlRow<float> kl;
-  Probabilities<float> student;
+  Conditional<float> student;
   Outcome others;
   double excess;
   Room<TwoSums> two;
@@ -110,8 +110,8 @@ __device__ double distill_row(const RowDistill& op, const Row<T>& row, const T* 
   Cluster::wait();
   sums = reduce_cluster(sums, shared.two, MergeTwo{{scale}});
   if (threadIdx.x == 0) {
-    const Probabilities<float> student(op.scale, sums.student.m, sums.student.s);
-    shared.kl = KlRow<float>(student, Probabilities<float>(op.scale, sums.teacher.m, sums.teacher.s));
+    const Conditional<float> student(op.scale, sums.student.m, sums.student.s);
+    shared.kl = KlRow<float>(student, Conditional<float>(op.scale, sums.teacher.m, sums.teacher.s));
   }
   __syncthreads();
   const KlRow<float> kl = shared.kl;
@@ -192,13 +192,13 @@ __device__ double distill_row_at(const RowDistill& op, const Row<T>& row, const 
   if (threadIdx.x == 0) {
     const bool are_all = op.many == row.num_states - (mask >= 0);
     const Sum all = merge(rest, chosen);
-    shared.student = Probabilities<float>(op.scale, all.m, all.s);
+    shared.student = Conditional<float>(op.scale, all.m, all.s);
     const double log_rest = shared.student.log(rest.m) + std::log(static_cast<double>(rest.s));
     shared.others = {log_left(sum_p, are_all), log_rest};
     shared.excess = log_excess(sum_p, are_all);
   }
   __syncthreads();
-  const Probabilities<float> student = shared.student;
+  const Conditional<float> student = shared.student;
   const Outcome others = shared.others;
   const double excess = shared.excess;
   const auto outcome = [&](int j) { return Outcome{log_p[j] - excess, student.log(number(j))}; };

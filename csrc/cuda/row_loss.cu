@@ -96,6 +96,12 @@ __device__ C sum_terms(const F& term, C scale, Few<kMany>& few) {
   return sum;
 }
 
+// The same in double, out of the way of the registers.
+template <typename F, int kMany>
+__device__ __noinline__ double exact_terms(const F& term, Few<kMany>& few) {
+  return term.factor * sum_terms(term, term.factor, few);
+}
+
 // What overflows is computed again in double, with the weight in the exponent; all of it if float has no such weight.
 // neutral is a number whose term is 0.
 template <bool kGrad, typename F, template <typename> class Kind, typename T>
@@ -127,7 +133,7 @@ __device__ Results scores_pass(const Work<T>& work, float neutral, double a, dou
       sum = more;
     } else {
       const Kind<double> exact(weight, shift, a, log_a);
-      overflown += exact.factor * sum_terms(exact, exact.factor, numbers);
+      overflown += exact_terms(exact, numbers);
       numbers.set(work.left_out, work.left_out, 0);
       few = numbers;
     }

@@ -70,9 +70,9 @@ def answers(
         place = device or (f"cuda:{local}" if torch.cuda.is_available() else None)
         named = dict(tokenizer=tokenizer, mask_index=mask_index, shift=shift, exclude_mask=exclude_mask)
         loaded = load_named(model, place, dtype, trust_remote_code=trust_remote_code, **named)
-        if loaded.graph.mask_index is None:
+        if loaded.conditionals is None:
             raise ValueError(
-                f"{model}: expected a model with a mask, for the uniform graph has none to give a prompt by"
+                f"{model}: expected a model with a mask and no uniform noise, which has no conditionals given a prompt"
             )
         loaded = loaded.in_chats() if chat else loaded
         questions = read_questions(data, loaded, chat=chat)

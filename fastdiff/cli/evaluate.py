@@ -42,7 +42,7 @@ _MOST_TEXT = 2**26  # bytes of the held-out documents of a folder of tokens, eve
 _TITLES = {
     "time-free": "time-free likelihood",
     "block": "block by block",
-    "bound": "the bound of the uniform graph",
+    "bound": "the bound of uniform noise",
     "integral": "the integral over time, as published",
     **{order: f"one order, {order}" for order in ORDERS},
 }
@@ -107,9 +107,9 @@ def evaluate(
 ) -> None:
     """Likelihood of texts: nats, bits and perplexity, with 95% intervals of what masking leaves open.
 
-    Along one order nothing is left open, and there is no interval. A model of the uniform graph, which has no
-    time-free likelihood, gives the bound of its whole integral over noise; a run trained in blocks, the likelihood of
-    each block given those before. Under torchrun the ranks share the pieces.
+    Along one order nothing is left open, and there is no interval. A model of uniform noise, alone or mixed with masks,
+    which has no time-free likelihood, gives the bound of its whole integral over noise; a run trained in blocks, the
+    likelihood of each block given those before. Under torchrun the ranks share the pieces.
     """
     check_json(json_file)
     with ranks() as (rank, local):

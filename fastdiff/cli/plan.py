@@ -52,7 +52,7 @@ def plan(
     training = dataclasses.replace(training, **{name: given[name] for name in names & given.keys()})
     length = length or model.max_length or 1
     shape: dict[str, Any] = {"num_states": vocabulary or model.num_states, "max_length": length}
-    model = dataclasses.replace(model, **shape, cond_dim=COND_DIM * training.loss.startswith("dse"))
+    model = dataclasses.replace(model, **shape, cond_dim=COND_DIM * training.sees_noise)
     planned = Plan(model, training, gpus, length)
     _show(preset, planned, share, tokens)
     if json_file is not None:

@@ -9,6 +9,7 @@ import typer
 
 from fastdiff.cli.models import load_named, no_room
 from fastdiff.cli.options import Dtype, MaskIndex, Named, Place, Shift, TokenizerOf, Trust, check_seed
+from fastdiff.mixture_noise import Mixture
 from fastdiff.sampling import sample as draw_samples
 from fastdiff.texts import Tokenizer, chat_text
 from fastdiff.unmasking import SAMPLERS, TIMED
@@ -67,6 +68,7 @@ def sample(
             length=None if infill is not None else len(loaded.front) + most,
             steps=steps,
             graph=graph,
+            schedule=loaded.schedule if isinstance(graph, Mixture) else None,
             parametrization=loaded.parametrization if by_score else "logits",
             sampler=sampler,
             prompt=tokens if prompt or infill is None else None,

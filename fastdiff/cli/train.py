@@ -95,7 +95,7 @@ def train(
         raise ValueError(f"length: the run in {out} has {saved['model']['max_length']}, got {length}")
 
     source, sections = _source(data, out, length, config.seed)
-    absorbing, conditioned = config.loss != "dse-uniform", config.loss.startswith("dse")
+    absorbing, conditioned = config.loss != "dse-uniform", config.sees_noise
     shape = {"num_states": source.num_tokens + absorbing, "max_length": length, "cond_dim": COND_DIM * conditioned}
     torch.manual_seed(config.seed)
     model = DiffusionTransformer(ModelConfig(**{**saved["model"], **shape, **_pick(given, ModelConfig)}))

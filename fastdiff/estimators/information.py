@@ -15,7 +15,7 @@ from fastdiff.estimators.score_entropy import EntropyScorer, ScoreModel, score_e
 from fastdiff.estimators.scoring import Model, Scorer
 from fastdiff.estimators.time_free import draw_names
 from fastdiff.files import write_atomically
-from fastdiff.graphs import Absorbing, Graph
+from fastdiff.graphs import Absorbing, Graph, Uniform
 from fastdiff.noising import Masked, mask_tokens
 from fastdiff.philox import Purpose, draw32, scaled
 from fastdiff.schedules import Schedule
@@ -132,6 +132,8 @@ def mutual_information(
         score = Scorer(model, x0, graph.mask_index, exclude_mask=exclude_mask, batch_size=batch_size, backend=backend)
         rate = _masked_rates(score, level, seed, sample_ids).unflatten(1, (-1, num_samples)).mean(2)
     else:
+        if not isinstance(graph, Absorbing | Uniform):
+            raise TypeError(f"graph: expected Absorbing or Uniform, got {graph!r}")
         scores = EntropyScorer(model, x0, graph, schedule, parametrization, batch_size, backend=backend)
         level = level[:, num_samples:]  # a score has no meaning without noise
         sigma, dsigma = schedule(level)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff import reference
 from fastdiff.checks import check_choice, check_tensor
 from fastdiff.estimators.estimate import NLLEstimate
 from fastdiff.estimators.scoring import Model, Scorer
@@ -14,6 +15,8 @@ from fastdiff.estimators.time_free import draw_names
 from fastdiff.estimators.time_integral import draw_times, mean_over_times
 from fastdiff.graphs import Absorbing, Graph, Uniform
 from fastdiff.losses import PARAMETRIZATIONS, dse_loss
+from fastdiff.mixture import mixture_loss
+from fastdiff.mixture_noise import Mixture, mixture_weight
 from fastdiff.noising import corrupt
 from fastdiff.schedules import Schedule
 
@@ -25,7 +28,7 @@ def dse_nll(
     model: ScoreModel,
     x0: Tensor,
     *,
-    graph: Graph,
+    graph: Graph | Mixture,
     schedule: Schedule,
     num_samples: int = 64,
     times: str = "stratified",
@@ -54,6 +57,9 @@ def dse_nll(
       end, and its loss there, times expm1(sigma), counts d lambda / lambda. Where score = c / expm1(sigma) with a c
       that does not depend on sigma, as the true one, nothing is left out at either end: bias = 0.
 
+    - Mixture: l is GIDD's loss with its weight, from conditionals, and end the KL of each token from this noise's limit
+      at time 1, from which `sample` starts; it needs a share above 0 there.
+
     Each pass counts 1 / its density, so the value has no other bias.
 
     With eps it is what SEDD and Duo print of either graph, `E_t[dsigma(t) sum_i l_i(xt, sigma(t))]` over t uniform on
@@ -63,7 +69,7 @@ def dse_nll(
         model: callable xt [b, L] int64, sigma [b] float32 -> log score [b, L, V], or -> an object with it as `.logits`.
             An nn.Module is put into evaluation mode, and back; no gradients are made.
         x0: [B, L] int64 tokens.
-        graph: Absorbing(V, mask_index) or Uniform(V).
+        graph: Absorbing(V, mask_index), Uniform(V) or Mixture(V, mask_index), see `Mixture.at`.
         schedule: the noise the model was trained for, which may also be infinite at t = 1.
         num_samples: network passes for each sequence, at least 2.
         times: "stratified", one time in each of num_samples equal parts; the standard error comes from neighbouring
@@ -101,6 +107,8 @@ def dse_nll(
     end, bias = torch.zeros_like(nll), torch.zeros_like(nll)
     if eps is not None:
         bias += math.nan
+    elif isinstance(graph, Mixture):
+        end = x0.shape[1] * _kl_to_limit(graph, schedule, u)
     elif isinstance(graph, Uniform):
         first, last = schedule.total_noise(u.new_tensor([0.0, 1.0]))
         end = x0.shape[1] * _kl_to_uniform(last, graph.num_states)
@@ -123,7 +131,7 @@ class EntropyScorer(Scorer):
         self,
         model: Model | ScoreModel,
         x0: Tensor,
-        graph: Graph,
+        graph: Graph | Mixture,
         schedule: Schedule,
         parametrization: str,
         batch_size: int | None,
@@ -131,13 +139,15 @@ class EntropyScorer(Scorer):
         differentiable: bool = False,
         backend: str | None,
     ) -> None:
-        if not isinstance(graph, Absorbing | Uniform):
-            raise TypeError(f"graph: expected Absorbing or Uniform, got {graph!r}")
+        if not isinstance(graph, Absorbing | Uniform | Mixture):
+            raise TypeError(f"graph: expected Absorbing, Uniform or Mixture, got {graph!r}")
         if not isinstance(schedule, Schedule):
             raise TypeError(f"schedule: expected a Schedule, got {schedule!r}")
         if not callable(model):
             raise TypeError(f"model: expected a callable of xt and sigma, got {model!r}")
         check_choice("parametrization", parametrization, PARAMETRIZATIONS)
+        if isinstance(graph, Mixture) and parametrization not in ("logits", "log_probs"):
+            raise ValueError(f"parametrization: expected conditionals of a Mixture, 'logits', got {parametrization!r}")
         check_tensor("x0", x0)
         if (x0 >= graph.num_states).any():
             raise ValueError(f"x0: expected ids in [0, {graph.num_states}), got {int(x0.max())}")
@@ -145,8 +155,13 @@ class EntropyScorer(Scorer):
         mask_index = no_mask if graph.mask_index is None else graph.mask_index
         super().__init__(model, x0, mask_index, batch_size=batch_size, differentiable=differentiable, backend=backend)
         self.model: ScoreModel = model
-        self.graph, self.parametrization = graph, parametrization
+        self.graph, self.schedule, self.parametrization = graph, schedule, parametrization
         self._largest_id = graph.num_states - 1
+
+    def graph_at(self, sigma: Tensor) -> Graph | Mixture:
+        """The noise of a level [b]."""
+        graph = self.graph
+        return graph.at(self.schedule, self.schedule.inverse(sigma))[0] if isinstance(graph, Mixture) else graph
 
     def entropy(self, which: Tensor, xt: Tensor, sigma: Tensor) -> Tensor:
         """Per unit of sigma [b], summed over each of the sequences `which` [b]: [b] float64."""
@@ -160,6 +175,8 @@ class EntropyScorer(Scorer):
         if log_score.shape[2] != num_states:
             raise ValueError(f"model's log score: expected {num_states} states, got {log_score.shape[2]}")
         self._set_sizes(num_states, num_states)
+        if isinstance(self.graph, Mixture):
+            return self._mixture_entropy(self.graph, log_score, sigma.double(), xt, self.x0[which])
         loss = dse_loss(
             log_score,
             sigma,
@@ -172,6 +189,13 @@ class EntropyScorer(Scorer):
         )
         return loss.double().sum(1)
 
+    def _mixture_entropy(self, graph: Mixture, logits: Tensor, sigma: Tensor, xt: Tensor, x0: Tensor) -> Tensor:
+        t = self.schedule.inverse(sigma)
+        graph, dshare = graph.at(self.schedule, t)
+        weight = mixture_weight(xt, x0, sigma, 1.0, graph, dshare=dshare / self.schedule.rate_noise(t))
+        options: dict[str, Any] = dict(weight=weight, mask_index=graph.mask_index, backend=self.backend)
+        return mixture_loss(logits, sigma, graph.shares(sigma.shape, sigma.device), xt, x0, **options).double().sum(1)
+
 
 def score_entropies(score: EntropyScorer, noise: Tensor, sigma: Tensor, seed: Tensor, sample_ids: Tensor) -> Tensor:
     """Summed losses [B, P] of sequences noised to noise [B, P], which the model is told to be sigma [B, P]."""
@@ -183,7 +207,7 @@ def score_entropies(score: EntropyScorer, noise: Tensor, sigma: Tensor, seed: Te
             xt = corrupt(
                 score.x0[which],
                 noise[which, step],
-                score.graph,
+                score.graph_at(sigma[which, step]),
                 seed=seed,
                 step=step,
                 sample_ids=sample_ids[which],
@@ -193,7 +217,7 @@ def score_entropies(score: EntropyScorer, noise: Tensor, sigma: Tensor, seed: Te
     return loss
 
 
-def _noise_levels(u: Tensor, graph: Graph, schedule: Schedule, density: str) -> tuple[Tensor, Tensor, Tensor]:
+def _noise_levels(u: Tensor, graph: Graph | Mixture, schedule: Schedule, density: str) -> tuple[Tensor, Tensor, Tensor]:
     """At times u in (0, 1): the noise, what the model is told of it, and the weight on its loss, float64.
 
     The weight is d sigma / du = e^sigma d lambda / du, in a form that also fits a sigma other than the noise.
@@ -225,6 +249,15 @@ def _kl_to_uniform(sigma: Tensor, num_states: int) -> Tensor:
     alpha, n = torch.exp(-sigma), num_states
     stay, move = alpha + (1 - alpha) / n, (n - 1) * (1 - alpha) / n
     return stay * torch.log(n * alpha + 1 - alpha) + move * torch.log1p(-alpha)
+
+
+def _kl_to_limit(graph: Mixture, schedule: Schedule, u: Tensor) -> Tensor:
+    """KL of a token at time 1 of mixture noise from that noise's limit."""
+    at_end, last = graph.at(schedule, u.new_ones(1))[0], schedule.total_noise(u.new_ones(1))
+    x0 = last.new_full((1,), int(graph.mask_index == 0), dtype=torch.int64)  # any id but the mask
+    law = at_end.transition(x0, last)
+    limit = reference.mixture_limit(at_end.shares(x0.shape, x0.device), graph.num_states, graph.mask_index)
+    return (torch.special.xlogy(law, law) - torch.special.xlogy(law, limit)).sum()
 
 
 def _loss_below(first: Tensor, sigma: Tensor, loss: Tensor, length: int, num_states: int) -> Tensor:

@@ -321,6 +321,11 @@ def _load(folder: Path, device: torch.device, trust_remote_code: bool) -> tuple[
         thin = DiffusionTransformer.from_pretrained(folder).to(device)
         if thin.config.num_states != NUM_BYTES + 1:
             raise ValueError(f"pretrained: expected a model of bytes and a mask, got {thin.config}")
+        training = read_config(folder).get("training", {})
+        if training.get("block_length"):
+            raise ValueError(f"pretrained: expected a model of whole sequences, got one of blocks, {folder}")
+        if training.get("loss") == "gidd":
+            raise ValueError(f"pretrained: expected a model of masks, got one of masks and uniform noise, {folder}")
         return thin.conditionals(NUM_BYTES, SCHEDULE.total_noise), of_config(thin.config) | dict(
             tokenizer=Bytes(), mask_index=NUM_BYTES
         )

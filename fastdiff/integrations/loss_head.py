@@ -21,6 +21,7 @@ from fastdiff.integrations.tail import Tail, fitted, numbers
 from fastdiff.linear_losses import linear_dce_loss, linear_dse_loss
 from fastdiff.logps import linear_token_logps, token_logps
 from fastdiff.losses import RowStats, dce_rows, dse_rows, row_stats
+from fastdiff.mixture import linear_mixture_loss, mixture_rows
 from fastdiff.ops.linear_loss import TILE_BYTES
 from fastdiff.ops.parallel import shard_of
 from fastdiff.ops.row_loss import Rows, loss_dtype, row_loss, scored_tokens
@@ -80,6 +81,13 @@ class LossHead:
     def dse_loss(self, sigma: Any, xt: Tensor, x0: Tensor, **options: Any) -> AbstractContextManager[Any]:
         """The same for `linear_dse_loss`, whose arguments these are."""
         return self._scoring(linear_dse_loss, dse_rows, _losses_of, dict(options, sigma=sigma, xt=xt, x0=x0))
+
+    def mixture_loss(
+        self, sigma: Any, share: Any, xt: Tensor, x0: Tensor, **options: Any
+    ) -> AbstractContextManager[Any]:
+        """The same for `linear_mixture_loss`, whose arguments these are."""
+        options |= dict(sigma=sigma, share=share, xt=xt, x0=x0)
+        return self._scoring(linear_mixture_loss, mixture_rows, _losses_of, options)
 
     @contextmanager
     def _scoring(

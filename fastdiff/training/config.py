@@ -7,7 +7,7 @@ import torch
 
 from fastdiff.checks import check_choice, check_integer
 
-LOSSES = ("dce-t", "dce-lambda", "dce-k", "dce-harmonic", "dse-absorb", "dse-uniform")
+LOSSES = ("dce-t", "dce-lambda", "dce-k", "dce-harmonic", "dse-absorb", "dse-uniform", "gidd")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _CHOICES = {
     "loss": LOSSES,
@@ -34,6 +34,7 @@ class TrainConfig:
             "dce-k": with exactly m masked, m stratified over 1..L, weight L / m.
             "dce-harmonic": with m of probability 1 / (m H_L), weight H_L.
             "dse-absorb", "dse-uniform": score entropy of a model that sees the noise level, log-linear schedule.
+            "gidd": `mixture_loss` of a model that sees the noise level, `Hybrid()` schedule, weights of the bound.
         block_length: tokens of a block, of block diffusion: blocks are noised each at a level of its own, and seen
             with the clean blocks before them; losses then bound a block's likelihood given these. 0: sequences whole.
         steps: optimiser steps.
@@ -110,7 +111,7 @@ class TrainConfig:
             "batch_size": (f"a multiple of accumulation = {self.accumulation}", whole),
             "times": ("'stratified' for loss 'dce-harmonic'", not learned or self.loss != "dce-harmonic"),
             "complementary": ("False unless loss is 'dce-k'", not self.complementary or self.loss == "dce-k"),
-            "block_length": ("0 for loss 'dse-uniform'", not self.block_length or self.loss != "dse-uniform"),
+            "block_length": (f"0 for loss {self.loss!r}", not self.block_length or not self.moves_tokens),
             "shards": ("0 unless sharding is 'hybrid'", self.shards == 0 or self.sharding == "hybrid"),
         }
         for name, (what, holds) in expected.items():
@@ -118,6 +119,16 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected {what}, got {getattr(self, name)}")
         if self.complementary and self.batch_size % 2:
             raise ValueError(f"batch_size: expected an even number, as rows are complementary, got {self.batch_size}")
+
+    @property
+    def moves_tokens(self) -> bool:
+        """Whether noise turns tokens into others, so that there are no conditionals of masks alone."""
+        return self.loss in ("dse-uniform", "gidd")
+
+    @property
+    def sees_noise(self) -> bool:
+        """Whether the model is told the noise level."""
+        return not self.loss.startswith("dce")
 
     @property
     def streams(self) -> int:

@@ -54,8 +54,8 @@ def train(
     Args:
         config: how to train.
         model: its num_states is the source's num_tokens, and one more for the mask (the last id) unless the
-            loss is "dse-uniform"; it sees the noise level (cond_dim) exactly for the "dse" losses. Where ranks share
-            it, it stays shared.
+            loss is "dse-uniform"; it sees the noise level (cond_dim) exactly for the "dse" losses and
+            "gidd". Where ranks share it, it stays shared.
         source: the tokens.
         out: the run folder; None keeps nothing.
         resume: go on from the checkpoint in `out`, to the same numbers as an unbroken run. So does what torchrun has

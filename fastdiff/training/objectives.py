@@ -14,12 +14,15 @@ from fastdiff.blocks import block_strata, num_blocks, per_token_of_blocks
 from fastdiff.graphs import Absorbing, Uniform
 from fastdiff.integrations.loss_head import LossHead
 from fastdiff.losses import dce_loss, dse_loss
+from fastdiff.mixture import mixture_loss
+from fastdiff.mixture_noise import Mixture, mixture_weight
 from fastdiff.model import noised_stream
 from fastdiff.noising import corrupt, mask_exactly, mask_tokens, sample_mask_counts, sample_times, spread
-from fastdiff.schedules import LogLinear
+from fastdiff.schedules import Hybrid, LogLinear
 from fastdiff.times import ImportanceTimes
 
 SCHEDULE = LogLinear()
+MIXED = Hybrid()  # the schedule of "gidd"
 LARGE_VOCABULARY = 4096  # from where on the last layer is multiplied for the scored tokens only
 _PROPOSALS = {"dce-k": "stratified", "dce-harmonic": "harmonic"}
 _DEVIATIONS = 8  # from its mean, beyond which the number of masks in a batch is once in 10^15
@@ -30,7 +33,7 @@ class Noised(NamedTuple):
 
     On a GPU also the most tokens that may be scored, so that nothing waits for their number; and the times that a law
     gave the sequences, [B] float64 on the CPU. With a block_length, sigma and weight are of tokens, [B, L], and times
-    of blocks, [B K].
+    of blocks, [B K]. For "gidd" weight is of tokens too, and share what is uniform of a sequence's noise.
     """
 
     x0: Tensor
@@ -40,6 +43,7 @@ class Noised(NamedTuple):
     capacity: int | None = None
     times: Tensor | None = None
     block_length: int = 0
+    share: Tensor | None = None
 
 
 class _Rows(NamedTuple):
@@ -89,13 +93,14 @@ def noise(
     second = None if second is None else second.repeat_interleave(blocks)
     of_blocks = _Rows(names, block_strata(names, draws, seed=seed, step=step), draws, second)
     noised = _noised(x0.reshape(-1, block_length), loss, num_states, of_blocks, law, seed, step)
-    sigma, weight = (per_token_of_blocks(value, x0) for value in (noised.sigma, noised.weight))
+    sigma, weight = (per_token_of_blocks(value, x0, block_length) for value in (noised.sigma, noised.weight))
     return noised._replace(x0=x0, xt=noised.xt.view(x0.shape), sigma=sigma, weight=weight, block_length=block_length)
 
 
 def _noised(
     x0: Tensor, loss: str, num_states: int, rows: _Rows, law: ImportanceTimes | None, seed: int, step: int
 ) -> Noised:
+    """`noise` of rows [n, L], whatever they are."""
     names, strata, draws, second = rows
     n, length = x0.shape
     there = partial(Tensor.to, device=x0.device, non_blocking=True)
@@ -122,6 +127,12 @@ def _noised(
         xt = torch.where(mask, mask_index, x0)
         return Noised(x0, xt, nothing, there(weight), int(masks.sum()) if x0.is_cuda else None, times)
     t = sample_times(draws, **named)[strata] if times is None else times.float()
+    if loss == "gidd":
+        sigma, dsigma, mixed, dmixed = map(there, (*MIXED(t), MIXED.share(t), MIXED.rate_share(t)))
+        graph = Mixture(num_states, share=mixed)
+        xt = corrupt(x0, sigma, graph, **of_rows)
+        weight = there(share).unsqueeze(1) * mixture_weight(xt, x0, sigma, dsigma, graph, dshare=dmixed)
+        return Noised(x0, xt, sigma, weight, n * length, times, share=mixed)
     sigma, dsigma = SCHEDULE(t)
     p = t if loss == "dce-lambda" else -torch.expm1(-sigma)
     capacity = _most(p, length) if x0.is_cuda else None
@@ -148,20 +159,22 @@ def diffusion_loss(model: nn.Module, batch: Noised, loss: str, **reduction: Any)
     Args:
         model: a `DiffusionTransformer`, as it is or wrapped (DDP, FSDP2).
     """
-    x0, xt, sigma, weight, capacity, _, block_length = batch
+    x0, xt, sigma, weight, capacity, _, block_length, share = batch
     network: Any = getattr(model, "module", model)
     inputs: tuple[Tensor, ...] = (xt,)
-    targets: tuple[Tensor, ...] = (x0,)
+    targets: tuple[Any, ...] = (x0,)
     options: dict[str, Any] = {"xt": xt, "weight": weight}
     if loss.startswith("dse"):
         inputs, targets = (xt, sigma), (sigma, xt, x0)
         options = {"graph": loss.removeprefix("dse-"), "parametrization": "scale_by_sigma", "dsigma": weight}
+    elif loss == "gidd":
+        inputs, targets, options = (xt, sigma), (sigma, share, xt, x0), {"weight": weight}
     options |= reduction
+    scored: Any = {"dce": dce_loss, "dse": dse_loss, "gidd": mixture_loss}[loss.partition("-")[0]]
     called = partial(noised_stream, model, x0=x0, block_length=block_length) if block_length else model
     if network.config.num_states < LARGE_VOCABULARY:
-        return (dse_loss if loss.startswith("dse") else dce_loss)(called(*inputs), *targets, **options)
+        return scored(called(*inputs), *targets, **options)
     noise_of_one = tuple(tensor.flatten()[:1] for tensor in inputs[1:])
     head = LossHead(model, network.lm_head, logits=lambda tokens: model(tokens, *noise_of_one))
-    scoring = head.dse_loss if loss.startswith("dse") else head.dce_loss
-    with scoring(*targets, **options, summed=True, capacity=capacity) as loss_of:
+    with getattr(head, scored.__name__)(*targets, **options, summed=True, capacity=capacity) as loss_of:
         return loss_of(called(*inputs))

@@ -130,7 +130,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> Record:
         """Held-out bits per token of the averaged weights, a likelihood of blocks where they are trained; for
-        "dse-uniform" the loss in nats per token.
+        "dse-uniform" and "gidd" the loss in nats per token.
 
         The standard error is that over sequences: masking noise, and how far they stand for their text.
         """
@@ -143,14 +143,14 @@ class Trainer:
             values[first : first + each] = self._losses(self.held_out[first : first + each], first)
         values[:start] = 0  # another rank has these
         values = self.ranks.mean(values * self.ranks.size)
-        name = "validation_loss" if self.config.loss == "dse-uniform" else "bits_per_token"
+        name = "validation_loss" if self.config.moves_tokens else "bits_per_token"
         stderr = values.std() / math.sqrt(n)
         return {"step": self.step, name: values.mean().item(), f"{name}_stderr": stderr.item()}
 
     def _losses(self, x0: Tensor, first: int) -> Tensor:
         """Of held-out sequences, [n]; they are those from `first` on."""
         c, num_states = self.config, self.model.config.num_states
-        if c.loss == "dse-uniform":
+        if c.moves_tokens:
             rows: dict[str, Any] = {"seed": c.seed, "first": first, "batch_size": len(self.held_out)}
             batches = (noise(x0, c.loss, num_states, step=k, **rows) for k in range(c.eval_samples))
             losses = [diffusion_loss(self.averaged, batch, c.loss) for batch in batches]
@@ -211,9 +211,8 @@ def check_fit(config: TrainConfig, model: DiffusionTransformer, source: TokenSou
     num_states = source.num_tokens + (config.loss != "dse-uniform")
     if model.config.num_states != num_states:
         raise ValueError(f"model: expected num_states = {num_states}, got {model.config.num_states}")
-    conditioned = config.loss.startswith("dse")
-    if bool(model.config.cond_dim) != conditioned:
-        what = "> 0" if conditioned else "= 0"
+    if bool(model.config.cond_dim) != config.sees_noise:
+        what = "> 0" if config.sees_noise else "= 0"
         raise ValueError(f"model: expected cond_dim {what} for loss {config.loss!r}, got {model.config.cond_dim}")
     if config.block_length:
         num_blocks(source.sequences(0, 1).shape[1], config.block_length)

@@ -19,6 +19,7 @@ from fastdiff.model import DiffusionTransformer, ModelConfig
 
 LEAVES = ("hidden", "lm_head", "bias")
 SHARDED = ["dce", "dce_all", "dce_z", "absorb", "absorb_logits", "absorb_scaled", "uniform", "uniform_scaled"]
+SHARDED += ["csm_absorb", "csm_uniform"]
 
 
 def own(tensor, dim=0):
@@ -156,7 +157,7 @@ def wrong_calls_raise_on_every_rank():
         call(part, torch.full_like(p["x0"], rank))
     with pytest.raises(ValueError, match=r"group: expected shards of .* ids on its 2 ranks, got \[5, 6\]"):
         call(p["lm_head"][: 5 + rank], p["x0"] % 10)
-    with pytest.raises(ValueError, match="parametrization: conditionals of the uniform graph"):
+    with pytest.raises(ValueError, match="group: the loss dse_uniform_logits cannot be cut over ranks"):
         loss_of("uniform_logits", p | dict(lm_head=part, bias=None), group=group)
     with pytest.raises(ValueError, match="return_stats"):
         dce_loss(p["hidden"], p["x0"] % 10, exclude_mask=False, return_stats=rank == 0, group=group)

@@ -248,7 +248,7 @@ def test_an_empty_batch_gives_an_empty_estimate() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"graph": "uniform"}, TypeError, r"^graph: .*Absorbing or Uniform, got 'uniform'"),
+        ({"graph": "uniform"}, TypeError, r"^graph: .*Absorbing, Uniform or Mixture, got 'uniform'"),
         ({"schedule": "loglinear"}, TypeError, r"^schedule: .*'loglinear'"),
         ({"model": (1, 2)}, TypeError, r"^model: .*callable of xt and sigma"),
         ({"eps": 1}, ValueError, r"^eps: .*\[0, 1\), got 1"),

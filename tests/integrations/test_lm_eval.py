@@ -232,6 +232,12 @@ def test_folder_of_a_run(tmp_path, sigma_conditioned):
     thin(num_states=M).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="pretrained: expected a model of bytes and a mask"):
         FastdiffLM(str(tmp_path))
+    model.save_pretrained(tmp_path, training={"block_length": 4})
+    with pytest.raises(ValueError, match="pretrained: expected a model of whole sequences, got one of blocks"):
+        FastdiffLM(str(tmp_path))
+    model.save_pretrained(tmp_path, training={"loss": "gidd"})
+    with pytest.raises(ValueError, match="pretrained: expected a model of masks, got one of masks and uniform noise"):
+        FastdiffLM(str(tmp_path))
 
 
 def test_folder_of_transformers(tmp_path):

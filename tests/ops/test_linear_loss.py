@@ -37,7 +37,7 @@ def assert_agrees(name, p, leaves=LEAVES, **options):
     return got
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_agrees_with_the_reference(name, dtype, reduction, chunked):

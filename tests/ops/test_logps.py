@@ -215,7 +215,7 @@ def test_a_weight_of_the_entropy_is_one_in_the_loss(operator, reduction):
     p = problem((2, 3), 7, torch.float64)
     pull = torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3)
     z = p["z"].requires_grad_()
-    given = [p["x0"], p["xt"], None, None, p["weight"], pull, None, "dce", 6, True, -100, False, 0.1, reduction]
+    given = [p["x0"], p["xt"], None, None, p["weight"], pull, None, None, "dce", 6, True, -100, False, 0.1, reduction]
     if operator == "row_loss":
         loss = torch.ops.fastdiff.row_loss.cpu(z, *given, reduction != "none", False)[0]
     else:
