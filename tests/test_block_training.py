@@ -13,7 +13,7 @@ from fastdiff.data import Table
 from fastdiff.model import DiffusionTransformer, ModelConfig
 from fastdiff.training import LOSSES, SCHEDULE, TrainConfig, noise
 
-OF_BLOCKS = [name for name in LOSSES if name != "dse-uniform"]
+OF_BLOCKS = [name for name in LOSSES if name not in ("dse-uniform", "gidd")]  # whose tokens move
 MASK = 4
 
 
@@ -141,6 +141,7 @@ def test_blocks_that_do_not_fit():
         run(block_length=3)
     with pytest.raises(ValueError, match="block_length: expected at least 0, got -1"):
         TrainConfig(block_length=-1)
-    with pytest.raises(ValueError, match="block_length: expected 0 for loss 'dse-uniform', got 4"):
-        TrainConfig("dse-uniform", block_length=4)
+    for loss in ("dse-uniform", "gidd"):
+        with pytest.raises(ValueError, match=f"block_length: expected 0 for loss '{loss}', got 4"):
+            TrainConfig(loss, block_length=4)
     assert dataclasses.replace(TrainConfig(), block_length=4).streams == 2

@@ -104,7 +104,8 @@ def reverse_rows_kernel(
         write_law(row, law, BLOCK, VEC)
     else:
         zero_grad(row, BLOCK, VEC)
-        store_apart(row, 1.0, 1.0)
+        one = tl.full((), 1.0, tl.float32)
+        store_apart(row, one, one)
 
 
 def launch_reverse_rows(z: Tensor, xt: Tensor, live: Tensor, law: Tensor, probs: Tensor) -> None:

@@ -658,12 +658,14 @@ def scale_kernel(GRAD, FACTOR, size, BLOCK: tl.constexpr):
 SMALL = dict(BLOCK=1024, num_warps=4)
 LARGE = {2: dict(BLOCK=4096, num_warps=8), 4: dict(BLOCK=2048, num_warps=8)}  # by the bytes of a number
 SCALE = dict(BLOCK=4096, num_warps=8)
-AFFINE = ("dse_uniform_logits", "d3pm_uniform", "mixture")  # whose constants take registers, too
+# Whose constants take registers, too: a large block spills some, which rows this long need for the digits of their sums.
+AFFINE = ("dse_uniform_logits", "d3pm_uniform", "mixture")
 
 
 def config(functor: str, num_states: int, size: int) -> dict[str, int]:
     """Of the kernel, for numbers of so many bytes."""
-    return SMALL if num_states <= SMALL["BLOCK"] or functor in AFFINE else LARGE[size]
+    few = num_states < 2**18 if functor in AFFINE else num_states <= SMALL["BLOCK"]
+    return SMALL if few else LARGE[size]
 
 
 def launch_row_loss(
