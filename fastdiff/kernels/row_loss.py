@@ -658,7 +658,7 @@ def scale_kernel(GRAD, FACTOR, size, BLOCK: tl.constexpr):
 SMALL = dict(BLOCK=1024, num_warps=4)
 LARGE = {2: dict(BLOCK=4096, num_warps=8), 4: dict(BLOCK=2048, num_warps=8)}  # by the bytes of a number
 SCALE = dict(BLOCK=4096, num_warps=8)
-# Whose constants take registers, too: a large block spills some, but the sums of rows this long need it for their digits.
+# Whose constants take registers, too; a large block spills some, which rows so long need for the digits of their sums.
 AFFINE = ("dse_uniform_logits", "d3pm_uniform", "mixture")
 
 
