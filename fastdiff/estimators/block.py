@@ -70,8 +70,8 @@ def block_nll(
         num_samples: most network passes to spend on a sequence, all of its blocks together.
         target: [B, L] bool, the positions whose likelihood is meant; those of a block are given the blocks before
             and the block's other positions.
-        x0, mask_index, proposal, tolerance, max_samples, lengths, exclude_mask, batch_size, seed, sample_ids,
-            differentiable, backend: as in `time_free_nll`.
+        x0, mask_index, proposal, tolerance, max_samples, lengths: as in `time_free_nll`.
+        exclude_mask, batch_size, seed, sample_ids, differentiable, backend: as in `time_free_nll`.
 
     Raises:
         TypeError, ValueError: as `time_free_nll`; also for a block_length below 1.
