@@ -15,12 +15,17 @@ from measure import DEVICE
 from fastdiff import (
     backends,
     corrupt,
+    csm_loss,
+    d3pm_loss,
     dce_loss,
+    distill_loss,
     dse_loss,
     harmonic_mask,
     linear_dce_loss,
+    loo_loss,
     mask_exactly,
     mask_tokens,
+    mixture_loss,
     reverse_probs,
     reverse_step,
     sample_tokens,
@@ -40,6 +45,8 @@ def calls(shape: tuple[int, int], num_states: int, dtype: torch.dtype, backend: 
     x0, mask_index = torch.randint(0, num_states - 1, shape, **made), num_states - 1
     xt = x0.where(torch.rand(shape, **made) < 0.5, mask_index)
     sigma, counts = torch.rand(shape[0], **made) + 0.1, torch.full(shape[:1], shape[1] // 2, device=DEVICE)
+    teacher = torch.randn(*shape, num_states, dtype=dtype, **made)
+    log_p, ids = teacher[..., :-1].float().log_softmax(-1).topk(16)
     hidden, lm_head = (torch.randn(*size, 64, dtype=dtype, **made) for size in (shape, (num_states,)))
 
     def gradients(loss: Callable[..., torch.Tensor]) -> None:
@@ -51,6 +58,14 @@ def calls(shape: tuple[int, int], num_states: int, dtype: torch.dtype, backend: 
         "dse absorb": partial(dse_loss, z, sigma, xt, x0, backend=backend),
         "dse uniform": partial(dse_loss, z, sigma, xt, x0, **uniform),
         "dse uniform from logits": partial(dse_loss, z, sigma, xt, x0, parametrization="logits", **uniform),
+        "csm absorb": partial(csm_loss, z, sigma, xt, x0, backend=backend),
+        "csm uniform": partial(csm_loss, z, sigma, xt, x0, **uniform),
+        "loo": partial(loo_loss, z, sigma, xt, x0, backend=backend),
+        "d3pm uniform": partial(d3pm_loss, z, 3, xt, x0, num_steps=8, auxiliary=0.1, **uniform),
+        "mixture": partial(mixture_loss, z, sigma, 0.1, xt, x0, backend=backend),
+        "distill": partial(distill_loss, z, teacher, xt=xt, backend=backend),
+        "distill, reverse": partial(distill_loss, z, teacher, xt=xt, kl="reverse", backend=backend),
+        "distill, ids": partial(distill_loss, z, log_p, teacher_ids=ids, xt=xt, backend=backend),
     }
     logits, draw = z.detach(), partial(sample_tokens, z.detach(), xt, seed=0, backend=backend)
     logps = partial(token_logps, z, x0, return_entropy=True, backend=backend)

@@ -4,7 +4,6 @@ undo = apply_to_dllm()
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff import dce_loss, mask_tokens
+from fastdiff.blocks import two_streams_mask
 from fastdiff.checks import check_choice, check_values
 from fastdiff.integrations.loss_head import LossHead
 from fastdiff.integrations.patching import patch
@@ -88,7 +88,7 @@ def _mdlm_arguments(trainer: Any, model: Any, xt: Tensor, inputs: dict[str, Any]
 def _bd3lm_arguments(trainer: Any, model: Any, xt: Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
     kind, (batch, length) = trainer.accelerator.unwrap_model(model).config._attn_implementation, xt.shape
     check_choice("model's _attn_implementation", kind, ("sdpa", "flex_attention"))
-    sees = partial(_sees, block_size=trainer.block_size, length=length)
+    sees = two_streams_mask(length, trainer.block_size)
     at = torch.arange(2 * length, device=xt.device)
     if kind == "sdpa":
         attention_mask: Any = sees(None, None, at.unsqueeze(1), at).expand(1, 1, -1, -1)
@@ -98,13 +98,6 @@ def _bd3lm_arguments(trainer: Any, model: Any, xt: Tensor, inputs: dict[str, Any
         attention_mask = create_block_mask(sees, None, None, 2 * length, 2 * length, device=xt.device)
     both, position_ids = torch.cat([xt, inputs["input_ids"]], 1), (at % length).expand(batch, -1)
     return dict(input_ids=both, attention_mask=attention_mask, position_ids=position_ids)
-
-
-def _sees(batch: Any, head: Any, query: Tensor, key: Tensor, block_size: int, length: int) -> Tensor:
-    """Noised tokens (the first half) and clean ones see their own block of their half, and all earlier clean blocks."""
-    query_block, key_block = query % length // block_size, key % length // block_size
-    own = (query_block == key_block) & ((query < length) == (key < length))
-    return own | ((key >= length) & (key_block < query_block))
 
 
 def _compute_loss(
