@@ -54,15 +54,19 @@ struct Conditional {
 template <typename C>
 struct KlRow {
   Conditional<C> student, teacher;
-  C shift;
+  C from, from_teacher, shift;
 
   FASTDIFF_HD KlRow(const Conditional<C>& student_, const Conditional<C>& teacher_)
-      : student(student_),
-        teacher(teacher_),
-        shift(static_cast<C>(student.scale * (static_cast<double>(student.top) - teacher.top) +
-                             (student.log_sum - teacher.log_sum))) {}
-  // log q - log p, without the rounding of either.
-  FASTDIFF_HD C log_ratio(C z, C t) const { return z == t ? -shift : (z - t) * student.scale - shift; }
+      : student(student_), teacher(teacher_), from(0), from_teacher(0) {
+    double apart = student.scale * (static_cast<double>(student.top) - teacher.top);
+    if (std::fabs(apart) > 100) from = student.top, from_teacher = teacher.top, apart = 0;
+    shift = static_cast<C>(apart + (student.log_sum - teacher.log_sum));
+  }
+  // log q - log p, without the rounding of either; where the rows lie far apart, from what each is less its top.
+  FASTDIFF_HD C log_ratio(C z, C t) const {
+    const C x = z - from, y = t - from_teacher;
+    return x == y ? -shift : (x - y) * student.scale - shift;
+  }
   FASTDIFF_HD Term<C> forward(C z, C t) const { return kl_term(teacher(t), student(z), log_ratio(z, t)); }
   FASTDIFF_HD C reverse(C z, C t) const { return kl_term(student(z), teacher(t), -log_ratio(z, t)).value; }
   // The reverse loss's derivative for z * scale.

@@ -62,8 +62,8 @@ def distill_loss(
         weight: a factor of each loss; a number or a tensor over a prefix of the token shape ([B] is one per sequence),
             or one that broadcasts to it. It has no gradient.
         kl: "forward" or "reverse".
-        temperature: > 0, divides the logits. The loss is not multiplied by its square, as some do to keep gradients of
-            one size; weight can.
+        temperature: > 0, divides the logits, which must stay within their type's range. The loss is not multiplied by
+            its square, as some do to keep gradients of one size; weight can.
         teacher_ids: [..., k] int64 ids, in any order, different within a row. Their probabilities sum to at most 1. A
             sum that is off by rounding, above 1 or where there are no other ids, is divided by.
         mask_index: the mask's id, negative from the end.

@@ -90,7 +90,9 @@ def distill(z, teacher, ids, excluded, scale, reverse):
     terms = np.where(np.isneginf(d_a), np.inf, np.where(np.isposinf(d_a), np.exp(log_q + log_p - log_a), terms))
     loss, q, p = terms.sum(1), np.exp(log_q), np.exp(log_p)
     # By the rounding of exp, and of d: an error e in it adds (q - p) e + p e^2 / 2 to the loss.
-    sums = [abs(log_sum_exp(x * scale)) for x in ((z, teacher) if ids is None else (z,))]
+    left_out = is_id(z, np.full(len(z), excluded))  # which is not read, not even for NaN
+    both = (z, teacher) if ids is None else (z,)
+    sums = [abs(log_sum_exp(np.where(left_out, -np.inf, x * scale))) for x in both]
     rounded = np.where(np.isfinite(d), abs(d), 0) + sum(sums)
     size = 1 + np.where(np.isfinite(log_a), abs(log_a), 0) / 8
     loss_size = (terms * size + abs(q - p) * rounded + 1e-9 * p * rounded**2).sum(1)
@@ -100,7 +102,6 @@ def distill(z, teacher, ids, excluded, scale, reverse):
     if ids is not None:
         within = log_softmax(z, excluded, scale) - np.take_along_axis(log_q, outcome, 1)
         share = np.where(np.isfinite(within), np.exp(within), 0)
-    left_out = is_id(z, np.full(len(z), excluded))
     grad = np.where(left_out, 0, scale * share * np.take_along_axis(slope, outcome, 1))
     return Loss(loss, grad, loss_size, scale * slope_size.max(1, keepdims=True))
 
@@ -112,7 +113,8 @@ def log_softmax(z, excluded, scale):
 
 @random_cases.with_poisoned_buffers
 def check_distill(draw, backend, device="cpu"):
-    """A random case against the definition. Rows whose loss is not finite are left out."""
+    """A random case against the definition. Rows are left out whose loss is not finite, or whose numbers, divided by
+    the temperature, leave the range of their type."""
     z, _, masked, mask_index, g = random_cases.rows(draw, draw(st.booleans()), backend, device)
     shape, num_states, dtype = z.shape[:-1], z.shape[-1], z.dtype
     numbers = z.cpu().double()
@@ -147,6 +149,10 @@ def check_distill(draw, backend, device="cpu"):
     every = torch.ones(shape, dtype=torch.bool)
     found = of_rows(numbers.reshape(-1, num_states).numpy().astype(EXTENDED), every)
     finite = np.isfinite(found.loss.astype(np.float64)) & np.isfinite(found.grad.astype(np.float64)).all(1)
+    reach = torch.finfo(torch.promote_types(dtype, torch.float32)).max / 4
+    for x in (numbers, teacher.double()):
+        size = np.abs(np.nan_to_num(x.numpy(), posinf=0, neginf=0)) * scale
+        finite &= (size < reach).reshape(len(finite), x.shape[-1]).all(1)
     scored = masked & torch.from_numpy(finite).view(shape)
     options |= dict(mask=scored, teacher=teacher.to(device))
     given = lambda leaf, **more: distill_loss(leaf, **more)  # noqa: E731

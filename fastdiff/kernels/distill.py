@@ -109,10 +109,11 @@ def sums_of(part, pair, m, s, m_teacher, s_teacher):
 @triton.jit
 def probabilities(part, pair, constants):
     """q, p and log q - log p."""
-    top, factor, top_teacher, factor_teacher, shift = constants
+    top, factor, top_teacher, factor_teacher, base, base_teacher, shift = constants
     z, t = load(part[0], part, pair), load(part[1], part, pair)
     q, p = tl.exp2((z - top) * pair[11]) * factor, tl.exp2((t - top_teacher) * pair[11]) * factor_teacher
-    return q, p, tl.where(z == t, -shift, (z - t) * pair[10] - shift)
+    x, y = z - base, t - base_teacher
+    return q, p, tl.where(x == y, -shift, (x - y) * pair[10] - shift)
 
 
 @triton.jit
@@ -142,12 +143,15 @@ def distill_row(pair, weight, REVERSE: tl.constexpr, WITH_GRAD: tl.constexpr, BL
     f32 = tl.float32
     top, total = merged(m, s, m_edge, s_edge, pair[11])
     top_teacher, total_teacher = merged(m_teacher, s_teacher, m_teacher_edge, s_teacher_edge, pair[11])
-    shift = (top.to(tl.float64) - top_teacher) * pair[10] + (tl.log(total) - tl.log(total_teacher))
+    apart = (top.to(tl.float64) - top_teacher) * pair[10]
+    far = tl.abs(apart) > 100  # then log q - log p comes from what each number is less its top
+    base, base_teacher = tl.where(far, top, 0.0), tl.where(far, top_teacher, 0.0)
+    shift = tl.where(far, 0.0, apart) + (tl.log(total) - tl.log(total_teacher))
     factor, factor_teacher = (
         1 / tl.where(total > 0, total, float("nan")),
         1 / tl.where(total_teacher > 0, total_teacher, float("nan")),
     )
-    constants = (top, factor.to(f32), top_teacher, factor_teacher.to(f32), shift.to(f32))
+    constants = (top, factor.to(f32), top_teacher, factor_teacher.to(f32), base, base_teacher, shift.to(f32))
     size = (weight * pair[10]).to(f32)
 
     # In place, a number must be read by all warps, which all read the edges, before any writes there.
