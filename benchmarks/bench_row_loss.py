@@ -130,7 +130,7 @@ def loo(b):
 
 
 def d3pm_uniform(b):
-    z, xt, x0, step = b["z"], b["moved"], b["x0"], 1 + torch.arange(SHAPE[0], device=DEVICE) % 7
+    z, xt, x0, step = b["z"], b["moved"], b["x0"], 1 + torch.arange(len(b["x0"]), device=DEVICE) % 7
     sigma, sigma_s = (LogLinear().total_noise((i + 1) / 8) for i in (step.float(), step.float() - 1))
     formulas = {"D3PM": lambda: peers.d3pm_uniform(z, sigma, sigma_s, xt, x0)}
     return partial(d3pm_loss, z, step + 1, xt, x0, num_steps=8, graph="uniform"), formulas, x0.numel()
