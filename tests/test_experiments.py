@@ -1,21 +1,35 @@
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 
-EXPERIMENTS = Path(__file__).parents[1] / "examples" / "experiments.py"
+from examples.experiments.__main__ import EXPERIMENTS
+from examples.experiments.texts import Letters, letters
+
+ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("command", ["dna", "markov", "variance", "ratio", "information"])
-def test_a_command_writes_its_numbers_and_its_picture(command: str, tmp_path: Path) -> None:
-    environment = os.environ | {"FASTDIFF_DEMO_QUICK": "1", "OMP_NUM_THREADS": "1"}
-    process = [sys.executable, str(EXPERIMENTS), command]
-    printed = subprocess.run(process, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
-    assert "paper" in printed
-    out = tmp_path / "runs" / "experiments"
-    assert sorted(file.name for file in out.iterdir()) == [f"{command}.json", f"{command}.png"]
-    assert json.loads((out / f"{command}.json").read_text())["seconds"] > 0
-    assert (out / f"{command}.png").read_bytes().startswith(b"\x89PNG")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Networks are made once, and shared."""
+    return tmp_path_factory.mktemp("experiments")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_writes_its_numbers_and_its_picture(name: str, folder: Path) -> None:
+    text = folder / "text.txt"
+    text.write_text("\n".join(topics.values()))
+    command = [sys.executable, "-m", "examples.experiments", "--quick", "--out", folder, "--text", text, name]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    content = json.loads((folder / "quick" / f"{name}.json").read_text())
+    assert content["made"]["command"].endswith(name)
+    assert content["tables"]
+    assert (folder / "quick" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_letters() -> None:
+    assert letters("In 1611, GOD-fearing\nmen.") == "in one six one one god fearing men"
+    assert Letters().decode(Letters().encode("Abc, z")) == "abc z"
