@@ -215,9 +215,10 @@ def mixture(z, sigma, share, xt, x0, mask_index):
     q, p = alpha * is_id(z, x0) + noise, alpha * c + noise
     kl = divergence(c, q, p, alpha)
     here = is_id(z, xt) & ~mask
-    off = np.where(here, alpha * (is_id(z, x0) - c) / np.where(here, p, 1), 0)  # q / p - 1, not from numbers near 1
-    value = (off - np.log1p(off)).sum(1)
-    pull = np.where(here, -alpha * off / np.where(here, p, 1), 0)
+    q_xt, p_xt = np.where(here, q, 1), np.where(here, p, 1)
+    off = np.where(here, alpha * (is_id(z, x0) - c) / p_xt, 0)  # q / p - 1, not from numbers near 1
+    value = (off - np.where(abs(off) < 0.5, np.log1p(off), np.log(q_xt / p_xt))).sum(1)
+    pull = -alpha * off / p_xt
     grad = c * (pull - (c * pull).sum(1, keepdims=True))
     size = c * (abs(pull) + (c * abs(pull)).sum(1, keepdims=True))
     return Loss(kl.loss + value, kl.grad + grad, kl.loss_size + abs(value), kl.grad_size + size.max(1, keepdims=True))
