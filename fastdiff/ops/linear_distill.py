@@ -4,13 +4,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.backends import KERNELS, resolve
 from fastdiff.ops.distill import Pairs, reference_distill, row_distill_
 from fastdiff.ops.library import define, implement, library, no_derivative, no_forward_mode
-from fastdiff.ops.linear_loss import Chunks, Head
+from fastdiff.ops.linear_loss import Chunks, Head, reference_logits
 from fastdiff.ops.parallel import Shard
 from fastdiff.ops.row_loss import loss_dtype, new_stats
 from fastdiff.ops.saved_grads import save_grads, scaled
@@ -32,8 +31,8 @@ def linear_distill(head: Head, teaching: Head | None, pairs: Pairs, backend: str
     logits."""
     backend = resolve(backend, head.hidden.device, "linear_distill", head.num_states)
     if backend == "reference" or (backend != "cpu" and head.dtype == torch.float64):
-        pairs.z = _reference_logits(head)
-        pairs.teacher = pairs.teacher if teaching is None else _reference_logits(teaching).detach()
+        pairs.z = reference_logits(head)
+        pairs.teacher = pairs.teacher if teaching is None else reference_logits(teaching).detach()
         return reference_distill(pairs).to(loss_dtype(head.dtype))
     inputs = (head.hidden, head.lm_head, head.bias)
     no_forward_mode("linear_distill", inputs)
@@ -47,13 +46,6 @@ def linear_distill(head: Head, teaching: Head | None, pairs: Pairs, backend: str
         teacher = [x if x is None else x.detach() for x in (teaching.lm_head, teaching.bias, teaching.hidden)]
     softcaps = (head.softcap, 0.0 if teaching is None else teaching.softcap)
     return _linear_distill[backend](*inputs, *teacher, *rest, *softcaps, head.capacity, head.dtype, wanted)[0]
-
-
-def _reference_logits(head: Head) -> Tensor:
-    assert head.lm_head is not None
-    bias = None if head.bias is None else head.bias.double()
-    z = F.linear(head.hidden.double(), head.lm_head.double(), bias)
-    return head.softcap * torch.tanh(z / head.softcap) if head.softcap else z
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -404,12 +404,17 @@ def _reference(head: Head, rows: Rows, with_stats: bool) -> tuple[Tensor, Tensor
     """The same in plain PyTorch and float64, logits and all."""
     if head.shard.group or head.lm_head is None:
         raise BackendUnavailable("backend 'reference': cannot be sharded over a group")
-    bias = None if head.bias is None else head.bias.double()
-    rows.z = F.linear(head.hidden.double(), head.lm_head.double(), bias)
-    if head.softcap:
-        rows.z = head.softcap * torch.tanh(rows.z / head.softcap)
+    rows.z = reference_logits(head)
     dtype = loss_dtype(head.dtype)
     return reference_loss(rows).to(dtype), reference_stats(rows, with_stats).to(dtype)
+
+
+def reference_logits(head: Head) -> Tensor:
+    """Of a whole last layer, in float64: [..., V]."""
+    assert head.lm_head is not None
+    bias = None if head.bias is None else head.bias.double()
+    z = F.linear(head.hidden.double(), head.lm_head.double(), bias)
+    return head.softcap * torch.tanh(z / head.softcap) if head.softcap else z
 
 
 for _backend in KERNELS:
