@@ -3,10 +3,14 @@ import subprocess
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import pytest
+import torch
 
+from examples.experiments import networks
 from examples.experiments.__main__ import EXPERIMENTS
+from examples.experiments.report import Setup
 from examples.experiments.texts import Letters, letters
 
 ROOT = Path(__file__).parents[1]
@@ -33,3 +37,25 @@ def test_an_experiment_writes_its_numbers_and_its_picture(name: str, folder: Pat
 def test_letters() -> None:
     assert letters("In 1611, GOD-fearing\nmen.") == "in one six one one god fearing men"
     assert Letters().decode(Letters().encode("Abc, z")) == "abc z"
+
+
+def test_training_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypatch) -> None:
+    text = networks.LetterText("\n".join(topics.values()), networks.LENGTH)
+    whole, _ = networks.trained("mdlm", setup(tmp_path / "whole"), text)
+    step = networks.train_step
+
+    def stops(*arguments: Any) -> None:
+        if arguments[4] == 2:
+            raise KeyboardInterrupt
+        step(*arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(networks, "train_step", stops)
+        networks.trained("mdlm", setup(tmp_path / "parts"), text)
+    parts, curve = networks.trained("mdlm", setup(tmp_path / "parts"), text)
+    assert len(curve["bits"]) == 4
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+
+
+def setup(out: Path) -> Setup:
+    return Setup(out, None, None, steps=4, quick=True)
