@@ -14,7 +14,7 @@ from fastdiff.loading import Loaded, load
 from fastdiff.model import DiffusionTransformer, ModelConfig
 from fastdiff.training.objectives import SCHEDULE
 
-from .methods import ABSORBING, MASK, METHODS, Method, N
+from .methods import ABSORBING, METHODS, Method, N
 from .report import Setup, console
 from .texts import Letters, LetterText, english
 
