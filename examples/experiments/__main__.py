@@ -7,10 +7,10 @@ from pathlib import Path
 
 import typer
 
-from . import bits
+from . import bits, zero_shot
 from .report import Setup, console
 
-EXPERIMENTS = {"bits": bits}
+EXPERIMENTS = {"bits": bits, "zero_shot": zero_shot}
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
