@@ -8,16 +8,17 @@ from typing import Annotated
 
 import typer
 
-from . import bits, dna, information, markov, page, ratio, variance
+from . import bits, dna, information, markov, page, ratio, variance, zero_shot
 from .report import Setup, console
 
 EXPERIMENTS = {
     "bits": bits,
+    "zero_shot": zero_shot,
     "information": information,
-    "dna": dna,
-    "markov": markov,
     "variance": variance,
     "ratio": ratio,
+    "dna": dna,
+    "markov": markov,
 }
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

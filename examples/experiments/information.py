@@ -21,9 +21,8 @@ from fastdiff.evaluating import Model
 from fastdiff.schedules import Schedule
 
 from .methods import ABSORBING, METHODS, SCHEDULE, UNIFORM
-from .networks import letter_text, subject, trained
+from .networks import letter_text, subject, trained, unseen
 from .report import Setup, Table, console, reporting
-from .spreads import held_out
 
 MINUTES = 3
 PAIR = 2  # windows whose curve is taken at once, the fewest that have one
@@ -48,7 +47,7 @@ class Measured(NamedTuple):
 def run(setup: Setup) -> None:
     """I-MDCE and I-MDSE curves of trained networks, and their integrals against the likelihood."""
     named = relations(setup)
-    x0 = held_out(setup, subject(setup), 4 if setup.quick else 64)
+    x0 = unseen(setup, subject(setup), 4 if setup.quick else 64)
     with reporting("information", setup) as report:
         measured = {name: measure(name, relation, x0, setup.quick) for name, relation in named.items()}
         report.numbers = {"curves": {name: numbers(found) for name, found in measured.items()}, "windows": len(x0)}

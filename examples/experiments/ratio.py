@@ -6,9 +6,9 @@ from torch import Tensor
 from fastdiff import time_free_nll
 from fastdiff.estimators import log_likelihood_ratio
 
-from .networks import subject
+from .networks import subject, unseen
 from .report import Setup, reporting
-from .spreads import Published, held_out, measure, of_masks, picture, table
+from .spreads import Published, measure, of_masks, picture, table
 
 MINUTES = 4
 SPAN = 8  # tokens in the middle in which the two of a pair differ
@@ -23,7 +23,7 @@ def run(setup: Setup) -> None:
     """Variance of log p(x) - log p(y), y being x with some tokens replaced, by samples."""
     samples, texts, repeats = ((5, 10), 2, 2) if setup.quick else ((5, 10, 15, 20), 8, 32)
     model = subject(setup)
-    windows = held_out(setup, model, texts)
+    windows = unseen(setup, model, texts)
     x, options = of_masks(model, windows, repeats)
     y, _ = of_masks(model, replaced(windows), repeats)
 

@@ -11,20 +11,11 @@ from torch import Tensor
 
 from fastdiff.loading import Loaded
 
-from .networks import LENGTH, letter_text
-from .report import Setup, Table, console
-from .texts import english, windows
+from .report import Table, console
 
 Estimator = Callable[[int], Tensor]  # passes -> [repeats, texts], in nats
 Rows = dict[str, dict[int, dict[str, float]]]  # by estimator and by number of passes, what `spread` gives
 Published = dict[str, dict[int, float]]  # variances, likewise
-
-
-def held_out(setup: Setup, model: Loaded, n: int) -> Tensor:
-    """Windows that the letters' model was not trained on; for another model, windows of the whole text: [n, L]."""
-    if setup.model is None:
-        return letter_text(setup).validation(n)
-    return windows(english(setup.text, setup.out), model.tokenizer, min(LENGTH, model.length), n)
 
 
 def of_masks(model: Loaded, x0: Tensor, repeats: int) -> tuple[Tensor, dict[str, Any]]:

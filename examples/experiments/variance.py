@@ -5,9 +5,9 @@ from torch import Tensor
 from fastdiff import time_free_nll
 from fastdiff.estimators import time_integral_nll
 
-from .networks import subject
+from .networks import subject, unseen
 from .report import Setup, reporting
-from .spreads import Published, held_out, measure, of_masks, picture, table
+from .spreads import Published, measure, of_masks, picture, table
 
 MINUTES = 10
 TIME_INTEGRAL, HARMONIC = "time integral", "harmonic"
@@ -21,7 +21,7 @@ def run(setup: Setup) -> None:
     """Variance of four likelihood estimators on text, by network passes."""
     passes, texts, repeats = ((16, 32), 2, 2) if setup.quick else ((16, 32, 64, 128, 256, 512), 8, 8)
     model = subject(setup)
-    x0 = held_out(setup, model, texts)
+    x0 = unseen(setup, model, texts)
     rows, options = of_masks(model, x0, repeats)  # each row has masks of its own
 
     def time_free(n: int, proposal: str) -> Tensor:
