@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 from rich.progress import track
+from torch import Tensor
 
 from fastdiff.files import read_config, write_atomically
 from fastdiff.loading import Loaded, load
 from fastdiff.model import DiffusionTransformer, ModelConfig
 from fastdiff.training.objectives import SCHEDULE
 
-from .methods import ABSORBING, MASK, METHODS, Method, N
+from .methods import ABSORBING, METHODS, Method, N
 from .report import Setup, console
-from .texts import Letters, LetterText, english
+from .texts import Letters, LetterText, english, windows
 
 LENGTH, BATCH, PEAK, WARMUP = 128, 32, 2e-3, 50
 POINTS, WINDOWS, PASSES = 10, 32, 8  # of a curve
@@ -36,6 +37,13 @@ def subject(setup: Setup) -> Loaded:
     names = dict(graph=ABSORBING, schedule=SCHEDULE, parametrization="logits", exclude_mask=True)
     names |= dict(tokenizer=Letters(), length=LENGTH, front=[], device=torch.device("cpu"))
     return Loaded(network, (network.body, network.lm_head), None, **names)
+
+
+def unseen(setup: Setup, model: Loaded, n: int) -> Tensor:
+    """At most n windows of text that our networks have not been trained on, for `subject`: [<= n, L]."""
+    if setup.model is None:
+        return letter_text(setup).validation(n)
+    return windows(english(setup.text, setup.out), model.tokenizer, model.length, n)
 
 
 def trained(name: str, setup: Setup, text: LetterText) -> tuple[DiffusionTransformer, Curve]:
