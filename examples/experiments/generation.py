@@ -168,8 +168,8 @@ def beside_autoregressive(curves: Curves, own: Judged) -> list[str]:
     agrees = {-1: "as there", 1: "the other way round", 0: "the same, within the intervals"}
     return [
         "The paper's figure is known here from a review, without its numbers. That says that SEDD's text needs no "
-        "annealing, with a Mauve of 0.957 where GPT-2's without annealing has 0.802. Here, in bits, and by a judge that "
-        f"favours its own: {SEDD} {shown(mean(drawn.judged.bits))} in {most} steps, autoregressive "
+        "annealing, with a Mauve of 0.957 where GPT-2's without annealing has 0.802. Here, in bits, and by a judge "
+        f"that favours its own: {SEDD} {shown(mean(drawn.judged.bits))} in {most} steps, autoregressive "
         f"{shown(mean(own.bits))}, {agrees[sign(drawn.judged.bits, own.bits)]}."
     ]
 

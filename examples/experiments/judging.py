@@ -59,8 +59,8 @@ def means(found: Judged) -> dict[str, dict[str, float]]:
     return {name: mean(values) for name, values in found._asdict().items()}
 
 
-def shown(found: dict[str, float], sign: str = "") -> str:
-    return f"{found['mean']:{sign}.2f} ± {found['half']:.2f}"
+def shown(found: dict[str, float], signed: str = "") -> str:
+    return f"{found['mean']:{signed}.2f} ± {found['half']:.2f}"
 
 
 def sign(a: Tensor, b: Tensor) -> int:
