@@ -68,6 +68,7 @@ def test_judging() -> None:
     assert judging.bits_per_letter(judge, letters.repeat(20)) == pytest.approx(math.log2(28))  # in two windows
     better = torch.tensor([1.0, 1.1, 0.9])
     assert [judging.sign(better, better + shift) for shift in (0.01, 1.0, -1.0)] == [0, -1, 1]
+    assert [judging.sign(better - shift) for shift in (1.0, 2.0)] == [0, -1]
 
 
 @pytest.mark.parametrize("name", ["radd", "sedd-uniform", "block"])

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdiff import sample
+from fastdiff import Uniform, sample
 from fastdiff.loading import Loaded
-from fastdiff.mixture_noise import Mixture
 from fastdiff.sampling import Generated
 from fastdiff.unmasking import SAMPLERS, TIMED
 
@@ -15,10 +14,9 @@ from fastdiff.unmasking import SAMPLERS, TIMED
 def samplers_of(model: Loaded) -> list[str]:
     """Those of `fastdiff.sample` that fit a model and differ.
 
-    "ancestral" is "tweedie" by another name; and "euler" comes to the same from conditionals, as noise is linear here.
+    "ancestral" is "tweedie" by another name; and "euler" comes to the same where noise masks, as `LogLinear` has it.
     """
-    by_rates = model.score is not None and not isinstance(model.graph, Mixture)
-    same = {"ancestral"} if by_rates else {"ancestral", "euler"}
+    same = {"ancestral"} if isinstance(model.graph, Uniform) else {"ancestral", "euler"}
     return [name for name in (TIMED if model.conditionals is None else SAMPLERS) if name not in same]
 
 

@@ -112,12 +112,16 @@ def table(around: Around, truth: Judged, steps: int, texts: dict[str, dict[str, 
 
 def use_of_given(around: Around) -> list[str]:
     """Where seeing what is given makes text of fewer bits."""
-    kinds = {-1: "Seeing what is given takes bits away", 1: "It adds bits", 0: "It makes no difference"}
+    kinds = {
+        -1: "Seeing what is given takes bits away",
+        1: "It adds bits",
+        0: "It makes no difference beyond the intervals",
+    }
     found: dict[int, list[tuple[str, str]]] = {kind: [] for kind in kinds}
     for name, by_sampler in around.items():
         for place, unseeing in by_sampler[UNSEEING].items():
             seeing = by_sampler["tweedie"][place].judged
-            found[sign(seeing.bits, unseeing.judged.bits)].append((name, place))
+            found[sign(seeing.bits - unseeing.judged.bits)].append((name, place))
     return [f"{kinds[kind]}, by tweedie: {listed(lines)}." for kind, lines in found.items() if lines]
 
 
@@ -131,7 +135,7 @@ def beside_prompts(around: Around, truth: Judged) -> list[str]:
         "A review of the paper has SEDD's Mauve, 0.957 after prompts and 0.942 in infilling, almost as good. "
         f"Here {SEDD} has {shown(more_bits(prompted, truth), '+')} after the first half and "
         f"{shown(more_bits(between, truth), '+')} between both ends: "
-        f"{found[sign(between.judged.bits, prompted.judged.bits)]}."
+        f"{found[sign(between.judged.bits - prompted.judged.bits)]}."
     ]
 
 

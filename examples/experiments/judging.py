@@ -63,11 +63,12 @@ def shown(found: dict[str, float], signed: str = "") -> str:
     return f"{found['mean']:{signed}.2f} ± {found['half']:.2f}"
 
 
-def sign(a: Tensor, b: Tensor) -> int:
-    """Of the difference of two means; 0 within its 95% interval."""
-    difference = a.mean() - b.mean()
-    half = 1.96 * math.hypot(*(values.std().item() / math.sqrt(len(values)) for values in (a, b)))
-    return int(difference.sign()) if abs(difference) > half else 0
+def sign(*values: Tensor) -> int:
+    """Of a mean, or of the difference of two; 0 within its 95% interval."""
+    found = [mean(each) for each in values]
+    difference = found[0]["mean"] - sum(each["mean"] for each in found[1:])
+    half = math.hypot(*(each["half"] for each in found))
+    return (difference > half) - (difference < -half)
 
 
 def listed(lines: list[tuple[str, str]]) -> str:
