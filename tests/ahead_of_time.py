@@ -1,5 +1,6 @@
 """Triton kernels compiled for a GPU that need not be here."""
 
+import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -16,15 +17,16 @@ from fastdiff.kernels.targets import for_rows
 from fastdiff.ops.functors import FUNCTORS
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
-GPUS = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 90, 100)}
-GPUS |= {name: GPUTarget("hip", name, 64) for name in ("gfx942", "gfx950")}
-# Of AMD's two, which are much alike, each has half of the cases.
-ROWS = [
-    (gpu, dtype)
-    for gpu in GPUS
-    for dtype in POINTERS
-    if (gpu, dtype) not in (("gfx942", torch.float32), ("gfx950", torch.bfloat16))
-]
+NVIDIA = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 90, 100)}
+AMD = {name: GPUTarget("hip", name, 64) for name in ("gfx942", "gfx950")}
+GPUS = NVIDIA | AMD
+
+
+def cases(names, dtypes=(torch.bfloat16,)):
+    """(name, GPU, dtype) of what to compile. AMD's two are much alike, and numbers of 2 bytes the harder ones there:
+    they take turns with these."""
+    turns = zip(names, itertools.cycle(AMD), strict=False)
+    return [*itertools.product(names, NVIDIA, dtypes), *((name, gpu, torch.bfloat16) for name, gpu in turns)]
 
 
 def compiled(kernel, types, config, gpu):
