@@ -1,4 +1,4 @@
-"""The DNA toys of Jeon et al. (2025): distributions over strings whose true likelihood is known, and a small network."""
+"""The DNA toys of Jeon et al. (2025): distributions over strings whose true likelihood is known; a network of one."""
 
 from itertools import pairwise
 
