@@ -8,12 +8,14 @@ from typing import Annotated
 
 import typer
 
-from . import bits, dna, information, markov, page, ratio, variance, zero_shot
+from . import auditing, bits, dna, generation, information, markov, page, ratio, variance, zero_shot
 from .report import Setup, console
 
 EXPERIMENTS = {
     "bits": bits,
     "zero_shot": zero_shot,
+    "auditing": auditing,
+    "generation": generation,
     "information": information,
     "variance": variance,
     "ratio": ratio,
