@@ -91,7 +91,7 @@ def test_the_page_shows_the_results_that_are_there(tmp_path: Path) -> None:
 
 
 def test_a_page_of_nothing_says_so(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="found none"):
+    with pytest.raises(SystemExit, match="no results"):
         page.write(tmp_path, {"dna": dna}, tmp_path / "page.md")
 
 
