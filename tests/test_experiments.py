@@ -10,8 +10,9 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from examples.experiments import dna, networks, page, ratio, variance
+from examples.experiments import dna, drawing, infilling, judging, networks, page, ratio, variance
 from examples.experiments.__main__ import EXPERIMENTS
+from examples.experiments.methods import METHODS
 from examples.experiments.report import Setup, Table, reporting
 from examples.experiments.spreads import spread
 from examples.experiments.texts import Letters, letters
@@ -93,6 +94,30 @@ def test_the_page_shows_the_results_that_are_there(tmp_path: Path) -> None:
 def test_a_page_of_nothing_says_so(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no results"):
         page.write(tmp_path, {"dna": dna}, tmp_path / "page.md")
+
+
+def test_judging() -> None:
+    letters = torch.tensor([1, 2, 3, 4] * 2)
+    assert judging.entropy(letters) == pytest.approx(2)
+    assert judging.share_of_different(letters) == 4 / 5
+    judge = networks.backbone(METHODS["ar"], quick=True)  # untrained: all alike
+    assert judging.bits_per_letter(judge, letters.repeat(20)) == pytest.approx(math.log2(28))  # in two windows
+    better = torch.tensor([1.0, 1.1, 0.9])
+    assert [judging.sign(better, better + shift) for shift in (0.01, 1.0, -1.0)] == [0, -1, 1]
+
+
+@pytest.mark.parametrize("name", ["radd", "sedd-uniform", "block"])
+def test_what_is_given_stays_where_all_else_is_drawn(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networks, "trained", lambda name, *_: (networks.backbone(METHODS[name], quick=True), {}))
+    model = networks.of_letters(name, setup(Path()), None)
+    x0 = torch.tensor([Letters().encode(("ab cde f " * 20)[:128])])
+    for place, given in infilling.given_places(model, x0).items():
+        filled = drawing.fill(model, "tweedie", x0.where(given, -1), 8).tokens
+        assert torch.equal(filled[given], x0[given]), place
+        assert 0.25 < given.double().mean() < 0.75
+        assert (filled < 27).all()
+        assert not torch.equal(filled, x0)
+    assert infilling.marked(model, x0[0], given[0]).startswith("ab CDE f AB cde")
 
 
 def setup(out: Path) -> Setup:

@@ -13,9 +13,13 @@ from fastdiff.unmasking import SAMPLERS, TIMED
 
 
 def samplers_of(model: Loaded) -> list[str]:
-    """Those of `fastdiff.sample` that fit a model; "ancestral" is "tweedie" by another name."""
-    others = ["ancestral", "euler"] if isinstance(model.graph, Mixture) else ["ancestral"]
-    return [name for name in (TIMED if model.conditionals is None else SAMPLERS) if name not in others]
+    """Those of `fastdiff.sample` that fit a model and differ.
+
+    "ancestral" is "tweedie" by another name; and "euler" comes to the same from conditionals, as noise is linear here.
+    """
+    by_rates = model.score is not None and not isinstance(model.graph, Mixture)
+    same = {"ancestral"} if by_rates else {"ancestral", "euler"}
+    return [name for name in (TIMED if model.conditionals is None else SAMPLERS) if name not in same]
 
 
 def numbers_of_steps(model: Loaded, sampler: str, asked: Sequence[int]) -> list[int]:
