@@ -197,7 +197,15 @@ def _compute(backend: str, head: Head, rows: Rows, wanted: list[bool], with_stat
     scored = scored_tokens(rows)
     index, count = scored_rows(scored, None if head.capacity < 0 else min(head.capacity, scored.numel()), backend)
     if head.shard.group:
-        head.shard.check_alike(head.num_states, rows, count, wanted[0], with_stats)
+        options = wanted[0] + 2 * with_stats + 4 * (rows.entropy_weight is not None)
+        told = [torch.full_like(count, scored.numel()), count, rows.x0.sum(), torch.full_like(count, options)]
+        head.shard.check_alike(
+            head.num_states,
+            torch.stack(told),
+            "x0: expected the same tokens (and requires_grad of hidden, and return_stats) on every rank of the group, "
+            "got different ones. Under FSDP, call the loss in the forward of the module that holds lm_head, where that "
+            "is whole.",
+        )
     missing = torch.where(count > len(index), math.nan, 0.0)  # for all to see, should the list be too short
     _reduce(rows, count, missing)
     with torch.autocast(scored.device.type, enabled=False):  # head.dtype has the last word

@@ -1,0 +1,112 @@
+"""Functions for ranks.py: tokens drawn from logits that are cut over ranks, against those of one process."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import linear_problem, problem
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+from fastdiff import linear_sample_tokens, sample, sample_tokens
+from fastdiff.ops.linear_loss import TILE_BYTES
+
+LAWS = [dict(), dict(temperature=0.0), dict(temperature=0.6, exclude=(0, 3)), dict(top_k=3, temperature=2.0)]
+LAWS += [dict(top_p=0.7), dict(top_k=40, top_p=0.9, temperature=1.5), dict(exclude_mask=False)]
+
+
+def own(tensor, dim=0):
+    """This rank's part: as many ids as on every rank, or fewer on the last."""
+    return tensor.chunk(dist.get_world_size(), dim)[dist.get_rank()].contiguous()
+
+
+def alike(got, expected):
+    """The same tokens, and statistics that are as near as those of kernels are."""
+    (tokens, stats), (wanted, wanted_stats) = got, expected
+    assert torch.equal(tokens, wanted)
+    assert torch.equal(stats.argmax, wanted_stats.argmax)
+    torch.testing.assert_close(stats[:3], wanted_stats[:3], rtol=2e-5, atol=2e-6)
+
+
+def tokens_of_one_rank():
+    """Of logits, short rows and long ones, over several chunks; some with ties, some without weight on a rank."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for num_states in (7, 510, 2300):  # 7: the last rank has fewer ids, as a DTensor may
+            p = problem((4, 12), num_states, dtype)
+            z = p["z"]
+            z[:2] = z[:2].round()  # with ties
+            z[:, 3, : num_states // 2] = -torch.inf
+            TILE_BYTES["cpu"] = 20 * num_states * 20
+            for law in LAWS:
+                draw = partial(sample_tokens, xt=p["xt"], seed=3, step=5, mask=p["weight"] < 0.8, **law)
+                whole = draw(z, return_stats=True)
+                alike(draw(distribute_tensor(z, mesh, [Shard(2)]), return_stats=True), whole)
+                if num_states % dist.get_world_size() == 0:
+                    assert torch.equal(draw(own(z, 2), group=dist.group.WORLD), whole[0])
+
+
+def tokens_of_hidden_states():
+    """Of a last layer in parts, plain and as a DTensor; and whole sequences, which a sampler fills."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for dtype in (torch.float32, torch.bfloat16):
+        p = linear_problem((4, 12), 1500, dtype)
+        p |= {name: (2 * p[name]).round() for name in ("hidden", "lm_head", "bias")}  # exact in any order
+        TILE_BYTES["cpu"] = 20 * 1500 * 20
+        for law in LAWS:
+            options = dict(xt=p["xt"], seed=7, return_stats=True, **law)
+            whole = linear_sample_tokens(p["hidden"], p["lm_head"], bias=p["bias"], **options)
+            parts = dict(lm_head=own(p["lm_head"]), bias=own(p["bias"]), group=dist.group.WORLD)
+            alike(linear_sample_tokens(p["hidden"], **parts, **options), whole)
+        parts = {name: distribute_tensor(p[name], mesh, [Shard(0)]) for name in ("lm_head", "bias")}
+        hidden = distribute_tensor(p["hidden"], mesh, [Replicate()])
+        alike(linear_sample_tokens(hidden, **parts, **options), whole)
+
+    def body(xt):
+        return p["hidden"].float().roll(xt.sum().item(), 1)
+
+    for sampler in ("confidence", "ancestral"):
+        layers = (p["lm_head"].float(), distribute_tensor(p["lm_head"].float(), mesh, [Shard(0)]))
+        options = dict(num_samples=4, length=12, steps=4, mask_index=1499, sampler=sampler, seed=1)
+        whole, got = (sample((body, lm_head), **options) for lm_head in layers)
+        assert torch.equal(whole, got)
+
+
+def top_p_of_flat_rows():
+    """Sets that hold ids of every rank: how many of equal or nearly equal numbers are drawn."""
+    z = torch.zeros(1, 4000, 12)
+    z[..., ::2] = 1e-3
+    xt = torch.full((1, 4000), 11)
+    for law, ids in ((dict(top_p=0.2), 6), (dict(top_k=6), 6), (dict(top_k=7), 11), (dict(top_p=0.6), 11)):
+        drawn = sample_tokens(own(z, 2), xt, seed=0, group=dist.group.WORLD, **law)
+        assert len(drawn.unique()) == ids
+        assert torch.equal(drawn, sample_tokens(z, xt, seed=0, **law))
+
+
+def what_differs_or_does_not_fit_raises_on_every_rank():
+    p, rank, group = problem((3, 5), 12), dist.get_rank(), dist.group.WORLD
+    last, part = rank == dist.get_world_size() - 1, own(p["z"], 2)
+    call = partial(sample_tokens, group=group)
+    for given in (dict(seed=rank), dict(step=rank), dict(temperature=1.0 + rank), dict(exclude=(rank,)),
+                  dict(sample_ids=torch.arange(3) + rank), dict(return_stats=last), dict(seed=0 if last else None),
+                  dict(mask=torch.arange(15).view(3, 5) % 3 == rank)):  # fmt: skip
+        with pytest.raises(ValueError, match="xt: expected the same tokens, places to draw"):
+            call(part, p["xt"], **dict(dict(seed=0), **given))
+    with pytest.raises(ValueError, match="xt: expected the same tokens"):
+        call(part, p["xt"] * (rank + 1), seed=0)
+    for message, given in (("top_p: expected a number in", dict(top_p=2.0)), ("top_k: ", dict(top_k=0)),
+                           ("temperature: ", dict(temperature=-1)), ("exclude: expected an id", dict(exclude=(12,))),
+                           ("mask: expected a bool", dict(mask=p["xt"])), ("seed: ", dict(seed="1"))):  # fmt: skip
+        with pytest.raises((ValueError, TypeError), match=message):
+            call(part, p["xt"], **dict(dict(seed=0), **(given if last else {})))
+    with pytest.raises(ValueError, match="group: expected shards of"):
+        call(p["z"][..., : 4 + rank].contiguous(), p["xt"] % 4, seed=0)
+    for bad in (torch.nan, torch.inf):
+        broken = part.clone()
+        broken[p["xt"] == 11] = bad if last else 0.0
+        with pytest.raises(ValueError, match="logits: expected finite numbers"):
+            call(broken, p["xt"], seed=0)
+    torch.manual_seed(rank)  # without a seed the first rank's is drawn
+    drawn = call(part, p["xt"])
+    torch.manual_seed(0)
+    assert torch.equal(drawn, sample_tokens(p["z"], p["xt"]))
