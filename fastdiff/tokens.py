@@ -12,7 +12,7 @@ from fastdiff.checks import check_bool, check_integer, check_rows, check_tokens,
 from fastdiff.linear_losses import last_layer
 from fastdiff.noising import resolve_seed
 from fastdiff.ops.linear_loss import TILE_BYTES, Head
-from fastdiff.ops.parallel import Shard, shard_of
+from fastdiff.ops.parallel import shard_of
 from fastdiff.ops.row_sample import Drawn, SampleRows, row_sample
 from fastdiff.ops.sharded_sample import IDS_BYTES, sharded_sample
 
@@ -149,7 +149,7 @@ def _in_parts(
     any_seed: bool,
     backend: str | None,
 ) -> Drawn:
-    """`row_sample` of logits that are made for some rows at a time, new ones each time; over a group if head has one."""
+    """`row_sample` of logits that are made for some rows at a time, new ones each time; over ranks if head is."""
     live, shard, row_bytes = rows.live.nonzero(), head.shard, head.num_states * head.dtype.itemsize
     if shard.group:
         _agree(rows, live, head, any_seed)

@@ -1,14 +1,14 @@
-"""Functions for ranks.py: tokens drawn from logits that are cut over ranks, against those of one process."""
+"""Functions for ranks.py: tokens and mean embeddings of logits that are cut over ranks, against one process's."""
 
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
-from cases import linear_problem, problem
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+from cases import assert_near, linear_problem, problem
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
-from fastdiff import linear_sample_tokens, sample, sample_tokens
+from fastdiff import linear_sample_tokens, linear_soft_embeddings, sample, sample_tokens
 from fastdiff.ops.linear_loss import TILE_BYTES
 
 LAWS = [dict(), dict(temperature=0.0), dict(temperature=0.6, exclude=(0, 3)), dict(top_k=3, temperature=2.0)]
@@ -110,3 +110,37 @@ def what_differs_or_does_not_fit_raises_on_every_rank():
     drawn = call(part, p["xt"])
     torch.manual_seed(0)
     assert torch.equal(drawn, sample_tokens(p["z"], p["xt"]))
+
+
+def soft_embeddings():
+    """With gradients, of tied weights and of an embedding of its own, in equal parts and as DTensors."""
+    mesh, group = init_device_mesh("cpu", (dist.get_world_size(),)), dist.group.WORLD
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for num_states, dtensors in ((12, False), (13, True)):
+            TILE_BYTES["cpu"] = 4 * num_states * 12
+            p = linear_problem((3, 5), num_states, dtype)
+            names, mask = ("hidden", "lm_head", "bias", "embedding"), p["weight"] < 0.8
+            p["embedding"] = p["lm_head"].flip(0, 1)[:, :7].contiguous()
+            upstream = torch.linspace(-1, 2, 105, dtype=dtype).view(3, 5, 7)
+            for mask_index in (-1, 3):
+                results = []
+                for cut in (False, True):
+                    leaves = [p[name].clone() for name in names]
+                    if cut and dtensors:
+                        leaves = leaves[:1] + [distribute_tensor(x, mesh, [Shard(0)]) for x in leaves[1:]]
+                    elif cut:
+                        leaves = leaves[:1] + [own(x) for x in leaves[1:]]
+                    hidden, lm_head, bias, embedding = leaves = [x.requires_grad_() for x in leaves]
+                    options = dict(bias=bias, mask=mask, temperature=0.8, mask_index=mask_index, softcap=5.0)
+                    options["group"] = group if cut and not dtensors else None
+                    soft = linear_soft_embeddings(hidden, lm_head, embedding, **options)
+                    grads = torch.autograd.grad((soft * upstream).sum(), leaves)
+                    results.append((soft.detach(), *(x.full_tensor() if isinstance(x, DTensor) else x for x in grads)))
+                for name, whole, got in zip(("soft", *names), *results, strict=True):
+                    part = whole if dtensors or name in ("soft", "hidden") else own(whole)
+                    assert_near(got, part, dtype, name, slack=8)
+    mine = mask if dist.get_rank() else ~mask
+    with pytest.raises(ValueError, match="mask: expected the same positions"):
+        linear_soft_embeddings(hidden, lm_head, embedding, mask=mine)
+    with pytest.raises(ValueError, match="mask_index: expected an id"):
+        linear_soft_embeddings(hidden, lm_head, embedding, mask_index=13 if dist.get_rank() else 0)
