@@ -156,7 +156,7 @@ def _in_parts(
         row_bytes = shard.size * (head.dtype.itemsize + IDS_BYTES)  # the same on all ranks
     shape = rows.xt.shape
     whole = Drawn(rows.xt.clone(), rows.xt.clone(), torch.zeros(3, *shape, dtype=torch.float32, device=live.device))
-    for part in live.split(max(1, TILE_BYTES[live.device.type] // row_bytes)):
+    for part in live.split(max(1, TILE_BYTES[live.device.type] // row_bytes)) if len(live) else ():
         at = part.unbind(1)
         some = rows.at(logits_at(at).detach(), *at)
         drawn = sharded_sample(some, shard, backend) if shard.group else row_sample(some, backend)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from cases import assert_near, linear_problem, problem
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
+import fastdiff.ops.parallel as ranks
 from fastdiff import linear_sample_tokens, linear_soft_embeddings, sample, sample_tokens
 from fastdiff.ops.linear_loss import TILE_BYTES
 
@@ -81,6 +82,7 @@ def top_p_of_flat_rows():
         drawn = sample_tokens(own(z, 2), xt, seed=0, group=dist.group.WORLD, **law)
         assert len(drawn.unique()) == ids
         assert torch.equal(drawn, sample_tokens(z, xt, seed=0, **law))
+    assert torch.equal(sample_tokens(own(z, 2), 0 * xt, group=dist.group.WORLD), 0 * xt)  # nothing to draw
 
 
 def what_differs_or_does_not_fit_raises_on_every_rank():
@@ -144,3 +146,24 @@ def soft_embeddings():
         linear_soft_embeddings(hidden, lm_head, embedding, mask=mine)
     with pytest.raises(ValueError, match="mask_index: expected an id"):
         linear_soft_embeddings(hidden, lm_head, embedding, mask_index=13 if dist.get_rank() else 0)
+
+
+def what_is_exchanged():
+    """Of a row, as docs/sampling.md has it: never as many numbers as there are logits."""
+    TILE_BYTES["cpu"] = 52 << 20
+    counts, methods = [], {name: getattr(ranks.Shard, name) for name in ("gather", "sum")}
+    z, xt = torch.randn(1, 64, 6000), torch.zeros(1, 64, dtype=torch.long)
+    for name, method in methods.items():
+        setattr(ranks.Shard, name, lambda self, x, f=method: counts.append(x.numel() / 64) or f(self, x))
+    for expected, given in {
+        2: dict(temperature=0),
+        5: dict(temperature=0, return_stats=True),
+        2 + 1024 + 3: dict(),
+        2 + 4 * 256 + 1024 + 3: dict(top_k=50),
+        5 + 2 * 4 * 256 + 1 + 1024 + 3: dict(top_k=50, top_p=0.9, return_stats=True),
+    }.items():
+        counts.clear()
+        sample_tokens(own(z, 2), xt, mask_index=0, seed=0, group=dist.group.WORLD, **given)
+        assert sum(n for n in counts if n >= 1) == expected  # less are those that compare the ranks' arguments
+    for name, method in methods.items():
+        setattr(ranks.Shard, name, method)

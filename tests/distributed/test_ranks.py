@@ -1,4 +1,4 @@
-"""Losses and tokens over several processes of torchrun and gloo, on the CPU: those of one, and errors without hanging."""
+"""Losses and tokens over several processes of torchrun and gloo: those of one, and errors without hanging."""
 
 from pathlib import Path
 
@@ -28,6 +28,7 @@ CASES = {
         "sharded_logits",
         "tokens_of_one_rank",
         "tokens_of_hidden_states",
+        "what_is_exchanged",
         "top_p_of_flat_rows",
         "soft_embeddings",
         "what_differs_or_does_not_fit_raises_on_every_rank",
