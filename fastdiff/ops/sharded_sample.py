@@ -75,10 +75,7 @@ def _drawn(rows: SampleRows, top: Tensor, shard: Shard, backend: str | None) -> 
     torch.sub(z, top.to(exact).unsqueeze(1), out=weights).div_(rows.temperature).exp_()
     least = _least_kept(rows, weights, shard)
     log_sums = shard.sum(padded.sum(1)).log()
-    race = dataclasses.replace(
-        rows, z=log_sums, live=torch.ones_like(rows.live), exclude=None, temperature=1.0, top_k=0, top_p=1.0,
-        with_stats=False,
-    )  # fmt: skip
+    race = dataclasses.replace(rows, z=log_sums, exclude=None, temperature=1.0, top_k=0, top_p=1.0, with_stats=False)
     winner = row_sample(race, backend).tokens.unsqueeze(1)  # up to RACE_CLASSES ids race as classes do
 
     # Then the ids of the class, of which each rank has some.
@@ -91,9 +88,8 @@ def _drawn(rows: SampleRows, top: Tensor, shard: Shard, backend: str | None) -> 
         rows.seed, Purpose.RACE, rows.step, rows.sample_ids.unsqueeze(1), rows.positions.unsqueeze(1), ids + classes
     )
     times = reference.exponential(draws).log() - (x - top.unsqueeze(1)) / rows.temperature
-    time, at = torch.where(runs, times, torch.inf).min(1)
-    at = at.unsqueeze(1)
-    told = torch.stack([time, ids.gather(1, at).squeeze(1).double(), x.gather(1, at).squeeze(1)])
+    time, at = torch.where(runs, times, torch.inf).min(1, keepdim=True)
+    told = torch.stack([time, ids.gather(1, at).double(), x.gather(1, at)]).squeeze(2)
     times, ids, x = shard.gather(told).unbind(1)
     rank = times.min(0).indices
     return _of(ids, rank), _of(x, rank)
