@@ -37,7 +37,7 @@ def sharded_sample(rows: SampleRows, shard: Shard, backend: str | None) -> Drawn
     token, z_token = (argmax, top) if rows.temperature == 0 else _drawn(rows, top, shard, backend)
     tokens = torch.where(possible, token.long(), rows.xt)
     if not rows.with_stats:
-        return Drawn(tokens, tokens.new_empty(0), torch.empty(0, device=z.device))
+        return Drawn(tokens, tokens.new_empty(0), top.float().new_empty(0))
     merged = _merged(tops, winner, stats, z_token)
     return Drawn(tokens, torch.where(possible, argmax.long(), rows.xt), torch.where(possible, merged, 0))
 
