@@ -30,11 +30,10 @@ def linear_soft_embeddings(
     group: "ProcessGroup | None" = None,
     backend: str | None = None,
 ) -> Tensor:
-    """sum_v p_v E_v with p = softmax(logits / temperature): what a model expects where a token is masked, as an input
-    of its next pass. The logits hidden @ lm_head.T + bias are never whole in memory.
+    """Mean embeddings sum_v p_v E_v, p = softmax(logits / temperature) of logits that are never whole in memory.
 
-    Only the rows of the mask are multiplied; backward makes their logits once more. Under autocast it multiplies in
-    autocast's type.
+    They tell a model what it expects where a token is masked, as an input of its next pass. Only the rows of the mask
+    are multiplied; backward makes their logits once more. Under autocast it multiplies in autocast's type.
 
     Args:
         hidden: [..., D] float32, float64, bfloat16 or float16.

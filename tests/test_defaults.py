@@ -199,7 +199,8 @@ CALLS = {
         HIDDEN, LM_HEAD, XT, bias=BIAS, return_stats=True, **DRAWN
     ),
     "linear_soft_embeddings": lambda: [
-        fastdiff.linear_soft_embeddings(HIDDEN, LM_HEAD, bias=BIAS, mask=XT == M, backend=b) for b in (None, "reference")
+        fastdiff.linear_soft_embeddings(HIDDEN, LM_HEAD, bias=BIAS, mask=XT == M, backend=b)
+        for b in (None, "reference")
     ],
     "sample": lambda: [fastdiff.sample(network, sampler=s, **SAMPLED) for s in ("tweedie", "first_hitting", "margin")],
     "sample, scores": lambda: fastdiff.sample(network, sampler="euler", parametrization="log_score", **SAMPLED),
