@@ -1,12 +1,15 @@
 """The `fastdiff` command: tokenize, plan, train, eval, table, answers, sample, doctor."""
 
+import logging
 import os
 import sys
 import time
 import warnings
+from typing import Annotated
 
 import torch.distributed as dist
 
+import fastdiff
 from fastdiff.backends import BackendUnavailable
 
 try:
@@ -26,7 +29,6 @@ from fastdiff.cli.tokenize import tokenize
 from fastdiff.cli.train import train
 
 app = typer.Typer(
-    help="Train, score and sample discrete-diffusion language models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -40,6 +42,22 @@ app.command("answers")(answers)
 app.command("sample")(sample)
 app.command("doctor")(doctor)
 
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fastdiff {fastdiff.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_tell_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Train, score and sample discrete-diffusion language models."""
+
+
 _TO_TELL = 10  # seconds
 _USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, MemoryError, BackendUnavailable)
 _OF_A_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -48,6 +66,7 @@ _OF_A_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Bro
 def main() -> None:
     """Run the command line; what a user can put right ends as one line on stderr and exit code 2."""
     warnings.showwarning = lambda message, *_: print("fastdiff:", message, file=sys.stderr)
+    _show_progress()
     try:
         app()
     except _USER_ERRORS as error:
@@ -61,6 +80,16 @@ def main() -> None:
             raise
         print(f"fastdiff: rank {os.environ.get('RANK')} has lost another, which must have ended", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _show_progress() -> None:
+    """The package's log to stderr, of the first of torchrun's ranks alone."""
+    if os.environ.get("RANK", "0") == "0":
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("fastdiff: %(message)s"))
+        log = logging.getLogger("fastdiff")
+        log.handlers = [handler]
+        log.setLevel(logging.INFO)
 
 
 def _told_by_the_first(error: Exception) -> bool:
