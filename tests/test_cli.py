@@ -295,6 +295,7 @@ def test_data_of_a_run_is_found_from_elsewhere(folder, monkeypatch):
 def test_part_of_the_training_data_is_said_to_be_that(folder):
     (folder / "texts").mkdir()
     (folder / "text.txt").rename(folder / "texts" / "a.txt")
+    (folder / "texts" / "b.txt").write_text("another text " * 100)
     invoke(f"train --data texts --out run {SMALL} --eval-every 0")
     with pytest.warns(UserWarning, match="texts/a.txt is in the folder that run was trained on, and not held out"):
         assert "│ texts/a.txt " in invoke("eval run --data texts/a.txt --num-samples 15 --num-sequences 4")

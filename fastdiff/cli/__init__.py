@@ -5,6 +5,8 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import torch.distributed as dist
@@ -66,9 +68,9 @@ _OF_A_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Bro
 def main() -> None:
     """Run the command line; what a user can put right ends as one line on stderr and exit code 2."""
     warnings.showwarning = lambda message, *_: print("fastdiff:", message, file=sys.stderr)
-    _show_progress()
     try:
-        app()
+        with _progress():
+            app()
     except _USER_ERRORS as error:
         if _told_by_the_first(error):
             time.sleep(_TO_TELL)  # once a rank has left, torchrun ends the others, of which the first may be late
@@ -82,14 +84,20 @@ def main() -> None:
         raise SystemExit(1) from None
 
 
-def _show_progress() -> None:
+@contextmanager
+def _progress() -> Iterator[None]:
     """The package's log to stderr, of the first of torchrun's ranks alone."""
+    log, handler = logging.getLogger("fastdiff"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("fastdiff: %(message)s"))
+    level = log.level
     if os.environ.get("RANK", "0") == "0":
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("fastdiff: %(message)s"))
-        log = logging.getLogger("fastdiff")
-        log.handlers = [handler]
+        log.addHandler(handler)
         log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def _told_by_the_first(error: Exception) -> bool:
