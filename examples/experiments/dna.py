@@ -5,7 +5,7 @@ import torch
 from fastdiff import exact_nll, time_free_nll
 from fastdiff.data import Table as Strings
 
-from ..dna import dna_strings
+from ..dna import Conditionals, dna_strings
 from .report import Setup, Table, reporting
 from .toys import MASK, agreement, fit, picture, shown
 
@@ -18,7 +18,8 @@ def run(setup: Setup) -> None:
     with reporting("dna", setup) as report:
         strings, p = dna_strings()
         source, everywhere = Strings(strings, num_tokens=MASK, probs=p), torch.ones(8, dtype=torch.bool)
-        model = fit(source, everywhere, steps=4 if setup.quick else 4000, batch=256, lr=3e-3)
+        torch.manual_seed(0)
+        model = fit(Conditionals(), source, everywhere, steps=4 if setup.quick else 4000, batch=512, lr=2e-3)
         true, exact = -p.log(), exact_nll(model, strings, mask_index=MASK).nll
         estimate = time_free_nll(model, strings, mask_index=MASK, num_samples=PASSES)
         low, high = estimate.interval()
@@ -32,7 +33,8 @@ def run(setup: Setup) -> None:
         report.numbers |= {"exact": exact.tolist(), "estimate": estimate.to_dict()}
         notes = [
             f"95% intervals that hold the value over every subset: {held:.0%}.",
-            "The paper shows a figure, of true and estimated NLL that match, and no number.",
+            "A network of three layers, not a transformer. The paper shows a figure, of true and estimated NLL that "
+            "match, and no number.",
         ]
         head = ["NLL of a string, nats", "correlation", "mean error", "largest error"]
         rows = [[name, *shown(numbers)] for name, numbers in compared.items()]

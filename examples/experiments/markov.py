@@ -4,6 +4,7 @@ import torch
 
 from fastdiff.data import Table as Strings
 from fastdiff.estimators import conditional_nll
+from fastdiff.model import DiffusionTransformer, ModelConfig
 
 from ..dna import markov_nll, markov_strings, markov_transition
 from .report import Setup, Table, reporting
@@ -20,7 +21,10 @@ def run(setup: Setup) -> None:
         strings = markov_strings(transition, 2000 if setup.quick else 200_000, 2 * HALF, seed=1)
         held_out = markov_strings(transition, 8 if setup.quick else 128, 2 * HALF, seed=2)
         target = torch.arange(2 * HALF) >= HALF
-        model = fit(Strings(strings, num_tokens=MASK), target, steps=4 if setup.quick else 6000, batch=64, lr=3e-3)
+        torch.manual_seed(0)
+        network = DiffusionTransformer(ModelConfig(MASK + 1, max_length=2 * HALF, dim=64, depth=2, heads=4))
+        source, steps = Strings(strings, num_tokens=MASK), 4 if setup.quick else 6000
+        model = fit(network, source, target, steps=steps, batch=64, lr=3e-3)
         exact = markov_nll(transition, held_out, HALF)
         prompt, response = held_out.split(HALF, 1)
         estimate = conditional_nll(model, prompt, response, mask_index=MASK, num_samples=PASSES)

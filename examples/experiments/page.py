@@ -26,14 +26,10 @@ COLORS = 64  # of a picture, a third of its size then
 
 
 def write(out: Path, experiments: dict[str, ModuleType], page: Path) -> None:
-    """The results in a folder, those that are there.
-
-    Raises:
-        FileNotFoundError: no result at all.
-    """
+    """The results in a folder, those that are there."""
     found = {name: out / f"{name}.json" for name in experiments if (out / f"{name}.json").exists()}
     if not found:
-        raise FileNotFoundError(f"{out}: expected results of experiments, found none; run them first")
+        raise SystemExit(f"{out}: no results of experiments yet; run them first")
     page.parent.mkdir(parents=True, exist_ok=True)
     parts = [TOP]
     for name, path in found.items():

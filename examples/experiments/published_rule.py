@@ -38,7 +38,7 @@ def published(
 
 
 def known_strings(passes: int) -> dict[str, dict[str, float]]:
-    """Of 128 strings of DNA with their true conditionals: the mean of -log p by each rule, its excess, and its error."""
+    """Of 128 strings of DNA with true conditionals: the mean of -log p by each rule, its excess, and its error."""
     strings, p = dna_strings()
     letters = F.one_hot(strings, MASK + 1).double()
 

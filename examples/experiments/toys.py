@@ -4,11 +4,10 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff import NLLEstimate, dce_loss, mask_exactly, sample_mask_counts
 from fastdiff.data import Table as Strings
-from fastdiff.model import DiffusionTransformer, ModelConfig
 
 from ..dna import LETTERS
 from .report import console
@@ -16,10 +15,8 @@ from .report import console
 MASK = len(LETTERS)
 
 
-def fit(source: Strings, target: Tensor, *, steps: int, batch: int, lr: float) -> DiffusionTransformer:
+def fit(model: nn.Module, source: Strings, target: Tensor, *, steps: int, batch: int, lr: float) -> nn.Module:
     """Trains the conditionals of the target positions [L]: only they are masked, m of them, m uniform."""
-    torch.manual_seed(0)
-    model = DiffusionTransformer(ModelConfig(MASK + 1, max_length=len(target), dim=64, depth=2, heads=4))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
     for step in track(range(steps), "strings", console=console, disable=not console.is_terminal):

@@ -36,7 +36,8 @@ def run(setup: Setup) -> None:
         report.numbers = {"texts": numbers}
         notes = [
             f"± is half of the 95% interval over {n} windows of {like_training.shape[1]} tokens.",
-            "Published models on the benchmarks of their papers: `fastdiff table`, which prints the papers' numbers too.",
+            "Published models on the benchmarks of their papers: `fastdiff table`, which prints the papers' numbers "
+            "too.",
         ]
         head = ["text", "bits per token", "standard error of masks", "perplexity"]
         report.tables = [Table("One model, three texts", head, rows, notes)]
