@@ -7,7 +7,6 @@ the same 27 letters, and what a response from another place gives is a row of it
 
 import matplotlib.pyplot as plt
 import torch
-import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -38,8 +37,8 @@ def run(setup: Setup) -> None:
     """Responses of other texts and of a generator told from the true ones, by likelihood given the prompt."""
     n, passes = (4, 16) if setup.quick else (96, 64)
     model, text = subject(setup), letter_text(setup)
-    if model.name_of("time-free") != "time-free":
-        raise SystemExit("model: expected one of masks, without blocks; the others give no response given a prompt")
+    if (kind := model.name_of("time-free")) != "time-free":
+        raise SystemExit(f"model: expected one with a time-free likelihood, of masks, got {setup.model} with a {kind}'s")
     with reporting("auditing", setup) as report:
         texts = continuations(setup, text, n, min(LENGTH, model.length))
         scores = {name: response_scores(model, x, passes) for name, x in texts.items()}
@@ -129,7 +128,7 @@ def area_under_curve(nll: Tensor, true: Tensor) -> Area:
     n = len(true)
     less = (nll.unsqueeze(1) > true).double() + (nll.unsqueeze(1) == true).double() / 2
     drawn = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(0))
-    counts = F.one_hot(drawn, n).sum(1).double()
+    counts = torch.zeros(RESAMPLES, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
     areas = ((counts @ less) * counts).sum(1) / n**2
     return less.mean().item(), areas.std().item()
 
