@@ -5,7 +5,7 @@ import torch
 from oracles import dna_toy, mixture
 from torch import Tensor
 
-from examples.experiments.auditing import area_under_curve
+from examples.experiments.areas import area_under_curve
 from examples.experiments.autoregressive import continued
 from examples.experiments.methods import MASK, N, next_letters
 from examples.experiments.published_rule import MEANS, SUMS, published
