@@ -5,9 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help demo test bench sanitize docs lint format clean
+.PHONY: help demo experiments test bench sanitize docs lint format clean
 help:
 	@echo "make demo   train a small model on real text and print its likelihood, about 5 minutes on two cores"
+	@echo "make experiments   the papers' experiments in small and a page of them, 90 minutes on two cores; it goes on if stopped"
 	@echo "make test   run the tests"
 	@echo "make bench  measure the kernels against the published formulas"
 	@echo "make sanitize   run the random cases, and the CUDA kernels emulated, under AddressSanitizer and UBSan"
@@ -16,6 +17,10 @@ help:
 
 demo: $(VENV)/built
 	$(BIN)/python examples/demo.py
+
+experiments: $(VENV)/built
+	$(BIN)/python -m examples.experiments all
+	$(BIN)/python -m examples.experiments page --to runs/experiments/README.md
 
 # Two workers of two threads each on two cores: a thread that waits must not spin.
 test: $(VENV)/built

@@ -7,17 +7,14 @@ import json
 import os
 import shutil
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from dna import LETTERS, dna_strings
+from dna import LETTERS, Conditionals, dna_strings
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import nn
-from torch.nn import functional as F
 
 from fastdiff import dce_loss, exact_nll, mask_exactly, sample, sample_mask_counts, time_free_nll
 from fastdiff.data import NUM_BYTES, Text, decode, encode, load_documents
@@ -52,19 +49,6 @@ def score_text(model: DiffusionTransformer, source: Text) -> dict[str, tuple[flo
         estimate = time_free_nll(model, x0, mask_index=NUM_BYTES, num_samples=PASSES, proposal=proposal).pooled()
         result[proposal] = (estimate.bits_per_token.item(), estimate.bits_per_token_stderr.item())
     return result
-
-
-class Conditionals(nn.Module):
-    """A small network of one-hot strings [B, 8] -> logits [B, 8, 5]; any callable will do for the library."""
-
-    def __init__(self, width: int = 512) -> None:
-        super().__init__()
-        sizes = (40, width, width, width)
-        hidden = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.GELU())]
-        self.net = nn.Sequential(*hidden, nn.Linear(width, 40))
-
-    def forward(self, xt: torch.Tensor) -> torch.Tensor:
-        return self.net(F.one_hot(xt, 5).float().flatten(1)).view(-1, 8, 5)
 
 
 def train_dna() -> tuple[torch.Tensor, torch.Tensor]:

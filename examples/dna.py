@@ -1,7 +1,10 @@
-"""The DNA toys of Jeon et al. (2025): small distributions over strings whose true likelihood is known."""
+"""The DNA toys of Jeon et al. (2025): distributions over strings whose true likelihood is known; a network of one."""
+
+from itertools import pairwise
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 LETTERS = "ACGT"
 
@@ -12,6 +15,19 @@ def dna_strings(seed: int = 0) -> tuple[Tensor, Tensor]:
     codes = torch.randperm(4**8, generator=generator)[:128]
     strings = (codes.unsqueeze(1) >> (2 * torch.arange(8))) & 3
     return strings, torch.softmax(torch.rand(128, dtype=torch.float64, generator=generator) / 0.5, 0)
+
+
+class Conditionals(nn.Module):
+    """A small network of one-hot strings [B, 8] -> logits [B, 8, 5]; any callable will do for the library."""
+
+    def __init__(self, width: int = 512) -> None:
+        super().__init__()
+        sizes = (40, width, width, width)
+        hidden = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.GELU())]
+        self.net = nn.Sequential(*hidden, nn.Linear(width, 40))
+
+    def forward(self, xt: Tensor) -> Tensor:
+        return self.net(F.one_hot(xt, 5).float().flatten(1)).view(-1, 8, 5)
 
 
 def markov_transition(order: int = 4, *, seed: int = 0, num_letters: int = 4, sharpness: float = 1.5) -> Tensor:

@@ -45,6 +45,7 @@ from fastdiff.reverse import reverse_probs, reverse_step
 from fastdiff.sampling import Generated, sample
 from fastdiff.schedules import Cosine, Geometric, Hybrid, Linear, LogLinear, Polynomial
 from fastdiff.score_matching import csm_loss, linear_csm_loss
+from fastdiff.soft_embeddings import linear_soft_embeddings
 from fastdiff.times import ImportanceTimes
 from fastdiff.tokens import TokenStats, linear_sample_tokens, sample_tokens
 
@@ -97,6 +98,7 @@ __all__ = [
     "linear_loo_loss",
     "linear_mixture_loss",
     "linear_sample_tokens",
+    "linear_soft_embeddings",
     "linear_token_logps",
     "log_likelihood_ratio",
     "loo_loss",

@@ -1,12 +1,13 @@
-"""Models that are asked and not trained: how they are given, evaluation mode, and a progress bar."""
+"""Models that are asked and not trained: how they are given, and evaluation mode."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastdiff.progress import progress
 
 # xt [b, L] -> logits [b, L, V] or an object with `.logits`; or a pair of xt -> hidden states [b, L, D] (or an
 # object with `.last_hidden_state`) and the last layer, an nn.Linear or its weight [V, D].
@@ -33,14 +34,11 @@ def model_parts(model: Model | BlockModel) -> tuple[Callable[..., Any], Tensor |
     return body, weight, bias
 
 
-_SHOWS: ContextVar[bool] = ContextVar("whether a bar is shown", default=False)
-
-
 @contextmanager
 def evaluating(
     body: Callable[..., Any], total: int, *, unit: str = "network passes", differentiable: bool = False
 ) -> Iterator[Callable[[int], None]]:
-    """What to call with the number of `total` just done, for a progress bar on a terminal.
+    """What to call with the number of `total` just done, for what `progress` shows.
 
     Unless differentiable, no gradients inside, and an nn.Module, or that of a method, in evaluation mode, with each
     submodule back in its own afterwards.
@@ -56,26 +54,3 @@ def evaluating(
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
-
-
-@contextmanager
-def progress(total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A bar, with what to call with the number just done; the outermost of several.
-
-    It shows nothing unless stderr is a terminal and rich is installed.
-    """
-    try:
-        from rich.console import Console
-        from rich.progress import Progress
-    except ImportError:
-        yield lambda done: None
-        return
-    console = Console(stderr=True)
-    inside = _SHOWS.get()
-    token = _SHOWS.set(True)
-    try:
-        with Progress(console=console, transient=True, disable=inside or not console.is_terminal) as bar:
-            task = bar.add_task(unit, total=total)
-            yield lambda done: bar.advance(task, done)
-    finally:
-        _SHOWS.reset(token)

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 from fastdiff.estimators import NLLEstimate
-from fastdiff.evaluating import progress
 from fastdiff.loading import Loaded
 from fastdiff.processes import join
+from fastdiff.progress import progress
 from fastdiff.texts import Piece
 
 TOGETHER = 8  # pieces of equal lengths in one estimate: what is kept, and what goes to a rank

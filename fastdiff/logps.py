@@ -9,7 +9,7 @@ from torch import Tensor
 from fastdiff.checks import check_rows
 from fastdiff.linear_losses import last_layer
 from fastdiff.losses import dce_rows, logits_loss
-from fastdiff.ops.linear_loss import linear_loss
+from fastdiff.ops.linear_loss import Head, linear_loss
 from fastdiff.ops.row_loss import ENTROPY
 
 if TYPE_CHECKING:
@@ -60,13 +60,7 @@ def linear_token_logps(  # type: ignore[misc]  # the overloads only tell apart w
         ValueError, TypeError: as `linear_dce_loss`; temperature is not a finite number > 0.
         BackendUnavailable: the backend named cannot run here.
     """
-    head = last_layer(hidden, lm_head, bias, softcap, capacity, group)
-    head = dataclasses.replace(
-        head,
-        hidden=_over(head.hidden, temperature),
-        bias=None if head.bias is None else _over(head.bias, temperature),
-        softcap=head.softcap / temperature,
-    )
+    head = at_temperature(last_layer(hidden, lm_head, bias, softcap, capacity, group), temperature)
     rest = (x0, None, mask, None, mask_index, exclude_mask, ignore_index)
     rows = head.shard.checked(head.hidden.device, dce_rows, head.logits_like(), *rest)
     return _logps(*linear_loss(head, rows, backend, return_entropy), return_entropy)
@@ -119,6 +113,12 @@ def token_logps(  # type: ignore[misc]  # the overloads only tell apart what com
     rest = (x0, None, mask, None, mask_index, exclude_mask, ignore_index)
     found = logits_loss("logits", _over(logits, temperature), dce_rows, rest, group, backend, return_entropy)
     return _logps(*found, return_entropy)
+
+
+def at_temperature(head: Head, temperature: float) -> Head:
+    """A last layer whose logits are divided by a temperature."""
+    hidden, bias = _over(head.hidden, temperature), None if head.bias is None else _over(head.bias, temperature)
+    return dataclasses.replace(head, hidden=hidden, bias=bias, softcap=head.softcap / temperature)
 
 
 def _over(x: Tensor, temperature: float) -> Tensor:

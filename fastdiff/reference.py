@@ -428,14 +428,14 @@ def race(log_w: Tensor, draws: Tensor) -> Tensor:
     """
     classes = draws.shape[-1]
     log_w = F.pad(log_w.double(), (0, -log_w.shape[-1] % classes), value=-torch.inf).unflatten(-1, (-1, classes))
-    log_e = _exponential(draws).log()
+    log_e = exponential(draws).log()
     first = torch.argmin(log_e[..., 0, :] - torch.logsumexp(log_w, -2), -1)
     at = first[..., None, None].expand(*log_w.shape[:-1], 1)
     member = torch.argmin((log_e[..., 1:, :].gather(-1, at) - log_w.gather(-1, at)).squeeze(-1), -1)
     return member * classes + first
 
 
-def _exponential(draws: Tensor) -> Tensor:
+def exponential(draws: Tensor) -> Tensor:
     """-log of a uniform, from whichever end of (0, 1) keeps its digits."""
     u = (torch.where(draws < 2**31, draws, 2**32 - 1 - draws).double() + 0.5) * 2.0**-32
     return torch.where(draws < 2**31, -torch.log1p(-u), -torch.log(u))

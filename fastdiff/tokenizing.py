@@ -25,8 +25,8 @@ import numpy as np
 from fastdiff.checks import check_integer
 from fastdiff.data import data_files, is_text
 from fastdiff.documents import Span, documents, parts
-from fastdiff.evaluating import progress
 from fastdiff.files import write_atomically
+from fastdiff.progress import progress
 from fastdiff.shards import (
     FORMAT,
     TokenFolder,

@@ -1,17 +1,23 @@
 """Tokens drawn from a model's logits, or from hidden states without logits, where a sequence is masked."""
 
 import math
-from collections.abc import Iterable
-from typing import Literal, NamedTuple, overload
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.checks import check_bool, check_integer, check_rows, check_tokens, vocabulary_index
+from fastdiff.linear_losses import last_layer
 from fastdiff.noising import resolve_seed
-from fastdiff.ops.linear_loss import TILE_BYTES
+from fastdiff.ops.linear_loss import TILE_BYTES, Head
+from fastdiff.ops.parallel import shard_of
 from fastdiff.ops.row_sample import Drawn, SampleRows, row_sample
+from fastdiff.ops.sharded_sample import IDS_BYTES, sharded_sample
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Names = tuple[int | Tensor | None, int | Tensor, Tensor | None, torch.Generator | None]
 
@@ -53,6 +59,7 @@ def sample_tokens(  # type: ignore[misc]  # the overloads only tell apart what c
     step: int | Tensor = 0,
     sample_ids: Tensor | None = None,
     generator: torch.Generator | None = None,
+    group: "ProcessGroup | None" = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Draws a token at each masked position from softmax(logits / temperature); one read of its row, no other rows.
@@ -70,6 +77,9 @@ def sample_tokens(  # type: ignore[misc]  # the overloads only tell apart what c
         top_k, top_p: keep the top_k largest, then the fewest of largest probability that have top_p of it; ties stay.
         return_stats: also how sure the model is, from the same read.
         seed, step, sample_ids, generator: what names the draws, see `mask_tokens`; step is one number for all.
+        group: the ranks over which V is cut, in equal parts in the order of ranks; logits may also be a DTensor sharded
+            along V. All else is the same on all ranks, and so is what comes back: the tokens of one rank. Without a
+            seed it is the first rank's.
         backend: None for the best that can run, else "cpu", "triton" or "reference".
 
     Returns:
@@ -77,14 +87,18 @@ def sample_tokens(  # type: ignore[misc]  # the overloads only tell apart what c
 
     Raises:
         ValueError, TypeError: an argument does not fit; a row has NaN, inf, or no finite number (on a GPU its token
-            stays x_t instead).
+            stays x_t instead); on every rank of a group, if one refuses its arguments or they differ.
         BackendUnavailable: the backend named cannot run here.
     """
     check_rows("logits", logits)
-    names = _names(temperature, seed, step, sample_ids, generator)
-    rows = token_rows(logits, xt, mask, mask_index, exclude_mask, exclude, names)
-    _set_law(rows, temperature, top_k, top_p, return_stats)
-    return _result(row_sample(rows, backend), return_stats)
+    logits, shard = shard_of("logits", logits, -1, group)
+    head = Head(logits, None, None, 0.0, -1, logits.dtype, shard)
+    where, names = (xt, mask, mask_index, exclude_mask, exclude), _names(temperature, seed, step, sample_ids, generator)
+    law = (temperature, top_k, top_p, return_stats)
+    rows = shard.checked(logits.device, _rows, head.logits_like() if shard.group else logits, where, names, law)
+    if not shard.group:
+        return _result(row_sample(rows, backend), return_stats)
+    return _result(_in_parts(rows, head, lambda at: logits[at], seed is None, backend), return_stats)
 
 
 def linear_sample_tokens(
@@ -105,33 +119,74 @@ def linear_sample_tokens(
     step: int | Tensor = 0,
     sample_ids: Tensor | None = None,
     generator: torch.Generator | None = None,
+    group: "ProcessGroup | None" = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """`sample_tokens` of hidden @ lm_head.T + bias; logits are made for masked positions only, a few at a time.
 
     Args:
         hidden: [B, L, D]; lm_head: [V, D], as `nn.Linear.weight`; bias: [V]. All of one type.
+        group: the ranks over whose ids lm_head (and bias) are cut, as in `sample_tokens`; lm_head may also be a DTensor
+            sharded along V.
         The others: as in `sample_tokens`, whose tokens these are.
     """
-    check_rows("hidden", hidden, "D")
-    check_rows("lm_head", lm_head, "D")
-    if lm_head.dim() != 2 or lm_head.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"lm_head: expected shape [V, D={hidden.shape[-1]}], got {tuple(lm_head.shape)}")
-    z = hidden.new_empty(()).expand(*hidden.shape[:-1], len(lm_head))
-    names = _names(temperature, seed, step, sample_ids, generator)
-    rows = token_rows(z, xt, mask, mask_index, exclude_mask, exclude, names)
-    _set_law(rows, temperature, top_k, top_p, return_stats)
-    whole = Drawn(
-        rows.xt.clone(), rows.xt.clone(), torch.zeros(3, *rows.xt.shape, dtype=torch.float32, device=xt.device)
-    )
-    length = max(1, TILE_BYTES[hidden.device.type] // (len(lm_head) * hidden.element_size()))
-    for part in rows.live.nonzero().split(length):
+    head = last_layer(hidden, lm_head, bias, 0.0, None, group)
+    where, names = (xt, mask, mask_index, exclude_mask, exclude), _names(temperature, seed, step, sample_ids, generator)
+    law = (temperature, top_k, top_p, return_stats)
+    rows = head.shard.checked(head.hidden.device, _rows, head.logits_like(), where, names, law)
+
+    def logits_at(at: tuple[Tensor, ...]) -> Tensor:
+        assert head.lm_head is not None
+        return F.linear(head.hidden[at], head.lm_head, head.bias)
+
+    return _result(_in_parts(rows, head, logits_at, seed is None, backend), return_stats)
+
+
+def _in_parts(
+    rows: SampleRows,
+    head: Head,
+    logits_at: Callable[[tuple[Tensor, ...]], Tensor],
+    any_seed: bool,
+    backend: str | None,
+) -> Drawn:
+    """`row_sample` of logits that are made for some rows at a time, new ones each time; over ranks if head is."""
+    live, shard, row_bytes = rows.live.nonzero(), head.shard, head.num_states * head.dtype.itemsize
+    if shard.group:
+        _agree(rows, live, head, any_seed)
+        row_bytes = shard.size * (head.dtype.itemsize + IDS_BYTES)  # the same on all ranks
+    shape = rows.xt.shape
+    whole = Drawn(rows.xt.clone(), rows.xt.clone(), torch.zeros(3, *shape, dtype=torch.float32, device=live.device))
+    for part in live.split(max(1, TILE_BYTES[live.device.type] // row_bytes)) if len(live) else ():
         at = part.unbind(1)
-        drawn = row_sample(rows.at(F.linear(hidden[at], lm_head, bias), *at), backend)
+        some = rows.at(logits_at(at).detach(), *at)
+        drawn = sharded_sample(some, shard, backend) if shard.group else row_sample(some, backend)
         whole.tokens[at] = drawn.tokens
-        if return_stats:
+        if rows.with_stats:
             whole.argmax[at], whole.stats[:, at[0], at[1]] = drawn.argmax, drawn.stats
-    return _result(whole, return_stats)
+    return whole
+
+
+def _agree(rows: SampleRows, live: Tensor, head: Head, any_seed: bool) -> None:
+    """Raises on all ranks if one has other arguments; the seed, if it is not given, becomes the first rank's."""
+    options = hash((rows.temperature, rows.top_k, rows.top_p, rows.with_stats, any_seed))
+    names = [rows.step, rows.seed * (not any_seed), torch.full_like(rows.seed, options)]
+    names += [rows.sample_ids.flatten(), rows.seed.new_empty(0) if rows.exclude is None else rows.exclude]
+    told = [torch.full_like(rows.seed, rows.xt.numel()), torch.full_like(rows.seed, len(live))]
+    told += [_digest(rows.xt, live), _digest(*names)]
+    head.shard.check_alike(
+        head.num_states,
+        torch.stack(told),
+        "xt: expected the same tokens, places to draw, names of draws and options on every rank of the group, got "
+        "different ones",
+    )
+    rows.seed = head.shard.gather(rows.seed)[0]
+
+
+def _digest(*numbers: Tensor) -> Tensor:
+    """A number that tells int64 tensors apart, by their entries and the order of these."""
+    entries = torch.cat([x.flatten() for x in numbers])
+    place = torch.arange(1, len(entries) + 1, device=entries.device) * 0x9E3779B97F4A7C1
+    return ((entries + place) * (place | 1)).sum()
 
 
 def _names(
@@ -143,6 +198,17 @@ def _names(
 ) -> Names:
     """At temperature 0 nothing is drawn, so that no generator is asked for a seed."""
     return (0, step, sample_ids, None) if temperature == 0 and seed is None else (seed, step, sample_ids, generator)
+
+
+def _rows(
+    z: Tensor,
+    where: tuple[Tensor, Tensor | None, int, bool, Iterable[int]],
+    names: Names,
+    law: tuple[float, int | None, float | None, bool],
+) -> SampleRows:
+    rows = token_rows(z, *where, names)
+    _set_law(rows, *law)
+    return rows
 
 
 def token_rows(

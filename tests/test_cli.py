@@ -2,9 +2,11 @@ import builtins
 import importlib.metadata
 import json
 import math
+import runpy
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,11 +107,11 @@ def test_eval_of_several_texts(folder):
     for name, text in {"a.txt": "x" * 40, "b.txt": "yz" * 30, "short.txt": "y"}.items():
         (folder / "texts" / name).write_text(text)
     (folder / "c.txt").write_text("z" * 16)
-    invoke("eval run --data texts --data c.txt --whole --num-samples 16 --json out.json")
+    invoke("eval run --data texts --data c.txt --num-samples 16 --json out.json")
     rows = json.loads((folder / "out.json").read_text())
     assert {name: row["pieces"] for name, row in rows.items()} == {"texts/a.txt": 2, "texts/b.txt": 3, "c.txt": 1}
     assert rows["c.txt"]["bits_per_byte_sd_between_pieces"] is None
-    invoke("eval run --data texts --whole --cut documents --num-samples 16 --json out.json")
+    invoke("eval run --data texts --cut documents --num-samples 16 --json out.json")
     rows = json.loads((folder / "out.json").read_text())
     assert {name[6:]: row["bytes"] for name, row in rows.items()} == {"a.txt": 40, "b.txt": 60, "short.txt": 1}
 
@@ -131,6 +133,19 @@ def test_samples(folder):
     texts = invoke("sample run --num-samples 2 --steps 4 --length 9 --seed 3 --prompt", "näh")
     assert texts.count("näh") == 2
     assert texts == invoke("sample run --num-samples 2 --steps 4 --length 9 --seed 3 --prompt", "näh")
+
+
+def test_samples_in_files(folder, capsys, monkeypatch):
+    invoke(f"train --data text.txt --out run {SMALL} --eval-every 0")
+    command = "sample run --num-samples 3 --steps 2 --length 9 --prompt line"
+    texts = invoke(command)[:-1].split("\n----------\n")
+    assert [text[:4] for text in texts] == ["line"] * 3
+    assert invoke(f"{command} --out new/texts.jsonl") == ""
+    lines = Path("new/texts.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"text": text} for text in texts]
+    invoke(f"{command} --out texts.txt")
+    assert Path("texts.txt").read_text() == "\n----------\n".join(texts) + "\n"
+    assert "out: expected a file, but new is a folder" in fail(capsys, monkeypatch, f"{command} --out new")
 
 
 def test_infill_and_how_it_came_about(folder):
@@ -160,6 +175,14 @@ def test_resume_equals_an_unbroken_run(folder):
     invoke("train --out run --resume --steps 4")
     timeless = [[r | UNTIMED for r in records(folder / run)] for run in ("unbroken", "run")]
     assert timeless[0] == timeless[1]
+
+
+def test_a_falling_learning_rate(folder, capsys, monkeypatch):
+    schedule = "--lr-schedule cosine --lr-final 0.25"
+    invoke(f"train --data text.txt --out run {SMALL} {schedule} --eval-every 0")
+    assert [r["lr"] for r in records(folder / "run")] == pytest.approx([0.0005, 0.001, 0.000625, 0.00025])
+    error = fail(capsys, monkeypatch, "train --out run --resume --steps 5")
+    assert "steps: the run in run has 4, got 5" in error
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -214,9 +237,15 @@ def test_a_run_knows_its_data(folder, capsys, monkeypatch):
         assert "run: this run was trained on other data, or on another split of it" in error
     assert {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()} == files
     invoke(f"eval run --data {other} --num-samples 16 --num-sequences 1")
-    (folder / "texts").rename(folder / "moved")
-    other = folder / "moved" / "b.txt"
     other.unlink()
+    numbers = []
+    for name in ("texts", "moved"):  # what was held out is, wherever it lies
+        Path("texts").rename(name)
+        invoke(f"eval run --data {name} --num-samples 16 --num-sequences 1 --json out.json")
+        ((text, row),) = json.loads(Path("out.json").read_text()).items()
+        assert text == f"held-out part of {name}"
+        numbers.append(row)
+    assert numbers[0] == numbers[1]
     invoke("train --out run --resume --data moved --steps 5")
 
 
@@ -263,6 +292,23 @@ def test_data_of_a_run_is_found_from_elsewhere(folder, monkeypatch):
     assert "bits per byte" in invoke("eval ../run --num-samples 15 --num-sequences 4")
 
 
+def test_part_of_the_training_data_is_said_to_be_that(folder):
+    (folder / "texts").mkdir()
+    (folder / "text.txt").rename(folder / "texts" / "a.txt")
+    (folder / "texts" / "b.txt").write_text("another text " * 100)
+    invoke(f"train --data texts --out run {SMALL} --eval-every 0")
+    with pytest.warns(UserWarning, match="texts/a.txt is in the folder that run was trained on, and not held out"):
+        assert "│ texts/a.txt " in invoke("eval run --data texts/a.txt --num-samples 15 --num-sequences 4")
+
+
+def test_version(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fastdiff", "--version"])
+    with pytest.raises(SystemExit) as exited:
+        runpy.run_module("fastdiff", run_name="__main__")
+    assert exited.value.code == 0
+    assert capsys.readouterr().out == f"fastdiff {importlib.metadata.version('fastdiff-kernels')}\n"
+
+
 def test_doctor(monkeypatch):
     monkeypatch.setattr(backends, "report", lambda: [("cpu", True, "fine"), ("cuda", False, "no GPU")])
     shown = invoke("doctor")
@@ -301,7 +347,7 @@ def test_user_errors_are_one_line(folder, capsys, monkeypatch):
     expect("eval run --length 17", "length: expected 1 to 16 tokens, got 17")
     expect("eval run --cut lines", "cut: expected one of")
     expect("eval run --context 3", "context: expected 0, or with cut 'sliding'")
-    expect("eval run --data text.txt --whole --cut sliding --context 16", "less than a window's 16, got 16")
+    expect("eval run --cut sliding --context 16", "less than a window's 16, got 16")
     expect(f"eval run --seed {2**63}", "seed: expected a number of 64 bits")
     expect("eval run --json run", "json: expected a file, but run is a folder")
     expect("eval run --proposal best --num-samples 15", "proposal: expected one of")

@@ -198,6 +198,10 @@ CALLS = {
     "linear_sample_tokens": lambda: fastdiff.linear_sample_tokens(
         HIDDEN, LM_HEAD, XT, bias=BIAS, return_stats=True, **DRAWN
     ),
+    "linear_soft_embeddings": lambda: [
+        fastdiff.linear_soft_embeddings(HIDDEN, LM_HEAD, bias=BIAS, mask=XT == M, backend=b)
+        for b in (None, "reference")
+    ],
     "sample": lambda: [fastdiff.sample(network, sampler=s, **SAMPLED) for s in ("tweedie", "first_hitting", "margin")],
     "sample, scores": lambda: fastdiff.sample(network, sampler="euler", parametrization="log_score", **SAMPLED),
     "sample, hidden states": lambda: fastdiff.sample((body, LM_HEAD), sampler="entropy", prompt=PROMPT[0], **SAMPLED),

@@ -2,13 +2,18 @@
 
 import importlib
 import importlib.metadata
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+from guides import GIVEN
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 PATH = r"(?:benchmarks|csrc|docs|examples|fastdiff|tests)/[\w/-]+\.\w+"
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -47,13 +52,42 @@ def test_only_what_pip_finds_is_installed_by_name(page):
             assert set(names.split(",")) <= set(extras)
 
 
+def python_of(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
 def test_the_readme_runs():
-    for snippet in re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL):
+    for snippet in python_of(ROOT / "README.md"):
         exec(snippet, {})
 
 
+@pytest.mark.parametrize("name", GIVEN)
+def test_the_guides_run(name, tmp_path, monkeypatch):
+    """All of a page in one go, from what it takes as given."""
+    monkeypatch.chdir(tmp_path)
+    names = GIVEN[name]()
+    snippets = python_of(ROOT / "docs" / name)
+    assert snippets
+    for snippet in snippets:
+        exec(snippet, names)
+
+
+def test_the_command_is_told_whole():
+    pytest.importorskip("typer")
+    path = ROOT / "docs" / "hooks.py"
+    spec = importlib.util.spec_from_file_location("hooks", path)
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    shown = hooks.on_page_markdown((ROOT / "docs" / "command.md").read_text())
+    for command in hooks.app.registered_commands:
+        assert f"\n## `fastdiff {command.name}`\n" in shown
+    assert "* `--lr-schedule" in shown
+
+
 def test_the_seams_of_the_readme_are_there():
+    reference = (ROOT / "docs" / "integrations" / "reference.md").read_text()
     seams = re.findall(r"\| `(\w+)\.(\w+)\(", (ROOT / "README.md").read_text())
     assert len(seams) > 10
     for module, name in seams:
+        assert re.search(rf"integrations.{module}\n.*\n.*[\[ ]{name}[,\]]", reference), f"{module}.{name}"
         assert f"def {name}(" in (ROOT / "fastdiff" / "integrations" / f"{module}.py").read_text()

@@ -174,6 +174,35 @@ def test_bfloat16():
 # -- checkpoints -----------------------------------------------------------------------------------------
 
 
+def test_learning_rates():
+    config = TrainConfig(steps=8, warmup=4, lr=0.8)
+    assert [config.lr_at(step) for step in range(8)] == pytest.approx([0.2, 0.4, 0.6, *[0.8] * 5])
+    config = TrainConfig(steps=8, warmup=4, lr=0.8, lr_schedule="cosine", lr_final=0.5)
+    falling = [0.6 + 0.2 * math.cos(math.pi * done) for done in (0.25, 0.5, 0.75, 1)]
+    assert [config.lr_at(step) for step in range(8)] == pytest.approx([0.2, 0.4, 0.6, 0.8, *falling])
+    config = TrainConfig(steps=2, warmup=0, lr=0.8, lr_schedule="cosine", lr_final=0)
+    assert [config.lr_at(step) for step in range(2)] == pytest.approx([0.4, 0])
+
+
+def test_a_falling_rate_resumed_equals_unbroken(tmp_path, monkeypatch):
+    unbroken, expected = run(tmp_path / "a", lr_schedule="cosine")
+    sequences = Table.sequences
+
+    def interrupted(self, start, stop):
+        if start == 12:  # of the fourth step
+            signal.raise_signal(signal.SIGINT)
+        return sequences(self, start, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Table, "sequences", interrupted)
+        with pytest.raises(Stopped):
+            run(tmp_path / "b", lr_schedule="cosine")
+    resumed, rest = run(tmp_path / "b", lr_schedule="cosine", resume=True, model=make(seed=9))
+    assert 0 < len(rest) < 6
+    assert same_weights(resumed, unbroken)
+    assert [r | TIMES for r in on_disk(tmp_path / "b")] == [r | TIMES for r in expected]
+
+
 @pytest.mark.parametrize("loss", ["dce-k", "dse-uniform"])
 def test_resumed_run_equals_unbroken_run(tmp_path, loss):
     unbroken, expected = run(tmp_path / "a", loss=loss, eval_every=2, eval_samples=15)

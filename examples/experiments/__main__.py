@@ -4,13 +4,24 @@ What is done is not done again, and what was stopped goes on: networks and resul
 """
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from . import auditing, bits
+from . import auditing, bits, dna, generation, information, markov, page, ratio, variance, zero_shot
 from .report import Setup, console
 
-EXPERIMENTS = {"bits": bits, "auditing": auditing}
+EXPERIMENTS = {
+    "bits": bits,
+    "zero_shot": zero_shot,
+    "auditing": auditing,
+    "generation": generation,
+    "information": information,
+    "variance": variance,
+    "ratio": ratio,
+    "dna": dna,
+    "markov": markov,
+}
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -18,13 +29,16 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 @app.callback()
 def main(
     context: typer.Context,
-    out: Path = typer.Option(Path("runs/experiments"), help="Where networks and results go."),
-    text: Path = typer.Option(None, help="A file of English, such as text8; without one, the King James Bible."),
-    model: str = typer.Option(
-        None, help='The model to look into: a run, "KIND:PATH" or "hf:PATH", as of fastdiff eval.'
-    ),
-    steps: int = typer.Option(1500, help="Of training, for each network."),
-    quick: bool = typer.Option(False, help="A few steps of everything, to see that it runs."),
+    out: Annotated[Path, typer.Option(help="Where networks and results go.")] = Path("runs/experiments"),
+    text: Annotated[
+        Path | None, typer.Option(help="A file of English, such as text8; without one, the King James Bible.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help='The model to look into: a run, "KIND:PATH" or "hf:PATH", as of fastdiff eval.'),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Of training, for each network.")] = 1500,
+    quick: Annotated[bool, typer.Option(help="A few steps of everything, to see that it runs.")] = False,
 ) -> None:
     context.obj = Setup(out / "quick" if quick else out, text, model, 4 if quick else steps, quick)
 
@@ -36,6 +50,17 @@ def every(context: typer.Context) -> None:
         if not (context.obj.out / f"{name}.json").exists():
             console.rule(f"{name}, about {experiment.MINUTES} minutes")
             experiment.run(context.obj)
+
+
+@app.command("page")
+def show(
+    context: typer.Context,
+    to: Annotated[Path, typer.Option(help="The page, in markdown; pictures go beside it.")] = Path(
+        "runs/experiments/README.md"
+    ),
+) -> None:
+    """One page of all results that are there."""
+    page.write(context.obj.out, EXPERIMENTS, to)
 
 
 def add(name: str) -> None:

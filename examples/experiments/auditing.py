@@ -180,7 +180,7 @@ def toy_table(found: dict[str, dict[str, float]], passes: int) -> Table:
 
 
 def picture(scores: dict[str, Scores], areas: dict[str, Areas], passes: int) -> Figure:
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 4.5), layout="constrained")
     found = {name: by_rule[OURS][passes] for name, by_rule in scores.items()}
     colors = {name: f"C{i}" for i, name in enumerate(found)}
     histograms(left, {name: found[name] for name in (TRUE, ELSEWHERE, OTHER)}, colors)
@@ -193,7 +193,7 @@ def picture(scores: dict[str, Scores], areas: dict[str, Areas], passes: int) -> 
     right.axhline(0.5, color="0.7", zorder=0)
     right.set_xscale("log", base=2)
     right.set(xlabel="network passes", ylabel="AUC")
-    right.legend(fontsize="xx-small")
+    right.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

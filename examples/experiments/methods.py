@@ -84,23 +84,27 @@ def scored(model: Network, x0: Tensor, passes: int, graph: Absorbing | Uniform) 
 
 
 def d3pm(model: Network, x0: Tensor, graph: Absorbing | Uniform, draw: int, auxiliary: float) -> Tensor:
-    """A step of the bound for each sequence, stratified over them: [B, L]."""
-    step = 1 + (sample_times(len(x0), eps=0.0, seed=0, step=draw) * STEPS).long().clamp_max(STEPS - 1)
-    schedule = WHOLE if isinstance(graph, Absorbing) else SCHEDULE
+    """A step of the bound for each sequence, unbiased for the sum over all: [B].
+
+    Steps are those of times u^2, u stratified over the sequences: of uniform ones the first, which alone weighs as much
+    as many, would be met once in a thousand.
+    """
+    step = 1 + (sample_times(len(x0), eps=0.0, seed=0, step=draw).double() ** 2 * STEPS).long().clamp_max(STEPS - 1)
+    weight = 1 / (STEPS * ((step / STEPS).sqrt() - ((step - 1) / STEPS).sqrt()))
+    kind, schedule = ("absorb", WHOLE) if isinstance(graph, Absorbing) else ("uniform", SCHEDULE)
     sigma = schedule.total_noise(step.double() / STEPS).float()
     xt = corrupt(x0, sigma, graph, seed=0, step=draw)
-    kind = "absorb" if isinstance(graph, Absorbing) else "uniform"
-    options = dict(graph=kind, schedule=schedule, auxiliary=auxiliary)
-    return d3pm_loss(model(xt, sigma), step, xt, x0, num_steps=STEPS, **options)
+    options = dict(graph=kind, schedule=schedule, auxiliary=auxiliary, weight=weight)
+    return d3pm_loss(model(xt, sigma), step, xt, x0, num_steps=STEPS, **options).double().sum(1)
 
 
 def d3pm_trained(model: Network, x0: Tensor, step: int, graph: Absorbing | Uniform) -> Tensor:
-    return d3pm(model, x0, graph, step, AUXILIARY).mean()
+    return d3pm(model, x0, graph, step, AUXILIARY).mean() / x0.shape[1]
 
 
 @torch.no_grad()
 def d3pm_nll(model: Network, x0: Tensor, passes: int, graph: Absorbing | Uniform) -> Tensor:
-    total = sum(d3pm(model, x0, graph, draw, 0.0).double().sum(1) for draw in range(passes)) / passes
+    total = sum(d3pm(model, x0, graph, draw, 0.0) for draw in range(passes)) / passes
     return total + divergence_at_end(x0, graph)
 
 

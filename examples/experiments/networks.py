@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 from rich.progress import track
+from torch import Tensor
 
 from fastdiff.files import read_config, write_atomically
 from fastdiff.loading import Loaded, load
 from fastdiff.model import DiffusionTransformer, ModelConfig
 from fastdiff.training.objectives import SCHEDULE
 
-from .methods import ABSORBING, MASK, METHODS, Method, N
+from .methods import ABSORBING, BLOCK, MASK, METHODS, UNIFORM, Method, N
 from .report import Setup, console
-from .texts import Letters, LetterText, english
+from .texts import Letters, LetterText, english, windows
 
 LENGTH, BATCH, PEAK, WARMUP = 128, 32, 2e-3, 50
 POINTS, WINDOWS, PASSES = 10, 32, 8  # of a curve
@@ -32,10 +33,30 @@ def subject(setup: Setup) -> Loaded:
     """The model that is looked into: the one that --model names, or the time-free one of the letters (RADD)."""
     if setup.model:
         return load(setup.model, torch.device("cpu"))
-    network, _ = trained("radd", setup, letter_text(setup))
-    names = dict(graph=ABSORBING, schedule=SCHEDULE, parametrization="logits", exclude_mask=True)
-    names |= dict(tokenizer=Letters(), length=LENGTH, front=[], device=torch.device("cpu"))
-    return Loaded(network, (network.body, network.lm_head), None, **names)
+    return of_letters("radd", setup, letter_text(setup))
+
+
+def of_letters(name: str, setup: Setup, text: LetterText) -> Loaded:
+    """The network of RADD, MDLM, SEDD (its scores alone) or block diffusion, with all that samples need."""
+    network, _ = trained(name, setup, text)
+    graph = ABSORBING if METHODS[name].masked else UNIFORM
+    block_length = BLOCK if name == "block" else None
+    score, conditionals, parametrization = network, None, "scale_by_sigma"
+    if not METHODS[name].timed:
+        score, parametrization = None, "logits"
+        conditionals = network.body, network.lm_head
+        if block_length:
+            conditionals = network.block_conditionals(block_length, MASK, SCHEDULE.total_noise)
+    names = dict(graph=graph, schedule=SCHEDULE, parametrization=parametrization, exclude_mask=True)
+    names |= dict(tokenizer=Letters(), length=LENGTH, front=[], device=torch.device("cpu"), block_length=block_length)
+    return Loaded(network, conditionals, score, **names)
+
+
+def unseen(setup: Setup, model: Loaded, n: int) -> Tensor:
+    """At most n windows of text that our networks have not been trained on, for `subject`: [<= n, L]."""
+    if setup.model is None:
+        return letter_text(setup).validation(n)
+    return windows(english(setup.text, setup.out), model.tokenizer, model.length, n)
 
 
 def trained(name: str, setup: Setup, text: LetterText) -> tuple[DiffusionTransformer, Curve]:

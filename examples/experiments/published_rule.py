@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from examples.dna import LETTERS, dna_strings
 from fastdiff import exact_nll, time_free_nll
 from fastdiff.estimators.scoring import Scorer
 from fastdiff.evaluating import Model
-
-from ..dna import LETTERS, dna_strings
 
 SUMS, MEANS = "published, sums", "published, means"
 MASK = len(LETTERS)
@@ -39,7 +38,7 @@ def published(
 
 
 def known_strings(passes: int) -> dict[str, dict[str, float]]:
-    """Of 128 DNA strings with their true conditionals: the mean of -log p by each rule, its excess, and its error."""
+    """Of 128 strings of DNA with true conditionals: the mean of -log p by each rule, its excess, and its error."""
     strings, p = dna_strings()
     letters = F.one_hot(strings, MASK + 1).double()
 

@@ -13,7 +13,8 @@ from fastdiff.data import Text
 from fastdiff.files import write_atomically
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz"
-DIGITS = dict(zip("0123456789", "zero one two three four five six seven eight nine".split(), strict=True))
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+DIGITS = {str(digit): name for digit, name in enumerate(NAMES)}
 CHUNK = 8192  # letters; whole chunks are held out
 _IDS = torch.zeros(256, dtype=torch.int64)
 _IDS[list(ALPHABET.encode())] = torch.arange(len(ALPHABET))

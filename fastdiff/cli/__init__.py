@@ -1,12 +1,17 @@
 """The `fastdiff` command: tokenize, plan, train, eval, table, answers, sample, doctor."""
 
+import logging
 import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
 
 import torch.distributed as dist
 
+import fastdiff
 from fastdiff.backends import BackendUnavailable
 
 try:
@@ -26,7 +31,6 @@ from fastdiff.cli.tokenize import tokenize
 from fastdiff.cli.train import train
 
 app = typer.Typer(
-    help="Train, score and sample discrete-diffusion language models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -40,6 +44,22 @@ app.command("answers")(answers)
 app.command("sample")(sample)
 app.command("doctor")(doctor)
 
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fastdiff {fastdiff.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_tell_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Train, score and sample discrete-diffusion language models."""
+
+
 _TO_TELL = 10  # seconds
 _USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, MemoryError, BackendUnavailable)
 _OF_A_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -49,7 +69,8 @@ def main() -> None:
     """Run the command line; what a user can put right ends as one line on stderr and exit code 2."""
     warnings.showwarning = lambda message, *_: print("fastdiff:", message, file=sys.stderr)
     try:
-        app()
+        with _progress():
+            app()
     except _USER_ERRORS as error:
         if _told_by_the_first(error):
             time.sleep(_TO_TELL)  # once a rank has left, torchrun ends the others, of which the first may be late
@@ -61,6 +82,22 @@ def main() -> None:
             raise
         print(f"fastdiff: rank {os.environ.get('RANK')} has lost another, which must have ended", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+@contextmanager
+def _progress() -> Iterator[None]:
+    """The package's log to stderr, of the first of torchrun's ranks alone."""
+    log, handler = logging.getLogger("fastdiff"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("fastdiff: %(message)s"))
+    level = log.level
+    if os.environ.get("RANK", "0") == "0":
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def _told_by_the_first(error: Exception) -> bool:

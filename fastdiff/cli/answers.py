@@ -23,7 +23,7 @@ from fastdiff.cli.options import (
     Shift,
     TokenizerOf,
     Trust,
-    check_json,
+    check_file,
     check_seed,
     versions,
 )
@@ -63,7 +63,7 @@ def answers(
     ranks share the answers.
     """
     check_seed(seed)
-    check_json(json_file)
+    check_file("json", json_file)
     if json_file is not None and json_file.resolve() == data.resolve():
         raise ValueError(f"json: expected another file than the data's, got {json_file}")
     with ranks() as (rank, local):
@@ -125,7 +125,7 @@ def _show_summary(found: list[dict[str, Any]], numbers: dict[str, Any], console:
     if "right" in numbers:
         of, (low, high) = numbers["right"], numbers["right"]["nll_interval"]
         console.print(
-            f"{of['pieces']} right answers: {of['nll']:.1f} ± {(high - low) / 2:.1f} nats, "
+            f"{of['pieces']} right answers: {of['nll']:.1f} ± {(high - low) / 2:.1f} (95%) nats, "
             f"{of['bits_per_byte']:.4f} bits per byte, perplexity {of['perplexity_per_token']:.3f} per token"
         )
     table = Table("ranked by", "wrongly first, expected", "accuracy", "95%, questions", "95%, masking")

@@ -24,13 +24,13 @@ from fastdiff.cli.options import (
     Shift,
     TokenizerOf,
     Trust,
-    check_json,
+    check_file,
     check_seed,
     half_of,
     read_run,
     versions,
 )
-from fastdiff.data import Text, TokenSource, load_documents, load_named_documents
+from fastdiff.data import Text, TokenSource, load_named_documents
 from fastdiff.estimators.orders import ORDERS
 from fastdiff.files import write_atomically
 from fastdiff.likelihood import forget, likelihoods, ranks, row
@@ -60,13 +60,11 @@ def evaluate(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="'stdlib', a text file or a folder, of tokens too (their held-out texts); may be given several times",
+            help="'stdlib', a text file or a folder, of tokens too; may be given several times. Of what a run was "
+            "trained on, and of tokens, the held-out part; of others all, each file apart",
             show_default="the run's own",
         ),
     ] = None,
-    whole: Annotated[
-        bool, typer.Option("--whole", help="of a run: texts that were not trained on, whole, and each file apart")
-    ] = False,
     cut: Annotated[str, typer.Option(help=", ".join(CUTS))] = "windows",
     context: Annotated[int, typer.Option(help="tokens of a sliding window that are given, not scored")] = 0,
     num_sequences: Annotated[int, typer.Option(help="pieces of each text, evenly spread; 0 for all")] = 64,
@@ -111,7 +109,7 @@ def evaluate(
     which has no time-free likelihood, gives the bound of its whole integral over noise; a run trained in blocks, the
     likelihood of each block given those before. Under torchrun the ranks share the pieces.
     """
-    check_json(json_file)
+    check_file("json", json_file)
     with ranks() as (rank, local):
         place = device or (f"cuda:{local}" if torch.cuda.is_available() else None)
         named = dict(tokenizer=tokenizer, mask_index=mask_index, length=length, shift=shift, exclude_mask=exclude_mask)
@@ -119,7 +117,7 @@ def evaluate(
         rows, how = rows_of(
             scored,
             named | dict(model=model),
-            _texts(model, data, whole),
+            _texts(model, data),
             json_file,
             cut=cut,
             context=context,
@@ -205,29 +203,54 @@ def _how(options: dict[str, Any]) -> str:
     return "".join(f", {said[name].format(value)}" for name, value in options.items() if name in said and value)
 
 
-def _texts(model: str, data: list[str] | None, whole: bool) -> Iterator[tuple[str, list[bytes]]]:
-    """Names of texts and their documents; those that a run was trained on without what it saw."""
+def _texts(model: str, data: list[str] | None) -> Iterator[tuple[str, list[bytes]]]:
+    """Names of texts and their documents; of those that a run was trained on, what it did not see."""
     run = Path(model) if (Path(model) / "config.json").is_file() and ":" not in model else None
     config = None if run is None else read_run(run)
     if config is None and not data:
         raise ValueError(f"data: expected texts, for {model} has none of its own")
     for name in data or [config["data"]["path"]]:  # type: ignore[index]
-        own = config is not None and config["data"]["path"] in (name, str(Path(name).resolve()))
         if is_tokens(name):
-            if config is not None and own:
+            if config is not None and _is_own(name, config):
                 source = Shards(name, config["model"]["max_length"], seed=config["training"]["seed"])
                 _check_same(name, source, run, config)
             yield f"held-out part of {name}", list(TokenFolder(name).held_out_documents(_MOST_TEXT))
-        elif config is not None and not whole:
-            text = Text(load_documents(name, run), config["model"]["max_length"], seed=config["training"]["seed"])
-            if own:
-                _check_same(name, text, run, config)
-            yield f"held-out part of {name}", [bytes(text.validation_bytes.tolist())]
+            continue
+        documents = load_named_documents(name, run)
+        held_out = None if config is None else _held_out([text for _, text in documents], name, run, config)
+        if held_out is not None:
+            yield f"held-out part of {name}", [held_out]
         else:
-            parts: dict[str, list[bytes]] = {}
-            for part, document in load_named_documents(name, run):
-                parts.setdefault(part, []).append(document)
-            yield from parts.items()
+            yield from _by_name(documents).items()
+
+
+def _is_own(name: str, config: dict[str, Any]) -> bool:
+    return config["data"]["path"] in (name, str(Path(name).resolve()))
+
+
+def _held_out(documents: list[bytes], name: str, run: Path | None, config: dict[str, Any]) -> bytes | None:
+    """What a run held out of documents, if it was trained on them, wherever they lie now."""
+    own = _is_own(name, config)
+    try:
+        text = Text(documents, config["model"]["max_length"], seed=config["training"]["seed"])
+    except ValueError:  # too short to have been trained on
+        if own:
+            raise
+        return None
+    if own:
+        _check_same(name, text, run, config)
+    if text.fingerprint == config["source"]["fingerprint"]:
+        return bytes(text.validation_bytes.tolist())
+    if name != "stdlib" and Path(name).resolve().is_relative_to(config["data"]["path"]):
+        warnings.warn(f"data: {name} is in the folder that {run} was trained on, and not held out", stacklevel=3)
+    return None
+
+
+def _by_name(documents: list[tuple[str, bytes]]) -> dict[str, list[bytes]]:
+    found: dict[str, list[bytes]] = {}
+    for name, document in documents:
+        found.setdefault(name, []).append(document)
+    return found
 
 
 def _check_same(name: str, source: TokenSource, run: Path | None, config: dict[str, Any]) -> None:

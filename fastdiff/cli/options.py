@@ -58,12 +58,12 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed: expected a number of 64 bits, got {seed}")
 
 
-def check_json(file: Path | None) -> None:
+def check_file(name: str, file: Path | None) -> None:
     """Makes the folder of a file to write, if there is one."""
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.is_dir():
-            raise ValueError(f"json: expected a file, but {file} is a folder")
+            raise ValueError(f"{name}: expected a file, but {file} is a folder")
 
 
 def versions(model: str) -> list[tuple[str, int, int]]:

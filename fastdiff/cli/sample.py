@@ -1,20 +1,24 @@
 """`fastdiff sample`."""
 
 import itertools
+import json
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
 from fastdiff.cli.models import load_named, no_room
-from fastdiff.cli.options import Dtype, MaskIndex, Named, Place, Shift, TokenizerOf, Trust, check_seed
+from fastdiff.cli.options import Dtype, MaskIndex, Named, Place, Shift, TokenizerOf, Trust, check_file, check_seed
+from fastdiff.files import write_atomically
 from fastdiff.mixture_noise import Mixture
 from fastdiff.sampling import sample as draw_samples
 from fastdiff.texts import Tokenizer, chat_text
 from fastdiff.unmasking import SAMPLERS, TIMED
 
 _FRAMES = 8  # lines in which a text comes about
+_BETWEEN = "----------"  # a line of it stands between two texts
 
 
 def sample(
@@ -34,6 +38,10 @@ def sample(
     top_p: Annotated[float | None, typer.Option(help="draw from the likeliest tokens of so much probability")] = None,
     num_samples: Annotated[int, typer.Option(help="texts to draw")] = 1,
     seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help=f'file for the texts: .jsonl for a {{"text": ...}} a line, else {_BETWEEN} between two'),
+    ] = None,
     show: Annotated[bool, typer.Option("--show", help="also how each text came about")] = False,
     tokenizer: TokenizerOf = None,
     mask_index: MaskIndex = None,
@@ -47,6 +55,7 @@ def sample(
     A run trained in blocks fills them from left to right, each by the sampler.
     """
     check_seed(seed)
+    check_file("out", out)
     options: dict[str, Any] = dict(tokenizer=tokenizer, mask_index=mask_index, length=length, shift=shift)
     loaded = load_named(model, device, dtype, trust_remote_code=trust_remote_code, **options)
     if chat:
@@ -82,11 +91,21 @@ def sample(
             seed=seed,
             return_trajectory=True,
         )
-    for text, trajectory in zip(drawn.tokens, drawn.trajectory.unbind(1), strict=True):
+    texts = [loaded.tokenizer.decode(tokens.tolist(), skip_special_tokens=True) for tokens in drawn.tokens]
+    if out is not None:
+        write_atomically(out, _written(texts, out.suffix).encode())
+    for number, (text, trajectory) in enumerate(zip(texts, drawn.trajectory.unbind(1), strict=True)):
         if show:
             for step in torch.linspace(0, len(trajectory) - 1, min(_FRAMES, len(trajectory))).round().int().tolist():
                 typer.echo(f"{step:4}  {_dotted(trajectory[step].tolist(), graph.mask_index, loaded.tokenizer)}")
-        typer.echo(loaded.tokenizer.decode(text.tolist(), skip_special_tokens=True))
+        if out is None:
+            typer.echo(f"{_BETWEEN}\n{text}" if number else text)
+
+
+def _written(texts: list[str], suffix: str) -> str:
+    if suffix == ".jsonl":
+        return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    return f"\n{_BETWEEN}\n".join(texts) + "\n"
 
 
 def _blanks(text: str, tokenizer: Tokenizer, most: int) -> list[int]:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fastdiff.cli.evaluate import rows_of
 from fastdiff.cli.models import load_named
-from fastdiff.cli.options import Place, check_json
+from fastdiff.cli.options import Place, check_file
 from fastdiff.data import load_documents
 from fastdiff.files import write_atomically
 from fastdiff.likelihood import forget, ranks
@@ -36,8 +36,8 @@ def table(
     Under torchrun the ranks share the pieces of each text.
     """
     asked = _read(file)
-    check_json(json_file)
-    check_json(markdown)
+    check_file("json", json_file)
+    check_file("markdown", markdown)
     with ranks() as (rank, local):
         place = device or (f"cuda:{local}" if torch.cuda.is_available() else None)
         found: dict[str, Any] = {}

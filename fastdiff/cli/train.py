@@ -59,6 +59,8 @@ def train(
     accumulation: Annotated[int | None, _setting("accumulation", "parts a batch is cut into")] = None,
     lr: Annotated[float | None, _setting("lr", "learning rate")] = None,
     warmup: Annotated[int | None, _setting("warmup", "steps over which it rises")] = None,
+    lr_schedule: Annotated[str | None, _setting("lr_schedule", "what follows: constant or cosine")] = None,
+    lr_final: Annotated[float | None, _setting("lr_final", "share of it that cosine ends with")] = None,
     weight_decay: Annotated[float | None, _setting("weight_decay", "of AdamW")] = None,
     grad_clip: Annotated[float | None, _setting("grad_clip", "largest norm of the gradient")] = None,
     ema: Annotated[float | None, _setting("ema", "decay of the averaged weights")] = None,

@@ -197,7 +197,15 @@ def _compute(backend: str, head: Head, rows: Rows, wanted: list[bool], with_stat
     scored = scored_tokens(rows)
     index, count = scored_rows(scored, None if head.capacity < 0 else min(head.capacity, scored.numel()), backend)
     if head.shard.group:
-        head.shard.check_alike(head.num_states, rows, count, wanted[0], with_stats)
+        options = wanted[0] + 2 * with_stats + 4 * (rows.entropy_weight is not None)
+        told = [torch.full_like(count, scored.numel()), count, rows.x0.sum(), torch.full_like(count, options)]
+        head.shard.check_alike(
+            head.num_states,
+            torch.stack(told),
+            "x0: expected the same tokens (and requires_grad of hidden, and return_stats) on every rank of the group, "
+            "got different ones. Under FSDP, call the loss in the forward of the module that holds lm_head, where that "
+            "is whole.",
+        )
     missing = torch.where(count > len(index), math.nan, 0.0)  # for all to see, should the list be too short
     _reduce(rows, count, missing)
     with torch.autocast(scored.device.type, enabled=False):  # head.dtype has the last word
@@ -313,18 +321,20 @@ class Chunks:
         return fresh
 
     def _length(self, num_rows: int) -> int:
-        """Rows of a chunk, all alike, whose logits fit the tile; all of them if more chunks would need more memory.
-
-        A softcap keeps two more copies, in float32.
-        """
-        num_ids, size = self.head.num_states, self.head.dtype.itemsize
-        if self.head.shard.group:
-            num_ids = self.head.shard.size  # the same on all ranks
-        row = num_ids * (size if self.head.softcap == 0 else size + 8)
+        """Rows of a chunk, all alike, whose logits fit the tile; all of them if more chunks would need more memory."""
+        row = self._row_bytes()
         if num_rows * row <= self._sum_bytes():
             return max(1, num_rows)
         most = max(1, TILE_BYTES[self.hidden.device.type] // row)
         return max(1, math.ceil(num_rows / max(1, math.ceil(num_rows / most))))
+
+    def _num_ids(self) -> int:
+        """Of a row, the same on all ranks."""
+        return self.head.shard.size if self.head.shard.group else self.head.num_states
+
+    def _row_bytes(self) -> int:
+        """What a row of logits takes. A softcap keeps two more copies, in float32."""
+        return self._num_ids() * (self.head.dtype.itemsize + (0 if self.head.softcap == 0 else 8))
 
     def _sum_bytes(self) -> int:
         """What the sum of lm_head's gradient over chunks takes, if that needs a wider type.
@@ -402,8 +412,6 @@ class Chunks:
 
 def _reference(head: Head, rows: Rows, with_stats: bool) -> tuple[Tensor, Tensor]:
     """The same in plain PyTorch and float64, logits and all."""
-    if head.shard.group or head.lm_head is None:
-        raise BackendUnavailable("backend 'reference': cannot be sharded over a group")
     rows.z = reference_logits(head)
     dtype = loss_dtype(head.dtype)
     return reference_loss(rows).to(dtype), reference_stats(rows, with_stats).to(dtype)
@@ -411,7 +419,8 @@ def _reference(head: Head, rows: Rows, with_stats: bool) -> tuple[Tensor, Tensor
 
 def reference_logits(head: Head) -> Tensor:
     """Of a whole last layer, in float64: [..., V]."""
-    assert head.lm_head is not None
+    if head.shard.group or head.lm_head is None:
+        raise BackendUnavailable("backend 'reference': cannot be sharded over a group")
     bias = None if head.bias is None else head.bias.double()
     z = F.linear(head.hidden.double(), head.lm_head.double(), bias)
     return head.softcap * torch.tanh(z / head.softcap) if head.softcap else z

@@ -44,6 +44,12 @@ class Shard(NamedTuple):
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.process_group)
         return tensor
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Of all ranks, [ranks, ...]."""
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(self.process_group))]
+        dist.all_gather(parts, tensor, group=self.process_group)
+        return torch.stack(parts)
+
     def checked(self, device: torch.device, check: Callable[..., T], *arguments: Any) -> T:
         """check(*arguments), ahead of `check_alike`: what it raises on one rank, all raise."""
         try:
@@ -54,26 +60,19 @@ class Shard(NamedTuple):
                 self._raise_on_all(error)
             raise
 
-    def check_alike(self, num_states: int, rows: Rows, count: Tensor, with_grad: bool, with_stats: bool) -> None:
-        """Raises on all ranks if the ranks' parts or tokens do not belong together, when they would wait for ever."""
+    def check_alike(self, num_states: int, mine: Tensor, expected: str) -> None:
+        """Raises on all ranks if the ranks' parts do not belong together, when they would wait for ever, or if `mine`
+        is not the same on all: int64 [4], of which the first is a number of tokens."""
         ranks = dist.get_world_size(self.process_group)
-        alike = torch.full_like(count, with_grad + 2 * with_stats + 4 * (rows.entropy_weight is not None))
-        mine = torch.stack([torch.full_like(count, rows.x0.numel()), count, rows.x0.sum(), alike])
         met = self.max(torch.cat([-mine, mine])).tolist()
         if met[0] > 0:  # a number of tokens below 0: a rank is in `checked`
             self._raise_on_all(None)
+        found = self.gather(torch.full_like(mine[0], num_states)).tolist()
+        sizes = [min(self.size, self.all_states - self.size * rank) for rank in range(ranks)]
+        if found != sizes or sizes[-1] < 1:
+            raise ValueError(f"group: expected shards of {sizes} ids on its {ranks} ranks, got {found}")
         if any(high != -low for low, high in zip(met[:4], met[4:], strict=True)):
-            raise ValueError(
-                "x0: expected the same tokens (and requires_grad of hidden, and return_stats) on every rank of the "
-                "group, got different ones. Under FSDP, call the loss in the forward of the module that holds lm_head, "
-                "where that is whole."
-            )
-        sizes = torch.zeros(ranks, dtype=torch.int64, device=count.device)
-        sizes[dist.get_rank(self.process_group)] = num_states
-        found = self.sum(sizes).tolist()
-        expected = [min(self.size, self.all_states - self.size * rank) for rank in range(ranks)]
-        if found != expected or expected[-1] < 1:
-            raise ValueError(f"group: expected shards of {expected} ids on its {ranks} ranks, got {found}")
+            raise ValueError(expected)
 
     def _raise_on_all(self, error: Exception | None) -> NoReturn:
         """The first rank's error, on all ranks."""

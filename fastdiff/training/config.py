@@ -14,13 +14,14 @@ _CHOICES = {
     "times": ("stratified", "importance"),
     "dtype": tuple(DTYPES),
     "sharding": ("none", "full", "hybrid"),
+    "lr_schedule": ("constant", "cosine"),
     "track": ("none", "tensorboard", "wandb"),
 }
 _LEAST = {"steps": 1, "batch_size": 1, "accumulation": 1, "warmup": 0, "save_every": 1, "keep": 1, "seed": 0}
 _LEAST |= {"eval_every": 0, "eval_sequences": 2, "eval_samples": 3, "shards": 0, "keep_every": 0, "block_length": 0}
 # What a resumed run may change: where it ends, what is written down, and how the same numbers are come by.
-MAY_CHANGE = {"steps", "save_every", "keep", "keep_every", "eval_every", "eval_sequences", "eval_samples", "track"}
-MAY_CHANGE |= {"accumulation", "sharding", "shards", "recompute", "compile"}
+_MAY_CHANGE = {"steps", "save_every", "keep", "keep_every", "eval_every", "eval_sequences", "eval_samples", "track"}
+_MAY_CHANGE |= {"accumulation", "sharding", "shards", "recompute", "compile"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,9 @@ class TrainConfig:
         accumulation: parts that a rank's share of a batch is cut into to fit memory; ranks that share a copy of the
             model sum gradients after each of them.
         lr: learning rate of AdamW, reached in proportion over the first `warmup` steps.
+        lr_schedule: what follows them: "constant"; or "cosine", down to `lr_final` of it at the last of `steps`, which
+            a resumed run then may not change.
+        lr_final: of "cosine", the share of lr that is left at the end.
         weight_decay: AdamW's, on matrices.
         grad_clip: largest norm of the gradient.
         ema: decay of the averaged weights; (1 + step) / (10 + step) where that is less.
@@ -76,6 +80,8 @@ class TrainConfig:
     accumulation: int = 1
     lr: float = 1e-3
     warmup: int = 100
+    lr_schedule: str = "constant"
+    lr_final: float = 0.1
     weight_decay: float = 0.01
     grad_clip: float = 1.0
     ema: float = 0.9999
@@ -105,6 +111,7 @@ class TrainConfig:
         learned = self.times == "importance"
         expected = {
             "lr": ("a number > 0", 0 < self.lr < math.inf),
+            "lr_final": ("a share in [0, 1]", 0 <= self.lr_final <= 1),
             "weight_decay": ("a number >= 0", 0 <= self.weight_decay < math.inf),
             "grad_clip": ("a number > 0", self.grad_clip > 0),
             "ema": ("a decay in [0, 1)", 0 <= self.ema < 1),
@@ -119,6 +126,20 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected {what}, got {getattr(self, name)}")
         if self.complementary and self.batch_size % 2:
             raise ValueError(f"batch_size: expected an even number, as rows are complementary, got {self.batch_size}")
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step, which are numbered from 0."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        if self.lr_schedule == "constant":
+            return self.lr
+        done = (step + 1 - self.warmup) / (self.steps - self.warmup)
+        return self.lr * (self.lr_final + (1 - self.lr_final) * (1 + math.cos(math.pi * done)) / 2)
+
+    @property
+    def may_change(self) -> set[str]:
+        """The settings that a resumed run may have other than the run had."""
+        return _MAY_CHANGE - ({"steps"} if self.lr_schedule == "cosine" else set())
 
     @property
     def moves_tokens(self) -> bool:

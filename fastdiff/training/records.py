@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, a progress bar, and trackers."""
+"""What a run tells: metrics.jsonl, progress, and trackers."""
 
 import dataclasses
 import fcntl
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastdiff.files import import_safetensors, naming
+from fastdiff.progress import progress
 from fastdiff.training.config import TrainConfig
 
 Record = dict[str, float]
@@ -62,18 +63,20 @@ def append(record: Record, metrics: io.FileIO | None) -> None:
 def telling(
     config: TrainConfig, metrics: io.FileIO | None, step: int, callback: Tell | None, first: bool
 ) -> Iterator[Tell]:
-    """What gives each record of a run that goes on from a step to the file, the bar, the tracker and the callback; on
-    the first rank."""
+    """What gives each record of a run that goes on from a step to file, progress, tracker and callback; on the first
+    rank."""
     if not first:
         yield lambda record: None
         return
     drop_after(step, metrics)
     folder = None if metrics is None else Path(metrics.name).parent
-    with progress(config, step) as show, tracker(config, folder, step) as track:
+    seen: Record = {"step": step}
+    with progress(config.steps, "steps", done=step) as advance, tracker(config, folder, step) as track:
 
         def tell(record: Record) -> None:
             append(record, metrics)
-            show(record)
+            advance(int(record["step"] - seen["step"]), _line(seen | record))
+            seen.update(record)
             track(record)
             if callback is not None:
                 callback(record)
@@ -104,31 +107,11 @@ def tracker(config: TrainConfig, folder: Path | None, step: int) -> Iterator[Tel
         yield lambda record: None
 
 
-@contextmanager
-def progress(config: TrainConfig, step: int) -> Iterator[Tell]:
-    """Shows records on a progress bar; shows nothing unless stderr is a terminal and rich is installed."""
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError:
-        yield lambda record: None
-        return
-    console = Console(stderr=True)
-    columns = (BarColumn(16), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task, seen = bar.add_task("", total=config.steps, completed=step), Record()
-
-        def show(record: Record) -> None:
-            seen.update(record)
-            bar.update(task, completed=seen["step"], description=_line(seen))
-
-        yield show
-
-
 def _line(seen: Record) -> str:
     text = f"loss {seen['loss']:.3f}  {seen['tokens_per_second']:,.0f} tokens/s  {seen['memory'] / 2**30:.1f} GiB"
     if "mfu" in seen:
         text += f"  {seen['mfu']:.0%} of peak"
     if "bits_per_token" in seen:
-        text += f"  held out {seen['bits_per_token']:.2f} bits"
+        error = seen["bits_per_token_stderr"]
+        text += f"  held out {seen['bits_per_token']:.2f} bits per token (standard error {error:.2f})"
     return text

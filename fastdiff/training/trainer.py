@@ -24,7 +24,7 @@ from fastdiff.data import TokenSource
 from fastdiff.estimators import block_nll, time_free_nll
 from fastdiff.model import DiffusionTransformer
 from fastdiff.times import ImportanceTimes
-from fastdiff.training.config import DTYPES, MAY_CHANGE, TrainConfig
+from fastdiff.training.config import DTYPES, TrainConfig
 from fastdiff.training.objectives import SCHEDULE, diffusion_loss, noise
 from fastdiff.training.ranks import Ranks, check_topology, over_ranks, synchronising, whole
 from fastdiff.training.readings import Reading
@@ -118,7 +118,7 @@ class Trainer:
 
     @torch.no_grad()
     def _update(self) -> float:
-        lr = self.config.lr * min(1, (self.step + 1) / max(1, self.config.warmup))
+        lr = self.config.lr_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -172,7 +172,7 @@ class Trainer:
         """Take up a checkpoint, if it was made under the same settings and is not beyond the last step."""
         extra = checkpoints.extra(step)
         then, now = dataclasses.asdict(TrainConfig()) | extra["settings"], self._settings
-        for name in sorted(now.keys() - MAY_CHANGE):
+        for name in sorted(now.keys() - self.config.may_change):
             if then.get(name) != now[name]:
                 raise ValueError(f"{name}: the run in {folder} has {then.get(name)!r}, got {now[name]!r}")
         if extra["source"] != self.fingerprint:

@@ -4,6 +4,7 @@ from copy import deepcopy
 from functools import partial
 
 import pytest
+import sampled
 import torch
 import torch.distributed as dist
 import torchrun
@@ -276,4 +277,4 @@ def likelihoods_with_gradients():
 
 
 if __name__ == "__main__":
-    torchrun.run(globals())
+    torchrun.run(globals() | vars(sampled))

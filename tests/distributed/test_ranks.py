@@ -1,4 +1,4 @@
-"""Losses over several processes of torchrun and gloo, on the CPU: those of one process, and errors without hanging."""
+"""Losses and tokens over several processes of torchrun and gloo: those of one, and errors without hanging."""
 
 from pathlib import Path
 
@@ -19,9 +19,21 @@ CASES = {
         "data_parallel",
         "vocabulary_parallel",
         "likelihoods_with_gradients",
+        "tokens_of_one_rank",
+        "what_differs_or_does_not_fit_raises_on_every_rank",
         "fsdp_with_a_last_layer_of_its_own",
     ],
-    3: ["dtensors", "sharded_logits", "what_one_rank_refuses_raises_on_every_rank"],
+    3: [
+        "dtensors",
+        "sharded_logits",
+        "tokens_of_one_rank",
+        "tokens_of_hidden_states",
+        "what_is_exchanged",
+        "top_p_of_flat_rows",
+        "soft_embeddings",
+        "what_differs_or_does_not_fit_raises_on_every_rank",
+        "what_one_rank_refuses_raises_on_every_rank",
+    ],
     4: ["vocabulary_parallel", "statistics", "log_probabilities"],
 }
 
