@@ -46,7 +46,7 @@ def loops(sass):
 def counts(functor, dtype, with_grad):
     """The columns of the table, by name."""
     config = row_loss.config(functor, V, dtype.itemsize)
-    binary = compiled_row_loss(functor, dtype, V, 90, with_grad, with_stats=False)
+    binary = compiled_row_loss(functor, dtype, V, "sm_90", with_grad, with_stats=False)
     registers, spilled = resources(binary)
     passes, threads = loops(binary.asm["sass"]), 32 * config["num_warps"]
     names = [name for loop in passes for name in loop]

@@ -2,9 +2,9 @@
 
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -53,11 +53,13 @@ def _hidden(extension: str) -> Path | None:
 
 def _triton_missing() -> str | None:
     """Why Triton cannot run anything, without importing it."""
-    if importlib.util.find_spec("triton") is None:
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
         return "triton is not installed"
-    version = importlib.metadata.version("triton")
-    if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
-        return f"triton {version} is too old, {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} is needed"
+    # Not from a package's metadata: on ROCm it comes in packages of other names.
+    version = re.search(r"^__version__ = ['\"]((\d+)\.(\d+).*)['\"]", Path(spec.origin).read_text(), re.MULTILINE)
+    if version is not None and (int(version[2]), int(version[3])) < OLDEST_TRITON:
+        return f"triton {version[1]} is too old, {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} is needed"
     return None
 
 
@@ -76,6 +78,8 @@ def _missing(backend: str, device: torch.device) -> str | None:
         return "no kernels for cpu tensors, unless TRITON_INTERPRET=1 interprets them"
     if device.type == "cpu" and backend == "cuda" and not EMULATING:
         return CUDA_MISSING or "no kernels for cpu tensors"
+    if device.type == "cuda" and torch.version.hip is not None:
+        return TRITON_MISSING if backend == "triton" else "CUDA C++ is for NVIDIA's GPUs, and this torch is for AMD's"
     if device.type == "cuda" and not torch.compiler.is_compiling():
         capability = torch.cuda.get_device_capability(device)
         if capability < OLDEST_GPU:
@@ -110,7 +114,7 @@ def report() -> list[Report]:
     """What can run here, and why not the rest."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    cpu, triton, cuda = CPU_MISSING, _missing("triton", device), CUDA_MISSING or _missing("cuda", device)
+    cpu, triton, cuda = CPU_MISSING, _missing("triton", device), _missing("cuda", device)
     if cpu is None:
         extension = importlib.import_module("fastdiff._C_cpu")
         cpu = f"instruction set {extension.isa()}; built by {extension.build()}"

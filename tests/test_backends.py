@@ -49,11 +49,19 @@ def test_triton_does_not_take_cpu_tensors():
 
 
 @pytest.mark.parametrize(
-    ("version", "reason"), [(None, "triton is not installed"), ("3.5.1", "triton 3.5.1 is too old, 3.6 is needed")]
+    ("version", "reason"),
+    [
+        (None, "triton is not installed"),
+        ("3.5.1", "triton 3.5.1 is too old, 3.6 is needed"),
+        ("3.10.0+rocm7", None),
+    ],
 )
-def test_why_triton_is_missing(version, reason, monkeypatch):
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: version and object())
-    monkeypatch.setattr(backends.importlib.metadata, "version", lambda name: version)
+def test_why_triton_is_missing(version, reason, monkeypatch, tmp_path):
+    (tmp_path / "triton").mkdir()  # by itself a namespace, which is nothing
+    if version:
+        (tmp_path / "triton/__init__.py").write_text(f"# Triton\n__version__ = '{version}'\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
     assert backends._triton_missing() == reason
 
 
@@ -91,6 +99,18 @@ def test_a_gpu_takes_what_was_measured_to_be_faster_or_else_what_can_run(monkeyp
     monkeypatch.setattr(backends, "TRITON_MISSING", "is not installed")
     monkeypatch.setattr(backends, "CUDA_MISSING", None)
     assert choose("row_sample", 8) == "cuda"
+
+
+def test_amd_has_triton_alone(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(backends, "TRITON_MISSING", None)
+    monkeypatch.setattr(backends, "CUDA_MISSING", None)
+    monkeypatch.setattr(fastest, "CUDA_IS_FASTER", (fastest.Measured("row_loss", 8, "a test"),))
+    assert resolve(None, gpu) == resolve("triton", gpu) == "triton"
+    with pytest.raises(BackendUnavailable, match="backend 'cuda': CUDA C\\+\\+ is for NVIDIA's GPUs"):
+        resolve("cuda", gpu)
 
 
 def test_every_choice_of_a_gpu_names_the_measurement_that_it_rests_on():

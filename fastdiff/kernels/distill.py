@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels.row_loss import LOG2_E, LOWEST, SMALL, log1p_, row_strides
+from fastdiff.kernels.targets import for_rows
 
 INF = tl.constexpr(float("inf"))
 
@@ -334,8 +335,8 @@ def row_distill_kernel(
     tl.store(LOSS + r, loss.to(LOSS.dtype.element_ty))
 
 
-# Of each row one 16-byte load a thread before the first use. By the bytes of a number.
-LARGE = {2: dict(BLOCK=2048, num_warps=8), 4: dict(BLOCK=1024, num_warps=8)}
+# Of each row one 16-byte load a thread before the first use. By the bytes of a number; maxnreg as in row_sample.py.
+LARGE = {2: dict(BLOCK=2048, num_warps=8, maxnreg=128), 4: dict(BLOCK=1024, num_warps=8)}
 
 
 def launch_row_distill(
@@ -358,5 +359,5 @@ def launch_row_distill(
         REVERSE=reverse, WITH_GRAD=grad is not None, CONTIGUOUS=z.is_contiguous(),
         ALIKE=z.is_contiguous() and teacher.is_contiguous(),
         MANY=1 if ids is None else triton.next_power_of_2(many),
-        VEC=16 // z.element_size(), **(SMALL if num_states <= SMALL["BLOCK"] else LARGE[z.element_size()]),
+        **for_rows(SMALL if num_states <= SMALL["BLOCK"] else LARGE[z.element_size()], z.element_size()),
     )  # fmt: skip

@@ -54,9 +54,10 @@ def row_sums_kernel(
             z += tl.load(BIAS + ids, mask=ids < num_ids, other=0.0).to(tl.float32)[None, :]
         if SOFTCAP:
             z = softcap * (1 - 2 / (1 + tl.exp2(z * (2 * LOG2_E / softcap))))  # tanh
-        is_x0 = ids[None, :] == x0[:, None]
+        column = tl.arange(0, IDS)
+        is_x0 = column[None, :] == (x0 - start)[:, None]
         at_x0 += tl.sum(tl.where(is_x0, z, 0.0), 1)
-        left_out = (ids >= num_ids) | (ids == excluded)
+        left_out = (column >= num_ids - start) | (column == excluded - start)
         z = tl.where(is_x0 | left_out[None, :], float("-inf"), z)
         top = tl.maximum(m, tl.max(z, 1))
         s = s * tl.exp2((m - top) * LOG2_E) + tl.sum(tl.exp2((z - top[:, None]) * LOG2_E), 1)

@@ -23,6 +23,7 @@ from fastdiff.kernels.row_loss import (
     zero_grad,
 )
 from fastdiff.kernels.row_sample import law_terms
+from fastdiff.kernels.targets import for_rows
 
 
 @triton.jit
@@ -112,6 +113,6 @@ def launch_reverse_rows(z: Tensor, xt: Tensor, live: Tensor, law: Tensor, probs:
     num_states = z.shape[-1]
     reverse_rows_kernel[(xt.numel(),)](
         z, xt, live, law, probs, num_states, *row_strides(z),
-        CONTIGUOUS=z.is_contiguous(), VEC=16 // z.element_size(),
-        **(SMALL if num_states <= SMALL["BLOCK"] else LARGE[z.element_size()]),
+        CONTIGUOUS=z.is_contiguous(),
+        **for_rows(SMALL if num_states <= SMALL["BLOCK"] else LARGE[z.element_size()], z.element_size()),
     )  # fmt: skip

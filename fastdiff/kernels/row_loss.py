@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdiff.kernels.targets import for_rows
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # a maximum to start from, which subtracts from -inf without NaN
 
@@ -694,8 +696,8 @@ def launch_row_loss(
         z, x0, xt, mask, sigma, weight, entropy_weight, extra, scale, loss, z if grad is None else grad, stats,
         num_states, all_states, *row_strides(z), mask_index, ignore_index, penalty,
         FUNCTOR=functor, EXCLUDE_MASK=exclude_mask, SCALE_BY_SIGMA=scale_by_sigma, WITH_GRAD=grad is not None,
-        IN_PLACE=grad is z, CONTIGUOUS=z.is_contiguous(), VEC=16 // z.element_size(),
-        **config(functor, num_states, z.element_size()),
+        IN_PLACE=grad is z, CONTIGUOUS=z.is_contiguous(),
+        **for_rows(config(functor, num_states, z.element_size()), z.element_size()),
     )  # fmt: skip
 
 

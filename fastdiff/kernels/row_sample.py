@@ -17,6 +17,7 @@ from fastdiff.kernels.row_loss import (
     log1p_,
     row_strides,
 )
+from fastdiff.kernels.targets import for_rows
 from fastdiff.ops.row_sample import RACE_CLASSES
 from fastdiff.philox import Purpose
 
@@ -438,5 +439,5 @@ def launch_row_sample(
         z.shape[-1], 0 if exclude is None else len(exclude), *row_strides(z),
         1.0 if greedy else temperature, top_k, top_p,
         GREEDY=greedy, TWO_SUMS=temperature not in (0, 1) and careful, KEPT=top_k > 0 or top_p < 1,
-        VEC=16 // z.element_size(), **(CAREFUL if careful else LARGE[z.element_size()]),
+        **for_rows(CAREFUL if careful else LARGE[z.element_size()], z.element_size()),
     )  # fmt: skip
