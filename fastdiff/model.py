@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.block_cache import BlockCache
-from fastdiff.blocks import mean_of_blocks, two_streams
 from fastdiff.checks import check_integer, check_tensor, check_tokens
 from fastdiff.files import import_safetensors, read_config, write_atomically
+from fastdiff.generation.block_cache import BlockCache
+from fastdiff.noise.blocks import mean_of_blocks, two_streams
 
 _FREQUENCIES = 128  # of the noise level, cosines and sines
 

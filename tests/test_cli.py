@@ -13,9 +13,9 @@ import torch
 from typer.testing import CliRunner
 
 from fastdiff import backends, cli, data, sample
-from fastdiff.block_cache import BlockCache
-from fastdiff.blocks import block_causal
+from fastdiff.generation.block_cache import BlockCache
 from fastdiff.model import DiffusionTransformer
+from fastdiff.noise.blocks import block_causal
 
 SMALL = "--length 16 --dim 16 --depth 1 --heads 2 --batch-size 4 --steps 4 --warmup 2"
 EVALUATION = "--eval-every 2 --eval-sequences 4 --eval-samples 15"

@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdiff.blocks import block_strata, num_blocks, per_token_of_blocks
-from fastdiff.graphs import Absorbing, Uniform
 from fastdiff.integrations.loss_head import LossHead
-from fastdiff.losses import dce_loss, dse_loss
-from fastdiff.mixture import mixture_loss
-from fastdiff.mixture_noise import Mixture, mixture_weight
+from fastdiff.losses.mixture import mixture_loss
+from fastdiff.losses.row_losses import dce_loss, dse_loss
 from fastdiff.model import noised_stream
-from fastdiff.noising import corrupt, mask_exactly, mask_tokens, sample_mask_counts, sample_times, spread
+from fastdiff.noise.blocks import block_strata, num_blocks, per_token_of_blocks
+from fastdiff.noise.graphs import Absorbing, Uniform
+from fastdiff.noise.mixture import Mixture, mixture_weight
+from fastdiff.noise.noising import corrupt, mask_exactly, mask_tokens, sample_mask_counts, sample_times, spread
+from fastdiff.noise.times import ImportanceTimes
 from fastdiff.schedules import Hybrid, LogLinear
-from fastdiff.times import ImportanceTimes
 
 SCHEDULE = LogLinear()
 MIXED = Hybrid()  # the schedule of "gidd"
