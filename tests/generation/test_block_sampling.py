@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
+from laws import agrees, strings
 from networks import RandomNetwork, random_tokens
 from oracles import mixture
-from test_sampling import RANKED, SAMPLERS, TIMED, agrees, strings
+from test_sampling import RANKED, SAMPLERS, TIMED
 from torch import Tensor, nn
 
 from fastdiff import LogLinear, sample

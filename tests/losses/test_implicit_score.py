@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from laws import strings
 from oracles import mixture
-from test_sampling import strings
 
 from fastdiff import Absorbing, Uniform, dse_loss, implicit_score_entropy, reference
 

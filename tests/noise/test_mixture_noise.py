@@ -6,7 +6,7 @@ import math
 import numpy
 import pytest
 import torch
-from test_sampling import agrees, strings
+from laws import agrees, strings
 
 from fastdiff import (
     Absorbing,
