@@ -23,7 +23,7 @@ from fastdiff.noise.mixture import Mixture
 from fastdiff.placing import placed, spread
 from fastdiff.published import KINDS, Published, load_published
 from fastdiff.schedules import LogLinear, Schedule
-from fastdiff.training import MIXED, SCHEDULE
+from fastdiff.training import MIXED, SCHEDULE, SCORES
 
 _OF_ANY_GRAPH = ("time-free", "integral")
 LIKELIHOODS = (*_OF_ANY_GRAPH, *ORDERS)
@@ -208,7 +208,7 @@ def _of_run(
         masks = graph.mask_index, SCHEDULE.total_noise
         conditionals = model.block_conditionals(block_length, *masks) if block_length else model.conditionals(*masks)
     score = model if timed and not block_length else None
-    noise = SCHEDULE, "scale_by_sigma"
+    noise = SCHEDULE, SCORES[graph.name]
     return Loaded(model, conditionals, score, graph, *noise, True, tokens, length, [], device, None, block_length)
 
 

@@ -276,7 +276,7 @@ def test_score_entropy_runs(folder, capsys, monkeypatch, loss):
         assert shown.startswith("   0  ab······" if loss == "dse-absorb" else "   0  ab")
     assert "bits per byte" in invoke("eval run --num-samples 15 --num-sequences 4 --json out.json")
     (row,) = json.loads((folder / "out.json").read_text()).values()
-    assert 6 < row["bits_per_byte"] < math.inf
+    assert 7 < row["bits_per_byte"] < 8.5  # which knows nothing of 256 bytes
     if loss != "dse-absorb":
         assert row["likelihood"] == "bound"
         failed = fail(capsys, monkeypatch, "eval run --tolerance 1")

@@ -23,6 +23,7 @@ from fastdiff.schedules import Hybrid, LogLinear
 
 SCHEDULE = LogLinear()
 MIXED = Hybrid()  # the schedule of "gidd"
+SCORES = {"absorb": "scale_by_sigma", "uniform": "log_score"}  # what a network of scores gives, by graph, as SEDD's
 LARGE_VOCABULARY = 4096  # from where on the last layer is multiplied for the scored tokens only
 _PROPOSALS = {"dce-k": "stratified", "dce-harmonic": "harmonic"}
 _DEVIATIONS = 8  # from its mean, beyond which the number of masks in a batch is once in 10^15
@@ -166,7 +167,8 @@ def diffusion_loss(model: nn.Module, batch: Noised, loss: str, **reduction: Any)
     options: dict[str, Any] = {"xt": xt, "weight": weight}
     if loss.startswith("dse"):
         inputs, targets = (xt, sigma), (sigma, xt, x0)
-        options = {"graph": loss.removeprefix("dse-"), "parametrization": "scale_by_sigma", "dsigma": weight}
+        graph = loss.removeprefix("dse-")
+        options = {"graph": graph, "parametrization": SCORES[graph], "dsigma": weight}
     elif loss == "gidd":
         inputs, targets, options = (xt, sigma), (sigma, share, xt, x0), {"weight": weight}
     options |= reduction
