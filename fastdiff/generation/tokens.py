@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdiff.checks import check_bool, check_integer, check_rows, check_tokens, vocabulary_index
 from fastdiff.losses.linear_losses import last_layer
-from fastdiff.ops.linear_loss import TILE_BYTES, Head
+from fastdiff.ops.chunks import TILE_BYTES, Head
 from fastdiff.ops.parallel import shard_of
 from fastdiff.ops.row_sample import Drawn, SampleRows, row_sample
 from fastdiff.ops.sharded_sample import IDS_BYTES, sharded_sample

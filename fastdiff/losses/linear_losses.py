@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastdiff.checks import Number, check_rows, check_tensor
 from fastdiff.losses.row_losses import RowStats, dce_rows, dse_rows, row_stats
-from fastdiff.ops.linear_loss import Head, linear_loss
+from fastdiff.ops.chunks import Head
+from fastdiff.ops.linear_loss import linear_loss
 from fastdiff.ops.parallel import replicated, shard_of
 from fastdiff.ops.row_loss import Rows
 

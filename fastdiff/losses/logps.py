@@ -9,7 +9,8 @@ from torch import Tensor
 from fastdiff.checks import check_rows
 from fastdiff.losses.linear_losses import last_layer
 from fastdiff.losses.row_losses import dce_rows, logits_loss
-from fastdiff.ops.linear_loss import Head, linear_loss
+from fastdiff.ops.chunks import Head
+from fastdiff.ops.linear_loss import linear_loss
 from fastdiff.ops.row_loss import ENTROPY
 
 if TYPE_CHECKING:

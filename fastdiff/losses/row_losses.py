@@ -17,8 +17,9 @@ from fastdiff.checks import (
     per_token,
     vocabulary_index,
 )
+from fastdiff.ops.chunks import Head
 from fastdiff.ops.functors import FUNCTORS, Functor
-from fastdiff.ops.linear_loss import Head, linear_loss
+from fastdiff.ops.linear_loss import linear_loss
 from fastdiff.ops.parallel import shard_of
 from fastdiff.ops.row_loss import IGNORE_NONE, Rows, row_loss
 

@@ -15,7 +15,7 @@ from torch import nn
 from fastdiff.checks import check_integer
 from fastdiff.model import DiffusionTransformer, ModelConfig
 from fastdiff.noise.blocks import num_blocks
-from fastdiff.ops.linear_loss import TILE_BYTES
+from fastdiff.ops.chunks import TILE_BYTES
 from fastdiff.training.cards import Card
 from fastdiff.training.config import DTYPES, TrainConfig
 from fastdiff.training.objectives import LARGE_VOCABULARY
