@@ -23,7 +23,7 @@ from .published_rule import MEANS, SUMS, known_strings, published
 from .report import Setup, Table, reporting
 from .texts import ALPHABET, Letters, LetterText, other_english, windows
 
-MINUTES = 8
+MINUTES = 4
 TRUE, ELSEWHERE, OTHER = "true", "from another place", "of another text"
 TEMPERATURES = (1.0, 0.7)
 OURS, ALL_MASKED = "ours", "all masked, one pass"

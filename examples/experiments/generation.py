@@ -27,7 +27,7 @@ from .networks import LENGTH, letter_text, of_letters, subject, trained, unseen
 from .report import Setup, Table, console, reporting
 from .texts import Letters
 
-MINUTES = 10
+MINUTES = 7
 NETWORKS = ("radd", "sedd-absorb", "sedd-uniform", "block")
 TRUE, OWN = "held-out text", "autoregressive, the judge itself"
 

@@ -10,7 +10,7 @@ from ..dna import markov_nll, markov_strings, markov_transition
 from .report import Setup, Table, reporting
 from .toys import MASK, agreement, fit, picture, shown
 
-MINUTES = 5
+MINUTES = 3
 HALF, PASSES = 16, 64
 
 

@@ -9,7 +9,7 @@ from .networks import subject, unseen
 from .report import Setup, reporting
 from .spreads import Published, measure, of_masks, picture, table
 
-MINUTES = 10
+MINUTES = 9
 TIME_INTEGRAL, HARMONIC = "time integral", "harmonic"
 PAPER: Published = {
     TIME_INTEGRAL: {128: 70.97, 256: 30.19, 512: 13.38},

@@ -11,7 +11,7 @@ from .networks import subject, unseen
 from .report import Setup, Table, reporting
 from .texts import english, other_english, windows
 
-MINUTES = 2
+MINUTES = 1
 
 
 def run(setup: Setup) -> None:
