@@ -62,8 +62,8 @@ def table(found: dict[str, dict[str, float]], curves: dict[str, Curve], text: Le
         rows.append([method.title, f"{ours['bits']:.3f} ± {ours['half']:.3f}", paper, f"{minutes:.1f}"])
     letters = curves["ar"]["letters"][-1]
     notes = [
-        f"± is half of the 95% interval over held-out windows of {LENGTH} letters, of one training each: other seeds would "
-        "move it. All but the autoregressive are bounds.",
+        f"± is half of the 95% interval over held-out windows of {LENGTH} letters, of one training each: other "
+        "seeds would move it. All but the autoregressive are bounds.",
         f"{letters / 1e6:.1f} million letters seen, of a text of {len(text) / 1e6:.1f} million. The paper's networks "
         "saw text8, for a million steps of 512 windows of 256.",
         *orders(found),
