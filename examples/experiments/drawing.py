@@ -21,12 +21,12 @@ def samplers_of(model: Loaded) -> list[str]:
 
 
 def numbers_of_steps(model: Loaded, sampler: str, asked: Sequence[int]) -> list[int]:
-    """Those asked for that a sampler can take for a whole sequence."""
+    """Those asked for that a sampler can take for a whole sequence, or else its fewest."""
     if sampler == "first_hitting":
         return [model.length]
     blocks = -(-model.length // (model.block_length or model.length))
     most = model.length - (sampler == "random")  # which in one step for each token is first-hitting
-    return [steps for steps in asked if steps % blocks == 0 and steps <= most]
+    return [steps for steps in asked if steps % blocks == 0 and steps <= most] or [blocks]
 
 
 def fill(model: Loaded, sampler: str, given: Tensor, steps: int) -> Generated:

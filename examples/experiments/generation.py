@@ -46,7 +46,7 @@ Curves = dict[str, dict[str, Curve]]  # by model and sampler
 
 def run(setup: Setup) -> None:
     """Bits of drawn text against sampling steps, with its repetition, and of text drawn around given text."""
-    n, steps, steps_around = (4, (8, 16), 8) if setup.quick else (64, (2, 8, 32, 128), 32)
+    n, steps, wanted = (4, (8, 16), 8) if setup.quick else (64, (2, 8, 32, 128), 32)
     with reporting("generation", setup) as report:
         judge, _ = trained("ar", setup, letter_text(setup))
         models = models_of(setup)
@@ -55,8 +55,9 @@ def run(setup: Setup) -> None:
         own = continued(judge, torch.empty(n, 0, dtype=torch.int64), LENGTH)
         references = {TRUE: judged(judge, letters_of(first, x)), OWN: judged(judge, own)}
         curves = {name: curves_of(name, model, judge, len(x), steps) for name, model in models.items()}
-        around = {}
-        for name in [setup.model] if setup.model else infilling.NETWORKS:
+        around, names = {}, [setup.model] if setup.model else infilling.NETWORKS
+        steps_around = min(curves[names[0]]["tweedie"], key=lambda taken: abs(taken - wanted))
+        for name in names:
             whole = curves[name]["tweedie"][steps_around].tokens
             around[name] = infilled(models[name], judge, x, whole, steps_around)
         texts = samples(models, curves) | {OWN: [Letters().decode(row) for row in own[:SHOWN].tolist()]}
