@@ -5,6 +5,7 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -28,6 +29,7 @@ struct Keys {
   static FASTDIFF_HD Key ordered(Key bits) { return bits ^ (bits < 0 ? kMost : 0); }
   static FASTDIFF_HD Key key(C x) { return ordered(bit_cast<Key>(x)); }
   static FASTDIFF_HD C number(Key key) { return bit_cast<C>(ordered(key)); }
+  static FASTDIFF_HD C after(C x) { return number(key(x + C(0)) + 1); }  // + 0, as 0 is not more than -0
 };
 
 // Some ids of a row, their numbers, and what they weigh.
@@ -49,57 +51,45 @@ struct Some {
     for (int64_t i = 0; i < n; ++i) ws[i] = weight(xs[i]);
   }
 
-  // What those from a number on weigh.
-  FASTDIFF_HD double from(C least) const {
+  // What those from a number on weigh, the least of them, and the largest of the others.
+  struct Parts {
+    double from;
+    C least, most;
+  };
+  FASTDIFF_HD Parts parts(C at) const {
     const C *xs = x.data(), *ws = w.data();
-    double sum = 0;
-#pragma omp simd reduction(+ : sum)
+    double from = 0;
+    C least = kInfinity<C>, most = -kInfinity<C>;
+#pragma omp simd reduction(+ : from) reduction(min : least) reduction(max : most)
     for (int64_t i = 0; i < n; ++i) {
       const double w = ws[i];
-      sum += xs[i] >= least ? w : 0.0;
+      const C above = xs[i] >= at ? xs[i] : kInfinity<C>, below = xs[i] >= at ? -kInfinity<C> : xs[i];
+      from += xs[i] >= at ? w : 0.0;
+      least = above < least ? above : least;
+      most = below > most ? below : most;
     }
-    return sum;
+    return {from, least, most};
   }
 
   FASTDIFF_HD void add_to(std::array<C, kClasses>& classes) const {
     for (int64_t i = 0; i < n; ++i) classes[ids[i] & (kClasses - 1)] += w[i];
   }
 
-  // How far apart two keys are, and the one half way.
-  static FASTDIFF_HD Unsigned apart(Key below, Key above) {
-    return static_cast<Unsigned>(above) - static_cast<Unsigned>(below);
-  }
-  static FASTDIFF_HD Key middle(Key below, Key above) {
-    return static_cast<Key>(static_cast<Unsigned>(below) + apart(below, above) / 2);
-  }
-
-  // The ends of a small range, of which the lower passes a test and the upper does not, as is so of `low` and `high`.
+  // The largest of them, or `low`, that passes a test of it and of what those from there on weigh; all are below
+  // `high`. The range is halved, and each time narrowed to the numbers in it.
   template <typename F>
-  FASTDIFF_HD std::pair<C, C> divide(C low, C high, const F& passes) const {
-    constexpr int kDigits = 18;  // of a key that are looked at
+  FASTDIFF_HD C last(C low, C high, const F& passes) const {
     Key below = Keys<C>::key(low), above = Keys<C>::key(high);
-    while (apart(below, above) > Unsigned{1} << (8 * sizeof(C) - kDigits)) {
-      const Key half = middle(below, above);
-      (passes(Keys<C>::number(half)) ? below : above) = half;
-    }
-    return {Keys<C>::number(below), Keys<C>::number(above)};
-  }
-
-  // The largest number from which on they weigh `target`, as they do from `low` on; all are below `high`. The range is
-  // halved until there is at most one of them in it.
-  template <typename F>
-  FASTDIFF_HD C reach(C low, C high, double target, const F& weight) const {
-    Key below = Keys<C>::key(low), above = Keys<C>::key(high);
-    double from_below = from(low), from_above = 0;
-    while (apart(below, above) > 1 && from_below - from_above > 1.5 * weight(Keys<C>::number(below))) {
-      const Key half = middle(below, above);
-      const double from_half = from(Keys<C>::number(half));
-      if (from_half >= target)
-        below = half, from_below = from_half;
+    for (;;) {
+      const auto apart = static_cast<Unsigned>(above) - static_cast<Unsigned>(below);
+      if (apart <= 1) return Keys<C>::number(below);
+      const auto half = static_cast<Key>(static_cast<Unsigned>(below) + apart / 2);
+      const Parts at_half = parts(Keys<C>::number(half));
+      if (at_half.least < high && passes(Keys<C>::number(half), at_half.from))
+        below = std::max(half, Keys<C>::key(at_half.least));  // which is before it if it is -0
       else
-        above = half, from_above = from_half;
+        above = std::max(below, Keys<C>::key(at_half.most) + 1);
     }
-    return Keys<C>::number(below);
   }
 };
 
@@ -118,12 +108,11 @@ struct Threshold {
   C summed;     // from where on sums of classes are of what was last weighed
   C beyond;     // the number after the largest
 
-  Threshold(Numbers<T>& numbers_, Sums<C>& sums_)
-      : numbers(numbers_), sums(sums_), sample(kSample), near(numbers.num_states + 4) {}
+  Threshold(Numbers<T>& numbers_, Sums<C>& sums_, int64_t most)
+      : numbers(numbers_), sums(sums_), sample(kSample), near(most + 4) {}
 
   FASTDIFF_HD void start() {
-    const C top = *std::max_element(numbers.block_max.begin(), numbers.block_max.end());
-    beyond = Keys<C>::number(Keys<C>::key(top) + 1);
+    beyond = Keys<C>::after(*std::max_element(numbers.block_max.begin(), numbers.block_max.end()));
     low = high = summed = kInfinity<C>;
   }
 
@@ -134,10 +123,9 @@ struct Threshold {
   FASTDIFF_HD double mass(const F& weight, C least) {
     if (holds(least)) {
       near.weigh(weight);
-      return near.from(least);
+      return near.parts(least).from;
     }
-    read_again(
-        numbers, [=](C x) __attribute__((always_inline)) { return x < least ? C(0) : weight(x); }, least, sums);
+    read_again(numbers, [=](C x) __attribute__((always_inline)) { return x < least ? C(0) : weight(x); }, least, sums);
     summed = least;
     return sums.total();
   }
@@ -146,20 +134,24 @@ struct Threshold {
   template <typename F>
   FASTDIFF_HD C reach(const F& weight, C least, double target, double all) {
     double above = 0;
+    const auto enough = [&](C, double from) __attribute__((always_inline)) { return above + from >= target; };
     if (holds(least)) {
       near.weigh(weight);
-      return near.reach(least, high, target, weight);
+      return near.last(least, high, enough);
     }
-    std::tie(low, high) = range(weight, least, all - target);
+    double deviations = 3;
+    std::tie(low, high) = range(weight, least, all - target, deviations);
     if (high < beyond) above = mass(weight, high);
     if (above >= target) low = high, high = beyond, above = 0;
-    for (;; high = low, low = least) {
+    for (;;) {
       collect(weight);
-      const double in = near.from(low);
-      if (low == least || above + in >= target) break;
-      above += in;
+      const double from = near.parts(low).from;
+      if (low == least || enough(low, from)) return near.last(low, high, enough);
+      above += from;
+      high = low;
+      deviations = deviations < 300 ? 10 * deviations : kInfinity<double>;
+      low = std::min(low, range(weight, least, all - target, deviations).first);
     }
-    return near.reach(low, high, target - above, weight);
   }
 
   // The sums of classes of what is kept, from weight.kept on.
@@ -174,10 +166,11 @@ struct Threshold {
     }
   }
 
-  // Ends between which the threshold is, in all likelihood, if what is below it and not below `least` weighs so much. In
-  // a sample that weighs s, give or take the root of s (w - s / kSample), where the largest of it weighs w.
+  // Ends between which the threshold is, in all likelihood, if what is below it and not below `least` weighs so much.
+  // In a sample that weighs s, of which a standard deviation is at most the root of s (w - s / kSample), where its
+  // largest weighs w. If that is infinite, the lower end is `least`.
   template <typename F>
-  FASTDIFF_HD std::pair<C, C> range(const F& weight, C least, double below) {
+  FASTDIFF_HD std::pair<C, C> range(const F& weight, C least, double below, double deviations) {
     const int64_t n = numbers.num_states;
     if (n <= 4 * kSample) return {least, beyond};
     sample.n = kSample;
@@ -186,18 +179,15 @@ struct Threshold {
       sample.x[i] = x < beyond ? x : kLowest;  // one that is left out may be anything
     }
     sample.weigh(weight);
-    const double expected = below * kSample / n, total = sample.from(kLowest);
-    const auto exceeds = [&](C x, int sign) __attribute__((always_inline)) {
-      const double w = weight(x), some = 3 * std::sqrt(expected * std::max(w - expected / kSample, 0.0)) + 2 * w;
-      return total - sample.from(x) + sign * some > expected;
+    const double expected = below * kSample / n, total = sample.parts(kLowest).from;
+    const auto below_it = [&](int sign) {
+      return [=](C x, double from) __attribute__((always_inline)) {
+        const double w = weight(x), deviation = std::sqrt(expected * std::max(w - expected / kSample, 0.0));
+        return total - from + sign * (deviations * deviation + 2 * w) <= expected;
+      };
     };
-    const C from = sample.divide(least, beyond, [&](C x) __attribute__((always_inline)) {
-      return !exceeds(x, 1);
-    }).first;
-    const C to = sample.divide(from, beyond, [&](C x) __attribute__((always_inline)) {
-      return !exceeds(x, -1);
-    }).second;
-    return {from, to};
+    const C from = sample.last(least, beyond, below_it(1)), to = sample.last(from, beyond, below_it(-1));
+    return {from, std::min(beyond, sample.parts(Keys<C>::after(to)).least)};
   }
 
   // The numbers between the ends. As nobody can foretell which those are, there are no branches on them
@@ -216,6 +206,11 @@ struct Threshold {
         uint32_t found = 0;
 #pragma omp simd reduction(| : found)
         for (int32_t j = 0; j < kRun; ++j) found |= static_cast<uint32_t>(run[j] >= first && run[j] < last) << j;
+        if (found == ~0u) {
+          std::iota(to, to + kRun, id + i);
+          to += kRun;
+          continue;
+        }
         do {
           for (int k = 0; k < 4; ++k, found &= found - 1) {
             *to = id + i + __builtin_ctz(found | 1u << 31);

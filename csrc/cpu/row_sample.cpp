@@ -134,7 +134,7 @@ FASTDIFF_HD bool read(const RowSample& op, Numbers<T>& numbers, Sums<Acc<T>>& su
     temperature == 1 ? read_row<true, false>(numbers, temperature, sums)
                      : read_row<true, true>(numbers, temperature, sums);
   else if (op.keeps_some())
-    return read_largest(numbers, temperature, sums);
+    return read_largest(numbers, sums);
   else
     read_row<false, false>(numbers, temperature, sums);
   return op.law || (std::isfinite(sums.total()) && sums.shift > -kInfinity<Acc<T>>);
@@ -163,7 +163,7 @@ template <typename T>
 FASTDIFF_HD void sample_rows(const RowSample& op, int64_t begin, int64_t end, std::atomic<int64_t>& bad) {
   Numbers<T> numbers(op.num_states, op.excluded);
   Sums<Acc<T>> sums;
-  Threshold<T> threshold(numbers, sums);
+  Threshold<T> threshold(numbers, sums, op.filters() ? op.num_states : 0);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t r = op.live[i];
     numbers.start(op.row<T>(r), op.law ? op.xt[r] : -1);

@@ -221,24 +221,22 @@ FASTDIFF_HD void read_row(Numbers<T>& numbers, double temperature, Sums<Acc<T>>&
   }
 }
 
-// The same without the sums: block_max and the shift. Whether all could be read, and one of them can be drawn.
+// The same without the sums: block_max, and the shift is the largest. Whether a number can be drawn, and none is NaN.
 template <typename T>
-FASTDIFF_HD bool read_largest(Numbers<T>& numbers, double temperature, Sums<Acc<T>>& sums) {
-  using C = Acc<T>;
-  const auto room = static_cast<C>(60 * std::min(temperature, 1.0));
-  sums.shift = -kInfinity<C>;
-  C top = -kInfinity<C>;
+FASTDIFF_HD bool read_largest(Numbers<T>& numbers, Sums<Acc<T>>& sums) {
+  sums.shift = -kInfinity<Acc<T>>;
   bool valid = true;
   for (size_t b = 0; b < numbers.block_max.size(); ++b) {
     const int64_t n = numbers.size(b);
-    const C* visible = numbers.hides(b) ? numbers.block(b) : nullptr;
-    const Range<C> range = visible ? range_of(visible, n) : range_of(numbers.raw(b), n);
-    valid &= !(visible ? has_nan(visible, n, range) : has_nan(numbers.raw(b), n, range));
-    numbers.block_max[b] = range.max;
-    top = std::max(top, range.max);
-    if (range.max > sums.shift + room) sums.shift = range.max;
+    const auto read = [&](const auto* x) __attribute__((always_inline)) {
+      const auto range = range_of(x, n);
+      valid &= !has_nan(x, n, range);
+      numbers.block_max[b] = range.max;
+    };
+    numbers.hides(b) ? read(numbers.block(b)) : read(numbers.raw(b));
+    sums.shift = std::max(sums.shift, numbers.block_max[b]);
   }
-  return valid && std::isfinite(top);
+  return valid && std::isfinite(sums.shift);
 }
 
 // The classes' sums once more, of other weights, and the sum of jumps; the row is in cache.
