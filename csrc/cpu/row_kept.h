@@ -130,7 +130,8 @@ struct Threshold {
     return sums.total();
   }
 
-  // The largest number from which on the row weighs `target`, or `least`, from which on it weighs `all`.
+  // The largest number from which on the row weighs `target`, or `least`, from which on it weighs `all`. Where the
+  // sample misled, all below the range is taken; a wide range is narrowed once more, by a sample of what is in it.
   template <typename F>
   FASTDIFF_HD C reach(const F& weight, C least, double target, double all) {
     double above = 0;
@@ -139,18 +140,30 @@ struct Threshold {
       near.weigh(weight);
       return near.last(least, high, enough);
     }
-    double deviations = 3;
-    std::tie(low, high) = range(weight, least, all - target, deviations);
-    if (high < beyond) above = mass(weight, high);
-    if (above >= target) low = high, high = beyond, above = 0;
+    const int64_t n = numbers.num_states;
+    const auto of_row = [this](int64_t id) __attribute__((always_inline)) {
+      const C x = load(numbers.z[id]);
+      return x < beyond ? x : kLowest;  // one that is left out may be anything
+    };
+    const auto of_near = [this](int64_t i) __attribute__((always_inline)) {
+      return near.x[i + near.n / (2 * kSample)];  // half way between those that the row's sample has if all are near
+    };
+    bool narrowed = n <= 4 * kSample;
+    low = least, high = beyond;
+    if (!narrowed) narrow(weight, of_row, n, all - target);
     for (;;) {
+      above = high < beyond ? mass(weight, high) : 0;
+      if (above >= target) low = high, high = beyond, above = 0;
       collect(weight);
       const double from = near.parts(low).from;
-      if (low == least || enough(low, from)) return near.last(low, high, enough);
-      above += from;
-      high = low;
-      deviations = deviations < 300 ? 10 * deviations : kInfinity<double>;
-      low = std::min(low, range(weight, least, all - target, deviations).first);
+      if (low > least && !enough(low, from)) {
+        high = low, low = least;
+      } else if (!narrowed && near.n > n / 8) {
+        narrow(weight, of_near, near.n, above + from - target);
+        narrowed = true;
+      } else {
+        return near.last(low, high, enough);
+      }
     }
   }
 
@@ -166,28 +179,23 @@ struct Threshold {
     }
   }
 
-  // Ends between which the threshold is, in all likelihood, if what is below it and not below `least` weighs so much.
-  // In a sample that weighs s, of which a standard deviation is at most the root of s (w - s / kSample), where its
-  // largest weighs w. If that is infinite, the lower end is `least`.
-  template <typename F>
-  FASTDIFF_HD std::pair<C, C> range(const F& weight, C least, double below, double deviations) {
-    const int64_t n = numbers.num_states;
-    if (n <= 4 * kSample) return {least, beyond};
+  // Narrows the ends to where the threshold is, in all likelihood, if of n numbers, those between the ends and others
+  // that weigh nothing or are less, so much is below it. In a sample that weighs s, a standard deviation is at most the
+  // root of s (w - s / kSample), where its largest weighs w.
+  template <typename F, typename G>
+  FASTDIFF_HD void narrow(const F& weight, const G& number, int64_t n, double below) {
     sample.n = kSample;
-    for (int64_t i = 0; i < kSample; ++i) {
-      const C x = load(numbers.z[i * n / kSample]);
-      sample.x[i] = x < beyond ? x : kLowest;  // one that is left out may be anything
-    }
+    for (int64_t i = 0; i < kSample; ++i) sample.x[i] = number(i * n / kSample);
     sample.weigh(weight);
     const double expected = below * kSample / n, total = sample.parts(kLowest).from;
     const auto below_it = [&](int sign) {
       return [=](C x, double from) __attribute__((always_inline)) {
         const double w = weight(x), deviation = std::sqrt(expected * std::max(w - expected / kSample, 0.0));
-        return total - from + sign * (deviations * deviation + 2 * w) <= expected;
+        return total - from + sign * (3 * deviation + 2 * w) <= expected;
       };
     };
-    const C from = sample.last(least, beyond, below_it(1)), to = sample.last(from, beyond, below_it(-1));
-    return {from, std::min(beyond, sample.parts(Keys<C>::after(to)).least)};
+    low = sample.last(low, high, below_it(1));
+    high = std::min(high, sample.parts(Keys<C>::after(sample.last(low, high, below_it(-1)))).least);
   }
 
   // The numbers between the ends. As nobody can foretell which those are, there are no branches on them

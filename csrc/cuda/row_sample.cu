@@ -1,5 +1,6 @@
 // Tokens drawn from rows on the GPU. A block reads a row from memory once, and races its classes, then the ids of one.
 // Twin of fastdiff/kernels/row_sample.py.
+#include <algorithm>
 #include <cfloat>
 #include <climits>
 #include <cmath>
@@ -434,7 +435,8 @@ void launch_row_sample(Tensor z, Tensor xt, Tensor live, std::optional<Tensor> l
   op.stats = stats ? mutable_data<float>(*stats) : nullptr;
   op.greedy = temperature == 0;
   op.scale = static_cast<float>(1.4426950408889634 / (op.greedy ? 1 : temperature));
-  op.top_k = top_k < op.rows.num_states ? static_cast<float>(top_k) : 0, op.top_p = static_cast<float>(top_p);
+  op.top_k = top_k < op.rows.num_states ? static_cast<float>(top_k) : 0;
+  op.top_p = std::max(static_cast<float>(top_p), FLT_MIN);  // a share of something, so that one is kept
   with_type(z, [&](auto number) {
     using T = decltype(number);
     const bool careful = stats || law || op.greedy || op.truncates();

@@ -467,13 +467,12 @@ def launch_row_sample(
     top_k: int,
     top_p: float,
 ) -> None:
-    greedy, kept = temperature == 0, top_k > 0 or top_p < 1
-    two_sums = temperature not in (0, 1) and (stats is not None or law is not None)
-    careful = stats is not None or law is not None or kept
+    greedy, careful = temperature == 0, stats is not None or law is not None
+    kept = top_k > 0 or top_p < 1
     row_sample_kernel[(xt.numel(),)](
         z, xt, live, law, xt if exclude is None else exclude, seed, step, sample_ids, positions, tokens, argmax, stats,
         z.shape[-1], 0 if exclude is None else len(exclude), *row_strides(z),
-        1.0 if greedy else temperature, top_k, top_p,
-        GREEDY=greedy, TWO_SUMS=two_sums, KEPT=kept,
-        **for_rows(CAREFUL if careful else LARGE[z.element_size()], z.element_size()),
+        1.0 if greedy else temperature, top_k, max(top_p, 2.0**-126),
+        GREEDY=greedy, TWO_SUMS=temperature not in (0, 1) and careful, KEPT=kept,
+        **for_rows(CAREFUL if careful or kept else LARGE[z.element_size()], z.element_size()),
     )  # fmt: skip

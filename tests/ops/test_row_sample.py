@@ -190,6 +190,7 @@ def misleading_rows(num_states):
             noise.index_add(0, at, torch.full((SAMPLED,), -9.0)),
             torch.zeros(num_states),
             (noise > 1).float(),
+            -noise.relu(),  # the largest is -0
             torch.full((num_states,), -math.inf).index_copy(0, at, noise[:SAMPLED]),
             noise - rank,
             (noise * 1e-3).index_fill(0, torch.tensor([777]), 30.0),
@@ -205,7 +206,7 @@ def test_thresholds_do_not_depend_on_the_sample(dtype):
     z[..., -1] = math.nan  # the mask's, which is not drawn
     z = z.expand(-1, 3, -1)
     xt = torch.full(z.shape[:2], 5002)
-    some = [dict(top_k=k) for k in (1, 3, 40, 1500, 4900)] + [dict(top_p=p) for p in (1e-6, 0.1, 0.9, 0.9999)]
+    some = [dict(top_k=k) for k in (1, 3, 40, 1500, 4900)] + [dict(top_p=p) for p in (1e-60, 0.1, 0.9, 0.9999)]
     for options in [*some, dict(top_k=3, top_p=0.6), dict(top_k=3000, top_p=0.9, temperature=2.0)]:
         tokens, expected = (sample_tokens(z, xt, seed=4, backend=b, **options) for b in ("cpu", "reference"))
         assert torch.equal(tokens, expected), options
