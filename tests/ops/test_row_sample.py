@@ -204,10 +204,11 @@ def test_thresholds_do_not_depend_on_the_sample(dtype):
     torch.manual_seed(0)
     z = misleading_rows(5003).to(dtype).unsqueeze(1)
     z[..., -1] = math.nan  # the mask's, which is not drawn
-    z = z.expand(-1, 3, -1)
+    z = z.expand(-1, 6, -1)
     xt = torch.full(z.shape[:2], 5002)
-    some = [dict(top_k=k) for k in (1, 3, 40, 1500, 4900)] + [dict(top_p=p) for p in (1e-60, 0.1, 0.9, 0.9999)]
-    for options in [*some, dict(top_k=3, top_p=0.6), dict(top_k=3000, top_p=0.9, temperature=2.0)]:
+    hot = [dict(top_k=k, temperature=30.0) for k in (1, 3, 40, 1500, 4900)]  # all that are kept are drawn
+    some = [dict(top_p=p) for p in (1e-60, 0.1, 0.9, 0.9999)]
+    for options in [*hot, *some, dict(top_k=3, top_p=0.6), dict(top_k=3000, top_p=0.9, temperature=2.0)]:
         tokens, expected = (sample_tokens(z, xt, seed=4, backend=b, **options) for b in ("cpu", "reference"))
         assert torch.equal(tokens, expected), options
 
