@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdiff import sample
-from fastdiff.blocks import block_causal
 from fastdiff.model import DiffusionTransformer, ModelConfig
+from fastdiff.noise.blocks import block_causal
 
 BLOCK, STEPS, SEQUENCES = 16, 8, 1
 

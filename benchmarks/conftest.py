@@ -65,7 +65,7 @@ def on_each_backend(calls: dict[str, Callable[[], object]]) -> dict[str, Callabl
         return calls
 
     def by(backend: str, call: Callable[[], object]) -> object:
-        backends._DEFAULT = backend
+        backends.DEFAULT = backend
         return call()
 
     ours = {who: call for who, call in calls.items() if who.startswith("fastdiff")}

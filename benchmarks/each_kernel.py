@@ -32,7 +32,7 @@ from fastdiff import (
     scored_rows,
     token_logps,
 )
-from fastdiff.graphs import Uniform
+from fastdiff.noise.graphs import Uniform
 
 SIZES = {"small": ((2, 19), (61, 1031, 20011)), "large": ((8, 512), (50257, 126464))}  # tokens, vocabularies
 

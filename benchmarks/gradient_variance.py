@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fastdiff.data import NUM_BYTES, Text, load_documents
 from fastdiff.model import DiffusionTransformer, ModelConfig
-from fastdiff.noising import mask_exactly, mask_tokens, sample_mask_counts, sample_times
-from fastdiff.times import ImportanceTimes
+from fastdiff.noise.noising import mask_exactly, mask_tokens, sample_mask_counts, sample_times
+from fastdiff.noise.times import ImportanceTimes
 from fastdiff.training import TrainConfig, train
 from fastdiff.training.objectives import Noised, diffusion_loss, noise
 

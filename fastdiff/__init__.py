@@ -1,9 +1,6 @@
 """Fused kernels for discrete-diffusion language models: losses, masking and likelihoods, each in one pass."""
 
 from fastdiff.backends import BackendUnavailable
-from fastdiff.blocks import MaskedBlocks, block_causal, mask_blocks, two_streams, two_streams_mask
-from fastdiff.d3pm import d3pm_loss, linear_d3pm_loss
-from fastdiff.distillation import distill_loss, linear_distill_loss
 from fastdiff.estimators import (
     InformationCurve,
     LogRatioEstimate,
@@ -21,33 +18,60 @@ from fastdiff.estimators import (
     time_integral_nll,
     upper_bound_nll,
 )
-from fastdiff.graphs import Absorbing, Uniform
-from fastdiff.implicit_score import implicit_score_entropy
-from fastdiff.leave_one_out import linear_loo_loss, loo_loss
-from fastdiff.linear_losses import linear_dce_loss, linear_dse_loss
-from fastdiff.logps import linear_token_logps, token_logps
-from fastdiff.losses import RowStats, dce_loss, dse_loss
-from fastdiff.mixture import linear_mixture_loss, mixture_loss
-from fastdiff.mixture_noise import Mixture, mixture_reverse_step, mixture_weight
-from fastdiff.noising import (
+from fastdiff.generation import (
+    Generated,
+    TokenStats,
+    linear_sample_tokens,
+    linear_soft_embeddings,
+    mixture_reverse_step,
+    reverse_probs,
+    reverse_step,
+    sample,
+    sample_tokens,
+)
+from fastdiff.losses import (
+    RowStats,
+    csm_loss,
+    d3pm_loss,
+    dce_loss,
+    distill_loss,
+    dse_loss,
+    implicit_score_entropy,
+    linear_csm_loss,
+    linear_d3pm_loss,
+    linear_dce_loss,
+    linear_distill_loss,
+    linear_dse_loss,
+    linear_loo_loss,
+    linear_mixture_loss,
+    linear_token_logps,
+    loo_loss,
+    mixture_loss,
+    token_logps,
+)
+from fastdiff.noise import (
+    Absorbing,
     HarmonicMask,
+    ImportanceTimes,
     Masked,
+    MaskedBlocks,
+    Mixture,
+    Uniform,
+    block_causal,
     corrupt,
     harmonic_mask,
+    mask_blocks,
     mask_exactly,
     mask_tokens,
+    mixture_weight,
     sample_mask_counts,
     sample_times,
+    two_streams,
+    two_streams_mask,
 )
 from fastdiff.ops.scored_rows import scored_rows
 from fastdiff.preferences import DPOLoss, GRPOLoss, dpo_loss, grpo_loss
-from fastdiff.reverse import reverse_probs, reverse_step
-from fastdiff.sampling import Generated, sample
 from fastdiff.schedules import Cosine, Geometric, Hybrid, Linear, LogLinear, Polynomial
-from fastdiff.score_matching import csm_loss, linear_csm_loss
-from fastdiff.soft_embeddings import linear_soft_embeddings
-from fastdiff.times import ImportanceTimes
-from fastdiff.tokens import TokenStats, linear_sample_tokens, sample_tokens
 
 __version__ = "0.1.0"
 

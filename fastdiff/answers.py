@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from fastdiff.data.texts import Piece, chat_text, split_pair
 from fastdiff.estimators import NLLEstimate
 from fastdiff.likelihood import row
 from fastdiff.loading import Loaded
-from fastdiff.texts import Piece, chat_text, split_pair
 
 RANKINGS = ("by_nll", "by_nll_per_byte")
 _DRAWS = 10_000

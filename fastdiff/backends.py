@@ -19,7 +19,7 @@ KERNELS = ("cpu", "triton", "cuda")  # backends that are operators of their own
 BACKENDS = (*KERNELS, "reference")
 OLDEST_TRITON, OLDEST_GPU = (3, 6), (8, 0)
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter takes CPU tensors too, slowly
-_DEFAULT = os.environ.get("FASTDIFF_BACKEND") or None
+DEFAULT = os.environ.get("FASTDIFF_BACKEND") or None  # may be set at any time, as benchmarks do
 
 
 class BackendUnavailable(RuntimeError):
@@ -93,7 +93,7 @@ def resolve(backend: str | None, device: torch.device, operation: str, size: int
     That is the one named, or FASTDIFF_BACKEND, or the fastest that can run. Raises ValueError for an unknown name and
     BackendUnavailable for a known one that cannot run here.
     """
-    backend = backend or _DEFAULT
+    backend = backend or DEFAULT
     if backend is not None:
         check_choice("backend", backend, BACKENDS)
         missing = None if backend == "reference" else _missing(backend, device)

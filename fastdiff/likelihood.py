@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fastdiff.data.texts import Piece
 from fastdiff.estimators import NLLEstimate
 from fastdiff.loading import Loaded
 from fastdiff.processes import join
 from fastdiff.progress import progress
-from fastdiff.texts import Piece
 
 TOGETHER = 8  # pieces of equal lengths in one estimate: what is kept, and what goes to a rank
 _COLUMNS = ("nll", "stderr", "num_tokens", "num_forwards", "degrees_of_freedom", "bias")

@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.block_cache import BlockCache
 from fastdiff.checks import check_choice, check_tensor
-from fastdiff.data import NUM_BYTES
+from fastdiff.data.sources import NUM_BYTES
+from fastdiff.data.texts import Bytes, load_tokenizer, saved_hash
 from fastdiff.estimators import NLLEstimate, block_nll, conditional_nll, dse_nll, ordered_nll, time_integral_nll
 from fastdiff.estimators.orders import ORDERS
 from fastdiff.evaluating import BlockModel, Model
 from fastdiff.files import read_config
-from fastdiff.graphs import Absorbing, Graph, Uniform
-from fastdiff.mixture_noise import Mixture
+from fastdiff.generation.block_cache import BlockCache
 from fastdiff.model import DiffusionTransformer, ModelConfig
+from fastdiff.noise.graphs import Absorbing, Graph, Uniform
+from fastdiff.noise.mixture import Mixture
 from fastdiff.placing import placed, spread
 from fastdiff.published import KINDS, Published, load_published
 from fastdiff.schedules import LogLinear, Schedule
-from fastdiff.texts import Bytes, load_tokenizer, saved_hash
-from fastdiff.training import MIXED, SCHEDULE
+from fastdiff.training import MIXED, SCHEDULE, SCORES
 
 _OF_ANY_GRAPH = ("time-free", "integral")
 LIKELIHOODS = (*_OF_ANY_GRAPH, *ORDERS)
@@ -208,7 +208,7 @@ def _of_run(
         masks = graph.mask_index, SCHEDULE.total_noise
         conditionals = model.block_conditionals(block_length, *masks) if block_length else model.conditionals(*masks)
     score = model if timed and not block_length else None
-    noise = SCHEDULE, "scale_by_sigma"
+    noise = SCHEDULE, SCORES[graph.name]
     return Loaded(model, conditionals, score, graph, *noise, True, tokens, length, [], device, None, block_length)
 
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.block_cache import BlockCache
-from fastdiff.blocks import mean_of_blocks, two_streams
 from fastdiff.checks import check_integer, check_tensor, check_tokens
 from fastdiff.files import import_safetensors, read_config, write_atomically
+from fastdiff.generation.block_cache import BlockCache
+from fastdiff.noise.blocks import mean_of_blocks, two_streams
 
 _FREQUENCIES = 128  # of the noise level, cosines and sines
 
@@ -59,8 +59,9 @@ class DiffusionTransformer(nn.Module):
 
     Time-free (`cond_dim=0`): `model(xt)` gives logits of the conditionals p(x_0 | x_t), for `dce_loss` and
     `time_free_nll`. Otherwise `model(xt, sigma)`, whose norms and branches follow the noise level (adaLN-zero), for
-    `dse_loss` with `parametrization="scale_by_sigma"`. Before training all outputs are 0. Weights have the names that
-    they have in those codebases, and are made in torch's default type on its default device, as those of any module.
+    `dse_loss` with `parametrization="scale_by_sigma"`, of the uniform graph "log_score". Before training all outputs
+    are 0. Weights have the names that they have in those codebases, and are made in torch's default type on its default
+    device, as those of any module.
     """
 
     def __init__(self, config: ModelConfig) -> None:

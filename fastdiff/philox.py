@@ -9,6 +9,8 @@ import enum
 import torch
 from torch import Tensor
 
+from fastdiff.checks import check_integer
+
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -85,3 +87,18 @@ def scaled_in_stratum(draw: Tensor, j: Names, n: int, size: Names) -> Tensor:
     """floor(size (j + draw / 2^32) / n), of the j-th of n strata of [0, size), j < n <= 2^31, size < 2^62."""
     whole, rest = size // n, size % n
     return j * whole + (j * rest + scaled(draw, size)) // n
+
+
+def resolve_seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device | None) -> Tensor:
+    """The seed as an int64 tensor on the device (None: its own, or the CPU); None draws one from the generator."""
+    if seed is None:
+        device = device or torch.device("cpu")
+        drawn_on = device if generator is None else generator.device
+        return torch.randint(2**63 - 1, (), generator=generator, device=drawn_on).to(device)
+    if generator is not None:
+        raise ValueError("generator: expected one of seed and generator, got both")
+    if isinstance(seed, Tensor):
+        if seed.numel() != 1 or seed.dtype != torch.int64:
+            raise ValueError(f"seed: expected one int64, got {seed.dtype} {tuple(seed.shape)}")
+        return seed.reshape(()).to(device or seed.device)
+    return torch.full((), check_integer("seed", seed), dtype=torch.int64, device=device or "cpu")

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastdiff.checks import check_choice
 from fastdiff.evaluating import Model
-from fastdiff.graphs import Absorbing, Graph, Uniform
 from fastdiff.model import DiffusionTransformer, ModelConfig, check_alike, inverse_frequencies
+from fastdiff.noise.graphs import Absorbing, Graph, Uniform
 from fastdiff.schedules import Geometric, LogLinear, Schedule
 from fastdiff.weights import read_weights
 

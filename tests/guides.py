@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 import fastdiff
-from fastdiff.blocks import block_causal
 from fastdiff.model import DiffusionTransformer, ModelConfig
+from fastdiff.noise.blocks import block_causal
 
 M = 256
 

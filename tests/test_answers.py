@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 from fastdiff import cli
 from fastdiff.answers import RANKINGS, accuracy, ranking, read_questions, records
 from fastdiff.data import NUM_BYTES, encode
-from fastdiff.graphs import Absorbing
+from fastdiff.data.texts import Bytes
 from fastdiff.likelihood import likelihoods
 from fastdiff.loading import Loaded, load
 from fastdiff.model import DiffusionTransformer, ModelConfig
-from fastdiff.texts import Bytes
+from fastdiff.noise.graphs import Absorbing
 from fastdiff.training import SCHEDULE
 
 CPU = torch.device("cpu")

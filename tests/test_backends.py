@@ -21,10 +21,10 @@ def resolve(backend, device):
 
 def test_cpu_tensors_take_the_compiled_kernels_unless_the_process_says_otherwise(monkeypatch):
     assert resolve(None, X0.device) == "cpu"
-    monkeypatch.setattr(backends, "_DEFAULT", "reference")
+    monkeypatch.setattr(backends, "DEFAULT", "reference")
     assert resolve(None, X0.device) == "reference"
     assert resolve("cpu", X0.device) == "cpu"
-    monkeypatch.setattr(backends, "_DEFAULT", "tpu")
+    monkeypatch.setattr(backends, "DEFAULT", "tpu")
     with pytest.raises(ValueError, match="backend: expected one of 'cpu', 'triton', 'cuda', 'reference', got 'tpu'"):
         resolve(None, X0.device)
 

@@ -13,9 +13,9 @@ import torch
 from typer.testing import CliRunner
 
 from fastdiff import backends, cli, data, sample
-from fastdiff.block_cache import BlockCache
-from fastdiff.blocks import block_causal
+from fastdiff.generation.block_cache import BlockCache
 from fastdiff.model import DiffusionTransformer
+from fastdiff.noise.blocks import block_causal
 
 SMALL = "--length 16 --dim 16 --depth 1 --heads 2 --batch-size 4 --steps 4 --warmup 2"
 EVALUATION = "--eval-every 2 --eval-sequences 4 --eval-samples 15"
@@ -276,7 +276,7 @@ def test_score_entropy_runs(folder, capsys, monkeypatch, loss):
         assert shown.startswith("   0  ab······" if loss == "dse-absorb" else "   0  ab")
     assert "bits per byte" in invoke("eval run --num-samples 15 --num-sequences 4 --json out.json")
     (row,) = json.loads((folder / "out.json").read_text()).values()
-    assert 6 < row["bits_per_byte"] < math.inf
+    assert 7 < row["bits_per_byte"] < 8.5  # which knows nothing of 256 bytes
     if loss != "dse-absorb":
         assert row["likelihood"] == "bound"
         failed = fail(capsys, monkeypatch, "eval run --tolerance 1")

@@ -11,10 +11,10 @@ import torch
 
 import fastdiff
 from fastdiff import data, reference
-from fastdiff.graphs import Absorbing, Uniform
 from fastdiff.integrations import bd3lm, dream, llada, mdlm, radd
-from fastdiff.mixture_noise import Mixture
 from fastdiff.model import DiffusionTransformer, ModelConfig
+from fastdiff.noise.graphs import Absorbing, Uniform
+from fastdiff.noise.mixture import Mixture
 from fastdiff.schedules import Cosine, Geometric, Hybrid, Linear, LogLinear, Polynomial
 from fastdiff.training import TrainConfig, noise, train
 

@@ -11,8 +11,8 @@ from test_published import hub_folder, made, sedd_folder
 from typer.testing import CliRunner
 
 from fastdiff import cli, loading, ordered_nll
+from fastdiff.data.texts import Bytes, pieces, tokens_of
 from fastdiff.loading import Loaded, load, of_config
-from fastdiff.texts import Bytes, pieces, tokens_of
 
 CPU = torch.device("cpu")
 TEXT = "The ship sails näh, and nobody knows why it does.\n" * 12

@@ -13,10 +13,10 @@ from test_published import hub_folder, made, sedd_folder
 from test_published_code import CHECKOUTS, network_of
 from torch import nn
 
-from fastdiff.graphs import Absorbing
+from fastdiff.data.texts import Bytes
 from fastdiff.loading import Loaded, load
+from fastdiff.noise.graphs import Absorbing
 from fastdiff.schedules import LogLinear
-from fastdiff.texts import Bytes
 
 CPU = torch.device("cpu")
 L, BATCH, REPEATS = 6, 25, 200  # of published evaluations, in batches over which their times are spread

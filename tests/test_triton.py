@@ -26,7 +26,7 @@ from ahead_of_time import (
 )
 from triton.compiler import make_backend
 
-from fastdiff.kernels import corrupt, distill, linear_loss, reverse_rows, row_loss, row_sample, targets
+from fastdiff.kernels import corrupt, distill, linear_loss, reverse_rows, row_loss, row_sample, rows, targets
 from fastdiff.ops.functors import FUNCTORS
 
 
@@ -68,7 +68,7 @@ DRAWS = {
 @pytest.mark.parametrize(("name", "gpu", "dtype"), cases(DRAWS, POINTERS), ids=str)
 def test_row_sample_compiles_to_wide_loads_and_no_spills(name, gpu, dtype):
     careful = name != "plain"
-    config = row_sample.CAREFUL if careful else row_loss.LARGE[dtype.itemsize]
+    config = row_sample.CAREFUL if careful else rows.LARGE[dtype.itemsize]
     binary = compiled_row_sample(DRAWS[name], dtype, config, gpu)
     assert resources(binary)[1] == 0
     assert wide_accesses(binary, "load")
@@ -76,7 +76,7 @@ def test_row_sample_compiles_to_wide_loads_and_no_spills(name, gpu, dtype):
 
 @pytest.mark.parametrize(("contiguous", "gpu", "dtype"), cases([True, False], POINTERS), ids=str)
 def test_reverse_rows_compiles_to_wide_accesses_and_no_spills(contiguous, gpu, dtype):
-    config = row_loss.LARGE[dtype.itemsize]
+    config = rows.LARGE[dtype.itemsize]
     binary = compiled_reverse_rows(dtype, contiguous, config, gpu)
     assert resources(binary)[1] == 0
     assert wide_accesses(binary, "load")

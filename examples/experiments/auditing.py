@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fastdiff import one_pass_nll
+from fastdiff.data.texts import Piece
 from fastdiff.likelihood import likelihoods
 from fastdiff.loading import Loaded
-from fastdiff.texts import Piece
 
 from .areas import Area, area_under_curve, findings, settled
 from .autoregressive import continued

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fastdiff import Uniform, sample
+from fastdiff.generation.sampling import Generated
+from fastdiff.generation.unmasking import SAMPLERS, TIMED
 from fastdiff.loading import Loaded
-from fastdiff.sampling import Generated
-from fastdiff.unmasking import SAMPLERS, TIMED
 
 
 def samplers_of(model: Loaded) -> list[str]:

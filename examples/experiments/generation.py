@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fastdiff.generation.unmasking import SAMPLERS
 from fastdiff.loading import Loaded
-from fastdiff.unmasking import SAMPLERS
 
 from . import infilling
 from .autoregressive import continued

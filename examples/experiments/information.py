@@ -20,7 +20,7 @@ from fastdiff.estimators import InformationCurve, NLLEstimate, mutual_informatio
 from fastdiff.evaluating import Model
 from fastdiff.schedules import Schedule
 
-from .methods import ABSORBING, METHODS, SCHEDULE, UNIFORM
+from .methods import ABSORBING, METHODS, SCHEDULE, SCORES, UNIFORM
 from .networks import letter_text, subject, trained, unseen
 from .report import Setup, Table, console, reporting
 
@@ -70,7 +70,7 @@ def relations(setup: Setup) -> dict[str, Relation]:
     if setup.model is None:
         for name, graph in {"sedd-absorb": ABSORBING, "sedd-uniform": UNIFORM}.items():
             network, _ = trained(name, setup, letter_text(setup))
-            found[f"I-MDSE, {METHODS[name].title}"] = of_scores(network, graph, SCHEDULE, "scale_by_sigma")
+            found[f"I-MDSE, {METHODS[name].title}"] = of_scores(network, graph, SCHEDULE, SCORES[graph.name])
     return found
 
 

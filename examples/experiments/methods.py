@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdiff import Absorbing, LogLinear, Uniform, block_nll, corrupt, d3pm_loss, dse_nll, sample_times, time_free_nll
 from fastdiff.model import DiffusionTransformer
-from fastdiff.training.objectives import SCHEDULE, diffusion_loss, noise
+from fastdiff.training.objectives import SCHEDULE, SCORES, diffusion_loss, noise
 
 from .texts import ALPHABET
 
@@ -79,7 +79,7 @@ def in_blocks(model: Network, x0: Tensor, passes: int) -> Tensor:
 
 
 def scored(model: Network, x0: Tensor, passes: int, graph: Absorbing | Uniform) -> Tensor:
-    options = dict(graph=graph, schedule=SCHEDULE, parametrization="scale_by_sigma")
+    options = dict(graph=graph, schedule=SCHEDULE, parametrization=SCORES[graph.name])
     return dse_nll(model, x0, num_samples=passes, **options).nll
 
 

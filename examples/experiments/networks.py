@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdiff.files import read_config, write_atomically
 from fastdiff.loading import Loaded, load
 from fastdiff.model import DiffusionTransformer, ModelConfig
-from fastdiff.training.objectives import SCHEDULE
+from fastdiff.training.objectives import SCHEDULE, SCORES
 
 from .methods import ABSORBING, BLOCK, MASK, METHODS, UNIFORM, Method, N
 from .report import Setup, console
@@ -41,7 +41,7 @@ def of_letters(name: str, setup: Setup, text: LetterText) -> Loaded:
     network, _ = trained(name, setup, text)
     graph = ABSORBING if METHODS[name].masked else UNIFORM
     block_length = BLOCK if name == "block" else None
-    score, conditionals, parametrization = network, None, "scale_by_sigma"
+    score, conditionals, parametrization = network, None, SCORES[graph.name]
     if not METHODS[name].timed:
         score, parametrization = None, "logits"
         conditionals = network.body, network.lm_head

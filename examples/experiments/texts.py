@@ -27,7 +27,7 @@ def letters(text: str) -> str:
 
 
 class Letters:
-    """The tokenizer of 27 letters, as `fastdiff.texts.Tokenizer`."""
+    """The tokenizer of 27 letters, as `fastdiff.data.texts.Tokenizer`."""
 
     eos_token_id = None
 

@@ -30,13 +30,13 @@ from fastdiff.cli.options import (
     read_run,
     versions,
 )
-from fastdiff.data import Text, TokenSource, load_named_documents
+from fastdiff.data.shards import Shards, TokenFolder, is_tokens
+from fastdiff.data.sources import Text, TokenSource, load_named_documents
+from fastdiff.data.texts import CUTS, Piece, pieces, tokens_of
 from fastdiff.estimators.orders import ORDERS
 from fastdiff.files import write_atomically
 from fastdiff.likelihood import forget, likelihoods, ranks, row
 from fastdiff.loading import Loaded
-from fastdiff.shards import Shards, TokenFolder, is_tokens
-from fastdiff.texts import CUTS, Piece, pieces, tokens_of
 
 _MOST_TEXT = 2**26  # bytes of the held-out documents of a folder of tokens, evenly spread
 _TITLES = {

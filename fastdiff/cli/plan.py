@@ -9,12 +9,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastdiff.cards import CARDS
 from fastdiff.checks import check_choice
 from fastdiff.files import write_atomically
-from fastdiff.planning import USABLE, Plan
-from fastdiff.presets import COND_DIM, PRESETS
 from fastdiff.training import LOSSES
+from fastdiff.training.cards import CARDS
+from fastdiff.training.planning import USABLE, Plan
+from fastdiff.training.presets import COND_DIM, PRESETS
 
 _OF_PRESET = "the preset's"
 

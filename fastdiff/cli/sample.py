@@ -11,11 +11,11 @@ import typer
 
 from fastdiff.cli.models import load_named, no_room
 from fastdiff.cli.options import Dtype, MaskIndex, Named, Place, Shift, TokenizerOf, Trust, check_file, check_seed
+from fastdiff.data.texts import Tokenizer, chat_text
 from fastdiff.files import write_atomically
-from fastdiff.mixture_noise import Mixture
-from fastdiff.sampling import sample as draw_samples
-from fastdiff.texts import Tokenizer, chat_text
-from fastdiff.unmasking import SAMPLERS, TIMED
+from fastdiff.generation.sampling import sample as draw_samples
+from fastdiff.generation.unmasking import SAMPLERS, TIMED
+from fastdiff.noise.mixture import Mixture
 
 _FRAMES = 8  # lines in which a text comes about
 _BETWEEN = "----------"  # a line of it stands between two texts

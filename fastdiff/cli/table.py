@@ -14,7 +14,7 @@ from rich.table import Table
 from fastdiff.cli.evaluate import rows_of
 from fastdiff.cli.models import load_named
 from fastdiff.cli.options import Place, check_file
-from fastdiff.data import load_documents
+from fastdiff.data.sources import load_documents
 from fastdiff.files import write_atomically
 from fastdiff.likelihood import forget, ranks
 

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from fastdiff.cli.options import Trust, show
-from fastdiff.documents import FORMATS
-from fastdiff.shards import TokenFolder
-from fastdiff.tokenizing import tokenize as run_tokenizing
+from fastdiff.data.documents import FORMATS
+from fastdiff.data.shards import TokenFolder
+from fastdiff.data.tokenizing import tokenize as run_tokenizing
 
 
 def tokenize(

@@ -12,12 +12,12 @@ import typer
 
 from fastdiff.checks import check_choice
 from fastdiff.cli.options import Device, device_of, half_of, read_run, show
-from fastdiff.data import NUM_BYTES, Text, TokenSource, load_documents
+from fastdiff.data.shards import Shards, is_tokens
+from fastdiff.data.sources import NUM_BYTES, Text, TokenSource, load_documents
 from fastdiff.model import DiffusionTransformer, ModelConfig
-from fastdiff.presets import COND_DIM, PRESETS
-from fastdiff.shards import Shards, is_tokens
 from fastdiff.training import LOSSES, Record, Stopped, TrainConfig
 from fastdiff.training import train as run_training
+from fastdiff.training.presets import COND_DIM, PRESETS
 
 _RESULTS = {
     "loss": "training loss, nats per {unit}",

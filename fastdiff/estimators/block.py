@@ -31,7 +31,7 @@ from fastdiff.estimators.time_free import (
     without_controls,
 )
 from fastdiff.evaluating import BlockModel
-from fastdiff.noising import Masked
+from fastdiff.noise.noising import Masked
 
 _BLOCK_NAME = 2**40  # from one block's draws to those of the next, beyond names that people give
 

@@ -15,8 +15,8 @@ from fastdiff.estimators.score_entropy import EntropyScorer, ScoreModel, score_e
 from fastdiff.estimators.scoring import Model, Scorer
 from fastdiff.estimators.time_free import draw_names
 from fastdiff.files import write_atomically
-from fastdiff.graphs import Absorbing, Graph, Uniform
-from fastdiff.noising import Masked, mask_tokens
+from fastdiff.noise.graphs import Absorbing, Graph, Uniform
+from fastdiff.noise.noising import Masked, mask_tokens
 from fastdiff.philox import Purpose, draw32, scaled
 from fastdiff.schedules import Schedule
 

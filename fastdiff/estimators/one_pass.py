@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from fastdiff.estimators.estimate import NLLEstimate, mean_of_independent
 from fastdiff.estimators.scoring import Model, Scorer
 from fastdiff.estimators.time_free import draw_names
-from fastdiff.noising import Masked, mask_tokens
+from fastdiff.noise.noising import Masked, mask_tokens
 
 
 def one_pass_nll(

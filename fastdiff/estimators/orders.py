@@ -15,7 +15,7 @@ from torch import Tensor
 from fastdiff.checks import check_choice, check_integer, check_tokens
 from fastdiff.estimators.estimate import NLLEstimate
 from fastdiff.estimators.scoring import Model, Scorer
-from fastdiff.unmasking import RANKED, draw_tokens, largest
+from fastdiff.generation.unmasking import RANKED, draw_tokens, largest
 
 ORDERS = ("left-to-right", *RANKED)
 

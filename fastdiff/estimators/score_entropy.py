@@ -13,11 +13,11 @@ from fastdiff.estimators.estimate import NLLEstimate
 from fastdiff.estimators.scoring import Model, Scorer
 from fastdiff.estimators.time_free import draw_names
 from fastdiff.estimators.time_integral import draw_times, mean_over_times
-from fastdiff.graphs import Absorbing, Graph, Uniform
-from fastdiff.losses import PARAMETRIZATIONS, dse_loss
-from fastdiff.mixture import mixture_loss
-from fastdiff.mixture_noise import Mixture, mixture_weight
-from fastdiff.noising import corrupt
+from fastdiff.losses.mixture import mixture_loss
+from fastdiff.losses.row_losses import PARAMETRIZATIONS, dse_loss
+from fastdiff.noise.graphs import Absorbing, Graph, Uniform
+from fastdiff.noise.mixture import Mixture, mixture_weight
+from fastdiff.noise.noising import corrupt
 from fastdiff.schedules import Schedule
 
 # xt [b, L], sigma [b] -> log score [b, L, V], or an object that has it as `.logits`

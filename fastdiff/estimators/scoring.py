@@ -10,9 +10,9 @@ from torch import Tensor
 from fastdiff.checks import check_bool, check_tensor, check_tokens, check_values
 from fastdiff.estimators.replay import replayed
 from fastdiff.evaluating import BlockModel, Model, evaluating, model_parts
-from fastdiff.linear_losses import linear_dce_loss
-from fastdiff.losses import dce_loss
-from fastdiff.noising import Masked, mask_exactly
+from fastdiff.losses.linear_losses import linear_dce_loss
+from fastdiff.losses.row_losses import dce_loss
+from fastdiff.noise.noising import Masked, mask_exactly
 
 _LOGITS_PER_BATCH = 2**26  # 256 MB in float32
 _LEAST_VOCABULARY = 1024  # what a network holds for a token, logits aside, counts as this many

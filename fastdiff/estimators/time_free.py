@@ -22,8 +22,8 @@ from fastdiff.checks import check_choice, check_tokens
 from fastdiff.estimators.chains import Passes, Replicates, plan, plan_chains
 from fastdiff.estimators.estimate import NLLEstimate, mean_of_independent, mean_of_strata, student_t
 from fastdiff.estimators.scoring import Model, Scorer, draw_masks
-from fastdiff.noising import Masked, resolve_seed, sample_mask_counts
-from fastdiff.philox import Purpose, draw32, scaled, scaled_in_stratum
+from fastdiff.noise.noising import Masked, sample_mask_counts
+from fastdiff.philox import Purpose, draw32, resolve_seed, scaled, scaled_in_stratum
 from fastdiff.reference import subset_weight
 
 PROPOSALS = ("stratified", "systematic", "complementary", "uniform", "harmonic")

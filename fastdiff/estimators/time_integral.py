@@ -9,7 +9,7 @@ from fastdiff.checks import check_choice
 from fastdiff.estimators.estimate import NLLEstimate, mean_of_independent, mean_of_strata
 from fastdiff.estimators.scoring import Model, Scorer
 from fastdiff.estimators.time_free import draw_names
-from fastdiff.noising import mask_tokens
+from fastdiff.noise.noising import mask_tokens
 from fastdiff.philox import Purpose, uniform
 from fastdiff.schedules import Schedule
 

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from fastdiff.estimators.estimate import NLLEstimate
 from fastdiff.estimators.scoring import Model, Scorer
 from fastdiff.estimators.time_free import draw_names
-from fastdiff.noising import sample_mask_counts
+from fastdiff.noise.noising import sample_mask_counts
 
 
 def upper_bound_nll(

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checks import check_choice
+from fastdiff.generation.tokens import sample_tokens
 from fastdiff.integrations import mdlm
 from fastdiff.integrations.loss_head import LossHead
 from fastdiff.integrations.patching import patch
-from fastdiff.tokens import sample_tokens
 
 
 def apply_to_bd3lm() -> Callable[[], None]:

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff import dce_loss, mask_tokens
-from fastdiff.blocks import two_streams_mask
 from fastdiff.checks import check_choice, check_values
 from fastdiff.integrations.loss_head import LossHead
 from fastdiff.integrations.patching import patch
+from fastdiff.noise.blocks import two_streams_mask
 
 
 def apply_to_dllm() -> Callable[[], None]:

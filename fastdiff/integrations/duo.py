@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.generation.reverse import reverse_step
 from fastdiff.integrations.loss_head import LossHead
 from fastdiff.integrations.mdlm import at_step, check_bypassed, float32_on_gpus, last_layer
 from fastdiff.integrations.patching import patch, setting
-from fastdiff.losses import dse_loss
-from fastdiff.reverse import reverse_step
+from fastdiff.losses.row_losses import dse_loss
 
 
 def apply_to_duo() -> Callable[[], None]:

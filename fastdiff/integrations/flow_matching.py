@@ -12,7 +12,7 @@ from torch.nn.modules.loss import _Loss
 
 from fastdiff import dce_loss
 from fastdiff.integrations.patching import patch
-from fastdiff.losses import dce_rows
+from fastdiff.losses.row_losses import dce_rows
 from fastdiff.ops.row_loss import row_loss_grad
 
 

@@ -24,16 +24,16 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
 from fastdiff.checks import check_choice
-from fastdiff.data import NUM_BYTES
+from fastdiff.data.sources import NUM_BYTES
+from fastdiff.data.texts import Bytes, chat_text, split_pair
 from fastdiff.estimators import conditional_nll
 from fastdiff.estimators.scoring import Model
 from fastdiff.estimators.time_free import PROPOSALS
 from fastdiff.files import read_config
+from fastdiff.generation.sampling import sample
 from fastdiff.integrations.transformers import agreed_mask_index  # and names FastdiffForMaskedLM
 from fastdiff.loading import front_of, of_config, shifted
 from fastdiff.model import DiffusionTransformer
-from fastdiff.sampling import sample
-from fastdiff.texts import Bytes, chat_text, split_pair
 from fastdiff.training import SCHEDULE
 
 _TOGETHER = 64  # requests of equal lengths

@@ -18,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdiff.checks import check_tensor
 from fastdiff.integrations.tail import Tail, fitted, numbers
-from fastdiff.linear_losses import linear_dce_loss, linear_dse_loss
-from fastdiff.logps import linear_token_logps, token_logps
-from fastdiff.losses import RowStats, dce_rows, dse_rows, row_stats
-from fastdiff.mixture import linear_mixture_loss, mixture_rows
-from fastdiff.ops.linear_loss import TILE_BYTES
+from fastdiff.losses.linear_losses import linear_dce_loss, linear_dse_loss
+from fastdiff.losses.logps import linear_token_logps, token_logps
+from fastdiff.losses.mixture import linear_mixture_loss, mixture_rows
+from fastdiff.losses.row_losses import RowStats, dce_rows, dse_rows, row_stats
+from fastdiff.ops.chunks import TILE_BYTES
 from fastdiff.ops.parallel import shard_of
 from fastdiff.ops.row_loss import Rows, loss_dtype, row_loss, scored_tokens
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checks import check_choice
+from fastdiff.generation.tokens import sample_tokens
 from fastdiff.integrations.loss_head import LossHead
 from fastdiff.integrations.patching import patch
-from fastdiff.losses import dse_loss
-from fastdiff.tokens import sample_tokens
+from fastdiff.losses.row_losses import dse_loss
 
 # What a loss that makes no logits does not call.
 BYPASSED = (

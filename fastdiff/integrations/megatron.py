@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdiff.integrations.patching import around, patch
-from fastdiff.linear_losses import linear_dce_loss
+from fastdiff.losses.linear_losses import linear_dce_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

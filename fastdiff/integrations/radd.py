@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastdiff.checks import check_choice
 from fastdiff.integrations.loss_head import LossHead
 from fastdiff.integrations.patching import patch, setting
-from fastdiff.noising import mask_exactly, mask_tokens
+from fastdiff.noise.noising import mask_exactly, mask_tokens
 
 LOSSES = ("t_DSE", "t_DCE", "lambda_DCE", "k_DCE")
 Noise = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff import graphs
+from fastdiff.generation.reverse import reverse_step
 from fastdiff.integrations.loss_head import LossHead
 from fastdiff.integrations.patching import patch, setting
-from fastdiff.losses import dse_loss
-from fastdiff.noising import corrupt
-from fastdiff.reverse import reverse_step
+from fastdiff.losses.row_losses import dse_loss
+from fastdiff.noise import graphs
+from fastdiff.noise.noising import corrupt
 
 
 def apply_to_sedd() -> Callable[[], None]:

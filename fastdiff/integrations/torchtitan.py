@@ -19,8 +19,8 @@ from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAt
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.trainer import Trainer
 
-from fastdiff.linear_losses import linear_dce_loss
-from fastdiff.noising import mask_tokens, sample_times, spread
+from fastdiff.losses.linear_losses import linear_dce_loss
+from fastdiff.noise.noising import mask_tokens, sample_times, spread
 from fastdiff.schedules import LogLinear
 
 Batch = dict[str, Tensor]

@@ -21,9 +21,9 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from fastdiff.integrations.loss_head import LossHead
 from fastdiff.integrations.patching import setting
-from fastdiff.losses import dce_loss
+from fastdiff.losses.row_losses import dce_loss
 from fastdiff.model import DiffusionTransformer, ModelConfig
-from fastdiff.noising import mask_tokens, sample_times
+from fastdiff.noise.noising import mask_tokens, sample_times
 from fastdiff.schedules import LogLinear, Schedule
 
 

@@ -1,6 +1,6 @@
 """Distillation in Triton, one program a pair of rows. Twin of csrc/distill.h and csrc/cpu/distill.cpp, which say more.
 
-Rows are walked as row_loss.py says; the teacher's may start anywhere beside the student's. Later passes find both in
+Rows are walked as rows.py says; the teacher's may start anywhere beside the student's. Later passes find both in
 the second-level cache.
 """
 
@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.row_loss import LOG2_E, LOWEST, SMALL, log1p_, row_strides
+from fastdiff.kernels.maths import LOG2_E, log1p_
+from fastdiff.kernels.rows import LOWEST, SMALL, row_strides
 from fastdiff.kernels.targets import for_rows
 
 INF = tl.constexpr(float("inf"))

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.row_loss import LOG2_E, LOWEST
+from fastdiff.kernels.maths import LOG2_E
+from fastdiff.kernels.rows import LOWEST
 
 # The largest tile of logits that fits the registers of eight warps on sm_80, sm_90 and sm_100 without spilling, and
 # three stages of 16-bit operands.

@@ -1,6 +1,6 @@
 """Laws of reverse steps as rows of probabilities in Triton, one program a row. Twin of csrc/cpu/row_sample.cpp.
 
-Rows are walked, and `row` is what it is, as in row_loss.py: the probabilities stand for the gradient, x_t for both ids
+Rows are walked, and `row` is what it is, as in rows.py: the probabilities stand for the gradient, x_t for both ids
 that are treated apart.
 """
 
@@ -8,9 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.row_loss import (
+from fastdiff.kernels.maths import LOG2_E
+from fastdiff.kernels.row_sample import law_terms
+from fastdiff.kernels.rows import (
+    EXCLUDED,
     LARGE,
-    LOG2_E,
+    SIZE,
     SMALL,
     block_of,
     edge_of,
@@ -22,7 +25,6 @@ from fastdiff.kernels.row_loss import (
     sum_exp,
     zero_grad,
 )
-from fastdiff.kernels.row_sample import law_terms
 from fastdiff.kernels.targets import for_rows
 
 
@@ -47,7 +49,7 @@ def sum_jumps(row, how, BLOCK: tl.constexpr, VEC: tl.constexpr):
 def write_law(row, law, BLOCK: tl.constexpr, VEC: tl.constexpr):
     """Reads a row and writes the probabilities. With theta above 0 the sum of the jumps is a reading of its own."""
     theta, _, _, log_here = law
-    xt = row[8]
+    xt = row[EXCLUDED]
     f32 = tl.float32
     top, others = sum_exp(row, BLOCK, VEC)
     here = tl.where((log_here == log_here) & (xt >= 0), log_here, load_at(row, xt))
@@ -55,7 +57,7 @@ def write_law(row, law, BLOCK: tl.constexpr, VEC: tl.constexpr):
     origin, unit = shift, tl.full((), 1.0, tl.float64)
     if theta == 0:  # the jumps may all be far below x_t, and x_t not stay
         origin, unit = top, e_top
-    jump -= cut * (row[6] - 1)
+    jump -= cut * (row[SIZE] - 1)
     if theta > 0:
         jump = sum_jumps(row, (origin.to(f32), unit.to(f32), cut.to(f32)), BLOCK, VEC)
     mass = tl.where(total > 0, stay + jump, float("nan"))

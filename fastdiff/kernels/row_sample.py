@@ -1,6 +1,6 @@
 """Tokens drawn from rows in Triton, one program a row. Twin of the reference in fastdiff/ops/row_sample.py.
 
-Ids with the same v mod CLASSES are a class, and classes race first. A row is walked as in row_loss.py, in tiles of
+Ids with the same v mod CLASSES are a class, and classes race first. A row is walked as in rows.py, in tiles of
 BLOCK lanes, a multiple of CLASSES, so that a lane only meets ids of one class: the sums of the classes are what each
 lane adds up for itself, and nothing is reduced before the end of the row.
 """
@@ -9,14 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdiff.kernels.maths import LOG2_E, log1p_
 from fastdiff.kernels.philox import draw, draw_at, stream, threshold
-from fastdiff.kernels.row_loss import (
-    LARGE,
-    LOG2_E,
-    LOWEST,
-    log1p_,
-    row_strides,
-)
+from fastdiff.kernels.rows import LARGE, LOWEST, row_strides
 from fastdiff.kernels.targets import for_rows
 from fastdiff.ops.row_sample import RACE_CLASSES
 from fastdiff.philox import Purpose

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fastdiff.backends import KERNELS, resolve
+from fastdiff.ops.chunks import Chunks, Head, reference_logits
 from fastdiff.ops.distill import Pairs, reference_distill, row_distill_
 from fastdiff.ops.library import define, implement, library, no_derivative, no_forward_mode
-from fastdiff.ops.linear_loss import Chunks, Head, reference_logits
 from fastdiff.ops.parallel import Shard
 from fastdiff.ops.row_loss import loss_dtype, new_stats
 from fastdiff.ops.saved_grads import save_grads, scaled

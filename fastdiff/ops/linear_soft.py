@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.backends import KERNELS, resolve
+from fastdiff.ops.chunks import Chunks, Head, reference_logits
 from fastdiff.ops.library import define, implement, library, no_derivative, no_forward_mode
-from fastdiff.ops.linear_loss import Chunks, Head, reference_logits
 from fastdiff.ops.parallel import Shard
 from fastdiff.ops.row_loss import loss_dtype, new_stats
 from fastdiff.ops.scored_rows import scored_rows

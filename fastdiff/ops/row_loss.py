@@ -25,8 +25,6 @@ _TOKENS = "Tensor x0, Tensor? xt, Tensor? mask, Tensor? sigma, Tensor? weight, T
 _CONSTANTS = "str functor, int mask_index, bool exclude_mask, int ignore_index, bool scale_by_sigma, float penalty"
 ROWS = f"{_TOKENS}, Tensor? num_items, {_CONSTANTS}, str reduction"  # but z
 
-
-_TENSORS = 9  # of the arguments
 ENTROPY = 1  # which of the statistics it is
 IGNORE_NONE = -(2**63)  # an ignore_index that is no id
 
@@ -53,7 +51,13 @@ class Rows:
     reduction: str
 
     def arguments(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+        return *self.tensors(), *self.constants()
+
+    def tensors(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in _TENSOR_NAMES)
+
+    def constants(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in _NAMES[len(_TENSOR_NAMES) :])
 
     def at(self, index: Tensor) -> "Rows":
         """What is known of some of the tokens, flattened; z is still that of all."""
@@ -72,6 +76,10 @@ class Rows:
         if grad_entropy is not None:
             added = 0 if self.entropy_weight is None else self.entropy_weight
             self.entropy_weight = grad_entropy.double().contiguous() + added
+
+
+_NAMES = [field.name for field in dataclasses.fields(Rows)]
+_TENSOR_NAMES = _NAMES[: _NAMES.index("functor")]
 
 
 def row_loss(rows: Rows, backend: str | None, with_stats: bool = False) -> tuple[Tensor, Tensor]:
@@ -116,8 +124,8 @@ def row_losses_(
     Where rows.z, contiguous, holds a part of all_states numbers, ids count from its first; x0 is -1 if it is
     elsewhere, xt -1 then or, if it is not x0, -2. The loss is this part's: of cross-entropy, the part's log-sum-exp.
     """
-    *tensors, _num_items = rows.arguments()[:_TENSORS]
-    constants = rows.arguments()[_TENSORS:-1]
+    *tensors, _num_items = rows.tensors()
+    *constants, _reduction = rows.constants()
     return _row_loss_[backend](*tensors, *constants, all_states, with_grad, with_stats)
 
 
@@ -125,23 +133,25 @@ def row_losses_(
 # The operators: shapes under tracing, and autograd.
 
 
-def _fake(z: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    reduction, with_grad, with_stats = arguments[-3:]
-    loss = z.new_empty(z.shape[:-1] if reduction == "none" else (), dtype=loss_dtype(z.dtype))
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *given, with_grad, with_stats = arguments
+    rows = Rows(*given)
+    z, shape = rows.z, rows.x0.shape if rows.reduction == "none" else ()
     grad = z.new_empty(z.shape if with_grad else (0,))
-    return loss, grad, new_stats(arguments[0], z.dtype, with_stats)
+    return z.new_empty(shape, dtype=loss_dtype(z.dtype)), grad, new_stats(rows.x0, z.dtype, with_stats)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    tensors, with_grad = inputs[:_TENSORS], inputs[-2]
-    with_entropy = inputs[-3] == "none" and inputs[-1]
+    *given, with_grad, with_stats = inputs
+    rows = Rows(*given)
+    with_entropy = rows.reduction == "none" and with_stats
     ctx.mark_non_differentiable(*output[1 : 2 if with_entropy else 3])
     ctx.set_materialize_grads(False)  # or the unused gradient of the gradient would be a zero [..., V]
-    ctx.constants = None if with_grad else inputs[_TENSORS:-2]
+    ctx.constants = None if with_grad else rows.constants()
     if with_grad:
-        save_grads(ctx, output[1:2], inputs[:1])
+        save_grads(ctx, output[1:2], (rows.z,))
     else:
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*rows.tensors())
 
 
 def _backward(
@@ -208,8 +218,8 @@ def _on_gpu(kernels: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _in_place_on_gpu(kernels: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
     *given, all_states, with_grad, with_stats = arguments
-    given = [*given[: _TENSORS - 1], None, *given[_TENSORS - 1 :], "none"]  # num_items, reduction
-    rows = Rows(*given)
+    names = [name for name in _NAMES if name not in ("num_items", "reduction")]
+    rows = Rows(**dict(zip(names, given, strict=True)), num_items=None, reduction="none")
     z, x0 = rows.z, rows.x0
     losses, one = z.new_empty(x0.shape, dtype=torch.float64), z.new_ones((), dtype=torch.float64)
     stats = new_stats(x0, z.dtype, with_stats)
@@ -222,8 +232,9 @@ def _launch(
 ) -> None:
     if not rows.x0.numel():
         return
-    z, *tokens = rows.arguments()[: _TENSORS - 1]
-    constants, stats_or_none = rows.arguments()[_TENSORS:-1], stats if len(stats) else None
+    z, *tokens, _num_items = rows.tensors()
+    *constants, _reduction = rows.constants()
+    stats_or_none = stats if len(stats) else None
     z = at_most_three_dimensions(z)
     kernels.launch_row_loss(
         z, *tokens, scale, losses, z if grad is rows.z else grad, stats_or_none, *constants, all_states

@@ -7,13 +7,14 @@ the run ends or stops: one that is killed keeps what it had, and a resumed one w
 
 from fastdiff.training.config import LOSSES, TrainConfig
 from fastdiff.training.loop import Stopped, train
-from fastdiff.training.objectives import MIXED, SCHEDULE, Noised, diffusion_loss, noise
+from fastdiff.training.objectives import MIXED, SCHEDULE, SCORES, Noised, diffusion_loss, noise
 from fastdiff.training.records import Record
 
 __all__ = [
     "LOSSES",
     "MIXED",
     "SCHEDULE",
+    "SCORES",
     "Noised",
     "Record",
     "Stopped",

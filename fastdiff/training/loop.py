@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdiff.checkpoints import Checkpoints
-from fastdiff.data import TokenSource
-from fastdiff.exporting import export, write_config
+from fastdiff.data.sources import TokenSource
 from fastdiff.files import read_config
 from fastdiff.model import DiffusionTransformer
 from fastdiff.processes import agree
+from fastdiff.training.checkpoints import Checkpoints
 from fastdiff.training.config import TrainConfig
+from fastdiff.training.exporting import export, write_config
 from fastdiff.training.ranks import blocks_as, joined
 from fastdiff.training.readings import Readings
 from fastdiff.training.records import Record, Tell, open_metrics, telling

@@ -10,19 +10,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdiff.blocks import block_strata, num_blocks, per_token_of_blocks
-from fastdiff.graphs import Absorbing, Uniform
 from fastdiff.integrations.loss_head import LossHead
-from fastdiff.losses import dce_loss, dse_loss
-from fastdiff.mixture import mixture_loss
-from fastdiff.mixture_noise import Mixture, mixture_weight
+from fastdiff.losses.mixture import mixture_loss
+from fastdiff.losses.row_losses import dce_loss, dse_loss
 from fastdiff.model import noised_stream
-from fastdiff.noising import corrupt, mask_exactly, mask_tokens, sample_mask_counts, sample_times, spread
+from fastdiff.noise.blocks import block_strata, num_blocks, per_token_of_blocks
+from fastdiff.noise.graphs import Absorbing, Uniform
+from fastdiff.noise.mixture import Mixture, mixture_weight
+from fastdiff.noise.noising import corrupt, mask_exactly, mask_tokens, sample_mask_counts, sample_times, spread
+from fastdiff.noise.times import ImportanceTimes
 from fastdiff.schedules import Hybrid, LogLinear
-from fastdiff.times import ImportanceTimes
 
 SCHEDULE = LogLinear()
 MIXED = Hybrid()  # the schedule of "gidd"
+SCORES = {"absorb": "scale_by_sigma", "uniform": "log_score"}  # what a network of scores gives, by graph, as SEDD's
 LARGE_VOCABULARY = 4096  # from where on the last layer is multiplied for the scored tokens only
 _PROPOSALS = {"dce-k": "stratified", "dce-harmonic": "harmonic"}
 _DEVIATIONS = 8  # from its mean, beyond which the number of masks in a batch is once in 10^15
@@ -166,7 +167,8 @@ def diffusion_loss(model: nn.Module, batch: Noised, loss: str, **reduction: Any)
     options: dict[str, Any] = {"xt": xt, "weight": weight}
     if loss.startswith("dse"):
         inputs, targets = (xt, sigma), (sigma, xt, x0)
-        options = {"graph": loss.removeprefix("dse-"), "parametrization": "scale_by_sigma", "dsigma": weight}
+        graph = loss.removeprefix("dse-")
+        options = {"graph": graph, "parametrization": SCORES[graph], "dsigma": weight}
     elif loss == "gidd":
         inputs, targets, options = (xt, sigma), (sigma, share, xt, x0), {"weight": weight}
     options |= reduction

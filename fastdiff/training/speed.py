@@ -7,8 +7,8 @@ import time
 import torch
 from torch import nn
 
-from fastdiff.cards import peak_of
 from fastdiff.model import DiffusionTransformer
+from fastdiff.training.cards import peak_of
 
 
 class Moment:

@@ -18,12 +18,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from fastdiff.blocks import num_blocks
-from fastdiff.checkpoints import Checkpoints
-from fastdiff.data import TokenSource
+from fastdiff.data.sources import TokenSource
 from fastdiff.estimators import block_nll, time_free_nll
 from fastdiff.model import DiffusionTransformer
-from fastdiff.times import ImportanceTimes
+from fastdiff.noise.blocks import num_blocks
+from fastdiff.noise.times import ImportanceTimes
+from fastdiff.training.checkpoints import Checkpoints
 from fastdiff.training.config import DTYPES, TrainConfig
 from fastdiff.training.objectives import SCHEDULE, diffusion_loss, noise
 from fastdiff.training.ranks import Ranks, check_topology, over_ranks, synchronising, whole

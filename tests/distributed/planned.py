@@ -9,8 +9,8 @@ import torchrun
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff.model import DiffusionTransformer, ModelConfig
-from fastdiff.planning import Plan
 from fastdiff.training import TrainConfig, diffusion_loss, noise
+from fastdiff.training.planning import Plan
 from fastdiff.training.ranks import Ranks, blocks_as, over_ranks, synchronising
 
 LENGTH = 16

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
-import fastdiff.ops.linear_loss as op
+import fastdiff.ops.chunks as op
 from fastdiff import BackendUnavailable, dce_loss, linear_dce_loss, linear_token_logps, time_free_nll, token_logps
 from fastdiff.model import DiffusionTransformer, ModelConfig
 

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import fastdiff.ops.parallel as ranks
 from fastdiff import linear_sample_tokens, linear_soft_embeddings, sample, sample_tokens
-from fastdiff.ops.linear_loss import TILE_BYTES
+from fastdiff.ops.chunks import TILE_BYTES
 
 LAWS = [dict(), dict(temperature=0.0), dict(temperature=0.6, exclude=(0, 3)), dict(top_k=3, temperature=2.0)]
 LAWS += [dict(top_p=0.7), dict(top_k=40, top_p=0.9, temperature=1.5), dict(exclude_mask=False)]

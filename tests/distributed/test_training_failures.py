@@ -12,9 +12,9 @@ import pytest
 import torch
 import torchrun
 
-from fastdiff.checkpoints import Checkpoints
 from fastdiff.cli import app
 from fastdiff.loading import load
+from fastdiff.training.checkpoints import Checkpoints
 from fastdiff.weights import read_weights
 
 FILE = Path(__file__).with_name("failing.py")

@@ -10,7 +10,7 @@ from oracles import AbsorbingScores, UniformScores, mixture
 from torch import Tensor
 
 from fastdiff.estimators.information import InformationCurve, mutual_information
-from fastdiff.graphs import Absorbing, Uniform
+from fastdiff.noise.graphs import Absorbing, Uniform
 from fastdiff.schedules import Cosine, Geometric, LogLinear
 
 ORACLE = mixture(6, 3)

@@ -13,7 +13,7 @@ from oracles import Tabled, markov_chain, mixture
 from torch import Tensor, nn
 
 from fastdiff.estimators import OrderedNLL, exact_nll, ordered_nll
-from fastdiff.sampling import sample
+from fastdiff.generation.sampling import sample
 
 RULES = ("confidence", "margin", "entropy")
 ORDERS = ("left-to-right", *RULES)

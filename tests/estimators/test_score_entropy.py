@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastdiff.estimators.estimate import NLLEstimate
 from fastdiff.estimators.score_entropy import dse_nll
-from fastdiff.graphs import Absorbing, Uniform
+from fastdiff.noise.graphs import Absorbing, Uniform
 from fastdiff.schedules import Cosine, Geometric, Linear, LogLinear, Polynomial, Schedule
 
 TIMES, DENSITIES = ("stratified", "iid"), ("sqrt", "schedule")

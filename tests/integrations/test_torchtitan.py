@@ -12,7 +12,7 @@ from torch import nn
 
 from fastdiff import LogLinear, mask_tokens, sample_times
 from fastdiff.integrations import torchtitan
-from fastdiff.noising import spread
+from fastdiff.noise.noising import spread
 
 M, B, L, V = 5, 8, 32, 50
 RANKS = Path(__file__).parent / "torchtitan_ranks.py"

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_cases import CASES, fuzz
 
-import fastdiff.ops.linear_loss as op
+import fastdiff.ops.chunks as op
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import LOSSES, assert_near, linear_problem, loss_and_grads, loss_of
 
-import fastdiff.ops.linear_loss as op
+import fastdiff.ops.chunks as op
 
 LEAVES = ("hidden", "lm_head", "bias")
 

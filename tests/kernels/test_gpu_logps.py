@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import assert_near, linear_problem, problem
 
-import fastdiff.ops.linear_loss as op
+import fastdiff.ops.chunks as op
 from fastdiff import linear_token_logps, token_logps
 
 LEAVES = ("hidden", "lm_head", "bias")

@@ -15,7 +15,7 @@ M = 1030
 
 @pytest.fixture(autouse=True)
 def default(backend, monkeypatch):
-    monkeypatch.setattr("fastdiff.backends._DEFAULT", backend)
+    monkeypatch.setattr("fastdiff.backends.DEFAULT", backend)
 
 
 def inputs(device="cuda"):

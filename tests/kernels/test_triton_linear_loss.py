@@ -5,7 +5,7 @@ import torch
 from cases import linear_problem, loss_of
 
 import fastdiff.kernels.linear_loss as kernels
-import fastdiff.ops.linear_loss as op
+import fastdiff.ops.chunks as op
 
 LOW = {"cpu": torch.float16, "cuda": torch.bfloat16}  # the interpreter multiplies the bits of bfloat16 as integers
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from cases import TOLERANCE, assert_near
 from distill_cases import KINDS, linear_problem, loss_and_grads, loss_of
 
-import fastdiff.ops.linear_loss as op
+import fastdiff.ops.chunks as op
 from fastdiff import distill_loss, linear_distill_loss
 
 LEAVES = ("hidden", "lm_head", "bias")

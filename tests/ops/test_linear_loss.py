@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from cases import LOSSES, TOLERANCE, assert_near, linear_problem, loss_and_grads, loss_of
 from torch.utils.checkpoint import checkpoint
 
-import fastdiff.ops.linear_loss as op
+import fastdiff.ops.chunks as op
 from fastdiff import dce_loss, dse_loss, linear_dce_loss, linear_dse_loss, scored_rows
-from fastdiff.losses import dce_rows, dse_rows
+from fastdiff.losses.row_losses import dce_rows, dse_rows
 
 LEAVES = ("hidden", "lm_head", "bias")
 # Logits come rounded from a product of 16-bit numbers, as from nn.Linear: so do their gradients.

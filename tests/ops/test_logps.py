@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from cases import TOLERANCE, assert_near, linear_problem, problem
 
-import fastdiff.ops.linear_loss as op
+import fastdiff.ops.chunks as op
 from fastdiff import linear_token_logps, token_logps
 
 LEAVES = ("hidden", "lm_head", "bias")

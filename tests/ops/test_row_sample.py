@@ -7,8 +7,8 @@ import torch
 from torch.library import opcheck
 
 from fastdiff import linear_sample_tokens, reference, reverse_probs, reverse_step, sample_tokens
+from fastdiff.generation.tokens import token_rows
 from fastdiff.ops.row_sample import _row_sample
-from fastdiff.tokens import token_rows
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIZES = [1, 2, 27, 1023, 1024, 1025, 2600]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from cases import TOLERANCE, assert_near, linear_problem
 
-import fastdiff.ops.linear_loss as op
+import fastdiff.ops.chunks as op
 from fastdiff import linear_soft_embeddings
 
 LEAVES = ("hidden", "lm_head", "embedding", "bias")
