@@ -209,7 +209,7 @@ def add_from(sums, x, w, bounds, LANES: tl.constexpr):
     added = ()
     for j in tl.static_range(WAYS - 1):
         part = tl.where(x >= bounds[j], w, 0.0).reshape((LANES, x.shape[0] // LANES))
-        added += (sums[j] + tl.sum(part, 1),)
+        added += (sums[j] + tl.sum(part, 1),)  # type: ignore[assignment]
     return added
 
 
@@ -220,9 +220,9 @@ def divide(row, top, scale, low, high, target, DTYPE: tl.constexpr, BLOCK: tl.co
     step = tl.cdiv(high - low, WAYS)
     bounds, sums, at_edges = (), (), ()
     for j in tl.static_range(WAYS - 1):
-        bounds += (number_of(tl.minimum(low + (j + 1) * step, high), DTYPE),)
-        sums += (tl.zeros((BLOCK // VEC,), tl.float32),)
-        at_edges += (tl.zeros((1,), tl.float32),)
+        bounds += (number_of(tl.minimum(low + (j + 1) * step, high), DTYPE),)  # type: ignore[assignment]
+        sums += (tl.zeros((BLOCK // VEC,), tl.float32),)  # type: ignore[assignment]
+        at_edges += (tl.zeros((1,), tl.float32),)  # type: ignore[assignment]
     for i in range(first_edge(row), 2):
         x = edge_of(row, i, float("-inf"), VEC)[0]
         at_edges = add_from(at_edges, x, weights(x, how, False, False, False)[0], bounds, 1)
