@@ -3,6 +3,8 @@
 The floor reads the rows once.
 """
 
+from functools import partial
+
 import peers
 import pytest
 import torch
@@ -39,10 +41,29 @@ def test_llada_step(dtype, compare):
         "fastdiff": lambda: sample_tokens(z, xt, seed=0),
         "fastdiff, statistics": lambda: sample_tokens(z, xt, seed=0, return_stats=True),
         "fastdiff, greedy, statistics": lambda: sample_tokens(z, xt, seed=0, temperature=0, return_stats=True),
-        "fastdiff, top_p 0.9": lambda: sample_tokens(z, xt, seed=0, top_p=0.9),
         "LLaDA": lambda: peers.llada_step(z, xt, 1.0),
     }
     compare(name("a token for each mask", dtype), calls, floor(z))
+
+
+def shaped(kind):
+    """Rows whose probability is spread over many ids, falls with the id's rank as words' does, or is one id's."""
+    z, xt = rows(GPT2, torch.float32)
+    if kind == "language":
+        z -= torch.arange(1, GPT2 + 1, device=DEVICE).log()
+    if kind == "peaked":
+        z.scatter_(-1, torch.randint(GPT2, (*SHAPE, 1), device=DEVICE), 20.0)
+    return z, xt
+
+
+@pytest.mark.parametrize("kind", ["flat", "language", "peaked"])
+def test_kept(kind, dtype, compare):
+    z, xt = shaped(kind)
+    z = z.to(dtype)
+    truncations = {"": {}, ", top_k 50": {"top_k": 50}, ", top_p 0.9": {"top_p": 0.9}}
+    truncations[", top_k 50, top_p 0.9"] = {"top_k": 50, "top_p": 0.9}
+    calls = {f"fastdiff{of}": partial(sample_tokens, z, xt, seed=0, **kept) for of, kept in truncations.items()}
+    compare(name(f"a token of {kind} rows", dtype), calls, floor(z))
 
 
 def test_sedd_analytic(dtype, compare):

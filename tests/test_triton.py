@@ -67,7 +67,7 @@ DRAWS = {
 
 @pytest.mark.parametrize(("name", "gpu", "dtype"), cases(DRAWS, POINTERS), ids=str)
 def test_row_sample_compiles_to_wide_loads_and_no_spills(name, gpu, dtype):
-    careful = name.startswith(("statistics", "law"))
+    careful = name != "plain"
     config = row_sample.CAREFUL if careful else rows.LARGE[dtype.itemsize]
     binary = compiled_row_sample(DRAWS[name], dtype, config, gpu)
     assert resources(binary)[1] == 0

@@ -7,7 +7,7 @@
 
 #include "isa.h"
 #include "operators.h"
-#include "row_sample_bodies.h"
+#include "row_kept.h"
 
 namespace fastdiff {
 namespace {
@@ -47,7 +47,8 @@ struct RowSample {
   Stream race_stream(int64_t r) const {
     return {seed, kRace, step, sample_ids[r], static_cast<uint32_t>(positions[r])};
   }
-  bool filters() const { return (top_k > 0 && top_k < num_states) || top_p < 1; }
+  bool keeps_some() const { return top_k > 0 && top_k < num_states; }
+  bool filters() const { return keeps_some() || top_p < 1; }
 };
 
 // From the numbers of the token, of the largest and of the second largest.
@@ -107,33 +108,48 @@ FASTDIFF_HD int64_t jump(const RowSample& op, Numbers<T>& numbers, Sums<Acc<T>>&
   return race(numbers, weight, sums, stream);
 }
 
+// The weights of what top_k and then top_p keep, and their sums; the row was read.
 template <typename T>
-FASTDIFF_HD int64_t sample_row(const RowSample& op, Numbers<T>& numbers, Sums<Acc<T>>& sums, int64_t r) {
+FASTDIFF_HD Weight<Acc<T>> keep(const RowSample& op, Threshold<T>& threshold) {
   using C = Acc<T>;
-  const bool unit = op.stats || op.law;
+  const Sums<C>& sums = threshold.sums;
+  Weight<C> weight(op.temperature, sums.shift);
+  double all = op.keeps_some() ? 0 : sums.total();
+  weight.kept = std::numeric_limits<C>::lowest();
+  threshold.start();
+  if (op.keeps_some()) {
+    weight.kept = threshold.reach(One<C>(), weight.kept, op.top_k, op.num_states);
+    all = threshold.mass(weight, weight.kept);
+  }
+  if (op.top_p < 1) weight.kept = threshold.reach(weight, weight.kept, op.top_p * all, all);
+  threshold.sum(weight);
+  return weight;
+}
+
+// Whether the row has a law.
+template <typename T>
+FASTDIFF_HD bool read(const RowSample& op, Numbers<T>& numbers, Sums<Acc<T>>& sums) {
   const double temperature = op.temperature > 0 ? op.temperature : 1;
-  if (!unit)
-    read_row<false, false>(numbers, temperature, sums);
-  else if (temperature == 1)
-    read_row<true, false>(numbers, temperature, sums);
+  if (op.stats || op.law)
+    temperature == 1 ? read_row<true, false>(numbers, temperature, sums)
+                     : read_row<true, true>(numbers, temperature, sums);
+  else if (op.keeps_some())
+    return read_largest(numbers, sums);
   else
-    read_row<true, true>(numbers, temperature, sums);
+    read_row<false, false>(numbers, temperature, sums);
+  return op.law || (std::isfinite(sums.total()) && sums.shift > -kInfinity<Acc<T>>);
+}
+
+template <typename T>
+FASTDIFF_HD int64_t sample_row(const RowSample& op, Numbers<T>& numbers, Threshold<T>& threshold, Sums<Acc<T>>& sums,
+                               int64_t r) {
+  using C = Acc<T>;
+  if (!read(op, numbers, sums)) return -1;
   if (op.law) return jump(op, numbers, sums, r);
-  const double all = sums.total();
-  if (!std::isfinite(all) || sums.shift == -kInfinity<C>) return -1;
   const auto [top, second] = largest(numbers);
   int64_t token = top;
   if (op.temperature > 0) {
-    Weight<C> weight(op.temperature, sums.shift);
-    if (op.filters()) {
-      const Histogram<T> histogram(numbers, weight, op.temperature);
-      C least = std::numeric_limits<C>::lowest();
-      double mass = all;
-      if (op.top_k > 0) std::tie(least, mass) = histogram.reach(op.top_k, kInfinity<double>);
-      if (op.top_p < 1) least = std::max(least, histogram.reach(op.num_states, op.top_p * mass).first);
-      weight.kept = least;
-      read_again(numbers, weight, least, sums);
-    }
+    const Weight<C> weight = op.filters() ? keep(op, threshold) : Weight<C>(op.temperature, sums.shift);
     token = race(numbers, weight, sums, op.race_stream(r));
   }
   if (op.stats) {
@@ -147,10 +163,11 @@ template <typename T>
 FASTDIFF_HD void sample_rows(const RowSample& op, int64_t begin, int64_t end, std::atomic<int64_t>& bad) {
   Numbers<T> numbers(op.num_states, op.excluded);
   Sums<Acc<T>> sums;
+  Threshold<T> threshold(numbers, sums, op.filters() ? op.num_states : 0);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t r = op.live[i];
     numbers.start(op.row<T>(r), op.law ? op.xt[r] : -1);
-    const int64_t token = sample_row(op, numbers, sums, r);
+    const int64_t token = sample_row(op, numbers, threshold, sums, r);
     if (token < 0)
       bad = r;
     else

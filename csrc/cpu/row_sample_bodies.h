@@ -1,9 +1,10 @@
-// Drawing from one row: the pass that reads it, the weights that race, the races, and what top_k and top_p keep.
+// Drawing from one row: the pass that reads it, the weights that race, and the races.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -46,6 +47,16 @@ FASTDIFF_HD Range<float> range_of_bits(const T* x, int64_t n) {
 }
 FASTDIFF_HD Range<float> range_of(const BFloat16* x, int64_t n) { return range_of_bits(x, n); }
 FASTDIFF_HD Range<float> range_of(const Float16* x, int64_t n) { return range_of_bits(x, n); }
+
+// Whether there is NaN among numbers of that range: in the order of bits it is beyond infinity.
+template <typename T>
+FASTDIFF_HD bool has_nan(const T* x, int64_t n, const Range<Acc<T>>& range) {
+  if constexpr (sizeof(T) == 2) return std::isnan(range.min) || std::isnan(range.max);
+  int32_t found = 0;
+#pragma omp simd reduction(| : found)
+  for (int64_t i = 0; i < n; ++i) found |= load(x[i]) != load(x[i]);
+  return found != 0;
+}
 
 // A row, a block of kClasses ids at a time, with `absent` in the place of those that are not drawn.
 template <typename T>
@@ -109,6 +120,7 @@ struct Weight {
 
   FASTDIFF_HD Weight(double temperature, C shift_) : exp(temperature), shift(shift_) {}
   FASTDIFF_HD C operator()(C x) const {
+    if (std::is_same_v<C, double> && x < kept) return 0;  // what is not vectorised need not be computed
     const C e = exp(x - shift);
     return x < kept ? C(0) : e;
   }
@@ -209,6 +221,24 @@ FASTDIFF_HD void read_row(Numbers<T>& numbers, double temperature, Sums<Acc<T>>&
   }
 }
 
+// The same without the sums: block_max, and the shift is the largest. Whether a number can be drawn, and none is NaN.
+template <typename T>
+FASTDIFF_HD bool read_largest(Numbers<T>& numbers, Sums<Acc<T>>& sums) {
+  sums.shift = -kInfinity<Acc<T>>;
+  bool valid = true;
+  for (size_t b = 0; b < numbers.block_max.size(); ++b) {
+    const int64_t n = numbers.size(b);
+    const auto read = [&](const auto* x) __attribute__((always_inline)) {
+      const auto range = range_of(x, n);
+      valid &= !has_nan(x, n, range);
+      numbers.block_max[b] = range.max;
+    };
+    numbers.hides(b) ? read(numbers.block(b)) : read(numbers.raw(b));
+    sums.shift = std::max(sums.shift, numbers.block_max[b]);
+  }
+  return valid && std::isfinite(sums.shift);
+}
+
 // The classes' sums once more, of other weights, and the sum of jumps; the row is in cache.
 template <typename T, typename F>
 FASTDIFF_HD void read_again(Numbers<T>& numbers, const F& weight, Acc<T> least, Sums<Acc<T>>& sums) {
@@ -257,68 +287,6 @@ FASTDIFF_HD int64_t race(const Numbers<T>& numbers, const F& weight, Sums<Acc<T>
   for (int64_t k = 0; k < n; ++k) x[k] = weight(x[k]);
   return c + kClasses * winner(theirs.data(), x.data(), n);
 }
-
-// How many numbers a row has, and what they weigh, by how far below its largest they are.
-template <typename T>
-struct Histogram {
-  using C = Acc<T>;
-  static constexpr int64_t kBins = 2048;  // the last holds all that is further below
-  Numbers<T>& numbers;
-  const Weight<C> weight;
-  C top, per_number;
-  std::array<int64_t, kBins> count{};
-  std::array<double, kBins> mass{};
-
-  FASTDIFF_HD Histogram(Numbers<T>& numbers_, const Weight<C>& weight_, double temperature)
-      : numbers(numbers_),
-        weight(weight_),
-        top(*std::max_element(numbers.block_max.begin(), numbers.block_max.end())),
-        per_number(static_cast<C>(16 / temperature)) {
-    std::array<C, kClasses> w;
-    std::array<int32_t, kClasses> bin;
-    for (size_t b = 0; b < numbers.block_max.size(); ++b) {
-      const C* x = numbers.block(b);
-      const int64_t n = numbers.size(b);
-#pragma omp simd
-      for (int64_t j = 0; j < n; ++j) {
-        w[j] = weight(x[j]);
-        bin[j] = bin_of(x[j]);
-      }
-      for (int64_t j = 0; j < n; ++j) {
-        ++count[bin[j]];
-        mass[bin[j]] += w[j];
-      }
-    }
-  }
-
-  FASTDIFF_HD int32_t bin_of(C x) const {
-    const C depth = (top - x) * per_number;
-    return static_cast<int32_t>(depth < kBins - 1 ? depth : C(kBins - 1));
-  }
-
-  // The number at which so many, or so much mass, have been counted from the largest down, and the mass of all that are
-  // not smaller.
-  FASTDIFF_HD std::pair<C, double> reach(int64_t many, double much) const {
-    int32_t bin = 0;
-    int64_t n = 0;
-    double sum = 0;
-    while (bin < kBins - 1 && n + count[bin] < many && sum + mass[bin] < much) n += count[bin], sum += mass[bin++];
-    std::vector<C> in_bin;
-    for (size_t b = 0; b < numbers.block_max.size(); ++b) {
-      if (bin_of(numbers.block_max[b]) > bin) continue;
-      const C* x = numbers.block(b);
-      for (int64_t j = 0; j < numbers.size(b); ++j)
-        if (bin_of(x[j]) == bin) in_bin.push_back(x[j]);
-    }
-    std::sort(in_bin.begin(), in_bin.end(), std::greater<C>());
-    C least = std::numeric_limits<C>::lowest();
-    for (const C x : in_bin) {
-      if (x != least && (n >= many || sum >= much)) break;
-      least = x, sum += weight(x), ++n;
-    }
-    return {least, sum};
-  }
-};
 
 // The first of the largest numbers, and the second largest.
 template <typename T>

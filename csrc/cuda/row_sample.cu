@@ -1,7 +1,9 @@
 // Tokens drawn from rows on the GPU. A block reads a row from memory once, and races its classes, then the ids of one.
 // Twin of fastdiff/kernels/row_sample.py.
+#include <algorithm>
 #include <cfloat>
 #include <climits>
+#include <cmath>
 #include <type_traits>
 
 #include "law.h"
@@ -231,25 +233,89 @@ struct Keys {
   static __device__ float number(int key) { return bit_cast<float>(ordered(key * (1 << kZeros))); }
 };
 
-// The largest number, if it is above `low`, from which on the mass is at least the target; else `low`.
-template <typename T>
-__device__ float bisect(const Walk<T>& row, Weight weight, float low, float target, Room<float>& room) {
-  int below = Keys<T>::key(low), above = Keys<T>::key(FLT_MAX) + 1;
-  while (below + 1 < above) {
-    const int middle = below + static_cast<int>((static_cast<unsigned>(above) - static_cast<unsigned>(below)) / 2);
-    weight.least = Keys<T>::number(middle);
-    (mass(row, weight, room) >= target ? below : above) = middle;
+// What numbers weigh by a digit of their keys, in integers, whose sums are the same in any order: of two words each, as
+// shared memory adds them. Then what is found there.
+struct Digits {
+  static constexpr int kBits = 11, kMany = 1 << kBits;
+  uint32_t low[kMany], high[kMany];
+  uint64_t parts[kThreads];
+  uint64_t rest;
+  uint32_t found;
+
+  __device__ void clear() {
+    for (int i = threadIdx.x; i < kMany; i += blockDim.x) low[i] = high[i] = 0;
+    __syncthreads();
   }
-  return Keys<T>::number(below);
+
+  __device__ void add(uint32_t digit, uint64_t weight) {
+    const auto part = static_cast<uint32_t>(weight);
+    const uint32_t before = atomicAdd(&low[digit], part), carry = part > ~before;
+    const uint32_t upper = static_cast<uint32_t>(weight >> 32) + carry;
+    if (upper != 0) atomicAdd(&high[digit], upper);
+  }
+
+  __device__ uint64_t at(int digit) const { return uint64_t{high[digit]} << 32 | low[digit]; }
+
+  // Finds the largest digit from which on they weigh `least` and a share of all, or all if that is less; and the rest,
+  // what its own are to weigh. Threads have parts of the digits, the first the largest.
+  __device__ void find(uint64_t least, double share) {
+    __syncthreads();
+    const int size = (kMany + blockDim.x - 1) / blockDim.x, end = kMany - size * static_cast<int>(threadIdx.x);
+    const int begin = end < size ? 0 : end - size;
+    uint64_t mine = 0, before = 0, all = 0;
+#pragma unroll 1
+    for (int digit = begin; digit < end; ++digit) mine += at(digit);
+    parts[threadIdx.x] = mine;
+    __syncthreads();
+#pragma unroll 1
+    for (unsigned i = 0; i < blockDim.x; ++i) {
+      before += i < threadIdx.x ? parts[i] : 0;
+      all += parts[i];
+    }
+    const uint64_t wanted = least + static_cast<uint64_t>(std::ceil(share * all)), target = wanted < all ? wanted : all;
+    if (before < target && target <= before + mine) {
+      int digit = end - 1;
+      for (; before + at(digit) < target; --digit) before += at(digit);
+      found = digit, rest = target - before;
+    }
+    __syncthreads();
+  }
+};
+
+// The largest number from which on they weigh `least` (where 1 is `unit`) and a share of all: with each read a digit of
+// its key.
+template <typename T>
+__device__ float reach(const Walk<T>& row, const Weight& weight, float unit, uint64_t least, double share,
+                       Digits& digits) {
+  constexpr int kBits = 32 - Keys<T>::kZeros;
+  constexpr uint32_t kHalf = 1u << (kBits - 1);
+  uint32_t found = 0;
+#pragma unroll 1
+  for (int shift = kBits; shift > 0;) {
+    const int before = shift, bits = shift < Digits::kBits ? shift : Digits::kBits;
+    shift -= bits;
+    digits.clear();
+    row.each(NAN, [&](const auto& few) {
+      for (const float z : few.x) {
+        const uint32_t key = static_cast<uint32_t>(Keys<T>::key(z)) + kHalf;
+        const auto units = static_cast<uint64_t>(weight(z) * unit);
+        if (units > 0 && uint64_t{key} >> before == found) digits.add(key >> shift & ((1u << bits) - 1), units);
+      }
+    });
+    digits.find(least, share);
+    found = found << bits | digits.found;
+    least = digits.rest, share = 0;
+  }
+  return Keys<T>::number(static_cast<int>(found - kHalf));
 }
 
 // From which number on top_k and then top_p keep ids.
 template <typename T>
-__device__ float least_kept(const RowSample& op, const Walk<T>& row, Weight weight, Room<float>& room) {
-  const Weight one{0, 0};  // their mass is how many they are
-  weight.least = -FLT_MAX;
-  if (op.top_k > 0) weight.least = bisect(row, one, weight.least, op.top_k, room);
-  if (op.top_p < 1) weight.least = bisect(row, weight, weight.least, op.top_p * mass(row, weight, room), room);
+__device__ float least_kept(const RowSample& op, const Walk<T>& row, Weight weight, Digits& digits) {
+  Weight one{0, 0};  // what they weigh is how many they are
+  one.least = weight.least = -FLT_MAX;
+  if (op.top_k > 0) weight.least = reach(row, one, 1, static_cast<uint64_t>(op.top_k), 0, digits);
+  if (op.top_p < 1) weight.least = reach(row, weight, 0x1p40f, 0, op.top_p, digits);
   return weight.least;
 }
 
@@ -323,8 +389,8 @@ __device__ int drawn(const RowSample& op, const Walk<T>& row, int64_t r, Shared&
     if (op.law) goes = moves(op, row, r, weight, shared);
     if (!goes) return -1;
     if (op.greedy) return threadIdx.x == 0 ? first_of(row, found.largest) : -1;
-    const bool truncates = op.top_k > 0 || op.top_p < 1;
-    if (truncates) weight.least = least_kept(op, row, weight, shared.mass);
+    const bool truncates = op.truncates();
+    if (truncates) weight.least = least_kept(op, row, weight, *reinterpret_cast<Digits*>(&shared + 1));
     if (truncates || weight.cut != 0) sum_classes(row, weight, classes);
   }
   return goes ? race(op, row, r, classes, weight, shared) : -1;
@@ -369,12 +435,14 @@ void launch_row_sample(Tensor z, Tensor xt, Tensor live, std::optional<Tensor> l
   op.stats = stats ? mutable_data<float>(*stats) : nullptr;
   op.greedy = temperature == 0;
   op.scale = static_cast<float>(1.4426950408889634 / (op.greedy ? 1 : temperature));
-  op.top_k = top_k < op.rows.num_states ? static_cast<float>(top_k) : 0, op.top_p = static_cast<float>(top_p);
+  op.top_k = top_k < op.rows.num_states ? static_cast<float>(top_k) : 0;
+  op.top_p = std::max(static_cast<float>(top_p), FLT_MIN);  // a share of something, so that one is kept
   with_type(z, [&](auto number) {
     using T = decltype(number);
-    const bool careful = stats || law || op.greedy || op.top_k > 0 || op.top_p < 1;
+    const bool careful = stats || law || op.greedy || op.truncates();
+    const size_t shared = sizeof(Shared) + (op.truncates() ? sizeof(Digits) : 0);
     const auto kernel = careful ? row_sample_kernel<T, true> : row_sample_kernel<T, false>;
-    launch(kernel, z, Grid{xt.numel(), threads_for<T>(op.rows.num_states), sizeof(Shared)}, op);
+    launch(kernel, z, Grid{xt.numel(), threads_for<T>(op.rows.num_states), shared}, op);
   });
 }
 

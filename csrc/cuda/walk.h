@@ -22,6 +22,8 @@ struct RowSample {
   bool greedy;
   float scale;  // log2(e) / temperature; at temperature 1 if greedy
   float top_k, top_p;
+
+  FASTDIFF_HD bool truncates() const { return top_k > 0 || top_p < 1; }
 };
 
 // Threads of a block. A thread is to meet only ids of kVec classes: either all of them stride over whole rounds of the

@@ -20,6 +20,7 @@ RACE = tl.constexpr(int(Purpose.RACE))
 STEP = tl.constexpr(int(Purpose.STEP))
 CLASSES = tl.constexpr(RACE_CLASSES)
 MEMBERS = tl.constexpr(128)  # ids of a class that race at a time
+WAYS = tl.constexpr(8)  # into which a read divides the keys among which a threshold is
 NO_ID = tl.constexpr(2**31 - 1)
 
 # ---------------------------------------------------------------------------------------------------------
@@ -196,32 +197,65 @@ def number_of(key, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def mass_above(row, top, scale, key, DTYPE: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr):
-    """The sum of the weights of the numbers from a key on; with scale 0, how many they are."""
+def mass_from(row, top, scale, key, DTYPE: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    """The sum of the weights of the numbers from a key on."""
     how = (top, scale, number_of(key, DTYPE), 0.0, 0.0)
     return tl.sum(class_sums(row, how, True, False, False, BLOCK, VEC)[0], 0)
 
 
 @triton.jit
-def bisect(row, top, scale, low, target, DTYPE: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr):
+def add_from(sums, x, w, bounds, LANES: tl.constexpr):
+    """Adds to each sum, of LANES lanes, the weights of the numbers from its bound on."""
+    added = ()
+    for j in tl.static_range(WAYS - 1):
+        part = tl.where(x >= bounds[j], w, 0.0).reshape((LANES, x.shape[0] // LANES))
+        added += (sums[j] + tl.sum(part, 1),)  # type: ignore[assignment]
+    return added
+
+
+@triton.jit
+def divide(row, top, scale, low, high, target, DTYPE: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    """Of the WAYS parts of a range of keys the one that `reach` looks for, by one read."""
+    how = (top, scale, float("-inf"), 0.0, 0.0)
+    step = tl.cdiv(high - low, WAYS)
+    bounds, sums, at_edges = (), (), ()
+    for j in tl.static_range(WAYS - 1):
+        bounds += (number_of(tl.minimum(low + (j + 1) * step, high), DTYPE),)  # type: ignore[assignment]
+        sums += (tl.zeros((BLOCK // VEC,), tl.float32),)  # type: ignore[assignment]
+        at_edges += (tl.zeros((1,), tl.float32),)  # type: ignore[assignment]
+    for i in range(first_edge(row), 2):
+        x = edge_of(row, i, float("-inf"), VEC)[0]
+        at_edges = add_from(at_edges, x, weights(x, how, False, False, False)[0], bounds, 1)
+    for i in range(num_tiles(row, BLOCK, VEC)):
+        x = tile_of(row, i, float("-inf"), BLOCK, VEC)[0]
+        sums = add_from(sums, x, weights(x, how, False, False, False)[0], bounds, BLOCK // VEC)
+    first, last = low, high
+    for j in tl.static_range(WAYS - 1):
+        key = tl.minimum(first + (j + 1) * step, last)
+        enough = tl.sum(sums[j], 0) + tl.sum(at_edges[j], 0) >= target
+        low, high = tl.where(enough, key, low), tl.where(enough, high, tl.minimum(high, key))
+    return low, high
+
+
+@triton.jit
+def reach(row, top, scale, low, target, DTYPE: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr):
     """The largest key from which on the mass is at least the target, as it is from `low` on."""
     high = key_of(top, DTYPE) + 1
     while high - low > 1:
-        middle = (low + high) >> 1
-        enough = mass_above(row, top, scale, middle, DTYPE, BLOCK, VEC) >= target
-        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+        low, high = divide(row, top, scale, low, high, target, DTYPE, BLOCK, VEC)
     return low
 
 
 @triton.jit
-def least_kept(row, top, scale, top_k, top_p, DTYPE: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr):
-    """From which number on top_k and then top_p keep ids."""
+def least_kept(row, top, total, scale, top_k, top_p, DTYPE: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    """From which number on top_k and then top_p keep ids, of which all weigh `total`."""
     low = key_of(tl.full((), float("-inf"), tl.float32), DTYPE)
     if top_k > 0:
-        low = bisect(row, top, 0.0, low, top_k, DTYPE, BLOCK, VEC)
+        low = reach(row, top, 0.0, low, top_k, DTYPE, BLOCK, VEC)
+        if top_p < 1:
+            total = mass_from(row, top, scale, low, DTYPE, BLOCK, VEC)
     if top_p < 1:
-        target = top_p * mass_above(row, top, scale, low, DTYPE, BLOCK, VEC)
-        low = bisect(row, top, scale, low, target, DTYPE, BLOCK, VEC)
+        low = reach(row, top, scale, low, top_p * total, DTYPE, BLOCK, VEC)
     return number_of(low, DTYPE)
 
 
@@ -380,7 +414,7 @@ def row_sample_kernel(
                 token = first_id(row, best)
             else:
                 if KEPT:
-                    least = least_kept(row, top, scale, top_k, top_p, Z.dtype.element_ty, BLOCK, VEC)
+                    least = least_kept(row, top, total, scale, top_k, top_p, Z.dtype.element_ty, BLOCK, VEC)
                     how = (top, scale, least, 0.0, 0.0)
                     sums = class_sums(row, how, True, False, False, BLOCK, VEC)[0]
                 elif LAW is None:
@@ -429,10 +463,11 @@ def launch_row_sample(
     top_p: float,
 ) -> None:
     greedy, careful = temperature == 0, stats is not None or law is not None
+    kept = top_k > 0 or top_p < 1
     row_sample_kernel[(xt.numel(),)](
         z, xt, live, law, xt if exclude is None else exclude, seed, step, sample_ids, positions, tokens, argmax, stats,
         z.shape[-1], 0 if exclude is None else len(exclude), *row_strides(z),
-        1.0 if greedy else temperature, top_k, top_p,
-        GREEDY=greedy, TWO_SUMS=temperature not in (0, 1) and careful, KEPT=top_k > 0 or top_p < 1,
-        **for_rows(CAREFUL if careful else LARGE[z.element_size()], z.element_size()),
+        1.0 if greedy else temperature, top_k, max(top_p, 2.0**-126),
+        GREEDY=greedy, TWO_SUMS=temperature not in (0, 1) and careful, KEPT=kept,
+        **for_rows(CAREFUL if careful or kept else LARGE[z.element_size()], z.element_size()),
     )  # fmt: skip

@@ -68,7 +68,7 @@ def test_other_modes(temperature, with_stats, backend, device):
     both(backend, problem((2, 2), 1030, F16, device, [1], temperature=temperature, with_stats=with_stats))
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.5), (40, 0.7), (5000, 1.0)])
+@pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.5), (0, 1e-60), (40, 0.7), (5000, 1.0)])
 def test_truncated(top_k, top_p, backend, device):
     options = dict(exclude=[7], temperature=0.8, top_k=top_k, top_p=top_p, with_stats=top_k == 3)
     for num_states, dtype in ((27, F16), (2100, BF16), (27, F32)):

@@ -175,6 +175,44 @@ def test_law_is_that_of_float64(num_states, spread, options):
     assert value < freedom + 4 * math.sqrt(2 * freedom) + 8  # four standard deviations
 
 
+SAMPLED = 1024  # numbers by which the CPU guesses where thresholds are, at equal distances
+
+
+def misleading_rows(num_states):
+    """Rows whose sample is like the rest, above it, below it, ties, all there is, or in the order of a vocabulary."""
+    noise = torch.randn(num_states)
+    at = torch.arange(SAMPLED) * num_states // SAMPLED
+    rank = torch.arange(1, num_states + 1).log()
+    return torch.stack(
+        [
+            2 * noise,
+            noise.index_add(0, at, torch.full((SAMPLED,), 9.0)),
+            noise.index_add(0, at, torch.full((SAMPLED,), -9.0)),
+            torch.zeros(num_states),
+            (noise > 1).float(),
+            -noise.relu(),  # the largest is -0
+            torch.full((num_states,), -math.inf).index_copy(0, at, noise[:SAMPLED]),
+            noise - rank,
+            (noise * 1e-3).index_fill(0, torch.tensor([777]), 30.0),
+            noise * 1e30,
+        ]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_thresholds_do_not_depend_on_the_sample(dtype):
+    torch.manual_seed(0)
+    z = misleading_rows(5003).to(dtype).unsqueeze(1)
+    z[..., -1] = math.nan  # the mask's, which is not drawn
+    z = z.expand(-1, 6, -1)
+    xt = torch.full(z.shape[:2], 5002)
+    hot = [dict(top_k=k, temperature=30.0) for k in (1, 3, 40, 1500, 4900)]  # all that are kept are drawn
+    some = [dict(top_p=p) for p in (1e-60, 0.1, 0.9, 0.9999)]
+    for options in [*hot, *some, dict(top_k=3, top_p=0.6), dict(top_k=3000, top_p=0.9, temperature=2.0)]:
+        tokens, expected = (sample_tokens(z, xt, seed=4, backend=b, **options) for b in ("cpu", "reference"))
+        assert torch.equal(tokens, expected), options
+
+
 @pytest.mark.parametrize("gap", [95.0, 400.0, math.inf])
 def test_uniform_steps_where_x_t_is_all_but_certain(gap):
     xt = torch.full((1, 50), 2)
