@@ -34,12 +34,6 @@ struct Row {
 
   FASTDIFF_HD double number(int64_t id) const { return load(z[id]); }
 
-  // The gradient's place, if it can hold numbers in the type they are computed in while the row is read.
-  FASTDIFF_HD Acc<T>* room() const {
-    if constexpr (std::is_same_v<Acc<T>, T>) return grad == z ? nullptr : grad;
-    return nullptr;
-  }
-
   // Calls f(first, n) for runs of at most kBlock of the other ids, in rising order.
   template <typename F>
   FASTDIFF_HD void for_each_run(const F& f) const {
@@ -104,9 +98,13 @@ struct Loaded<BFloat16> {
   }
 };
 
-// The sum of term(x); with kKeep also their derivatives.
+// The sum of term(x) of a block; with kKeep also their derivatives.
 template <bool kKeep, typename F, typename T, typename C>
 FASTDIFF_HD Block<C> sum_terms(const F& term, const T* from, C* kept, int64_t n) {
+  if constexpr (std::is_same_v<T, Float16>) {  // which is widened in more steps, of 16 bits each where they can be
+    float in[kBlock];
+    return sum_terms<kKeep>(term, widened(from, n, in), kept, n);
+  }
   constexpr int64_t kMany = Loaded<T>::kMany;
   C sum = 0, least = kInfinity<C>;  // of the numbers' negatives
 #pragma omp simd reduction(+ : sum) reduction(min : least)
@@ -183,8 +181,8 @@ FASTDIFF_HD double scores_row(const Row<T>& row, double weight, double shift, co
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// Softmax: the second pass multiplies the exponentials by what the sum makes known. It has them from the first if the
-// gradient could hold them, and else computes them again: that is less than to write them elsewhere and to read them.
+// Softmax: the exponentials are kept from the first pass, the second multiplies them by what the sum makes known. Those
+// of BFloat16 it computes again: twice a row, they would have to be written into the cache and read from it.
 
 struct ExpSum {
   double shift, sum;  // of exp(z - shift)
@@ -233,12 +231,21 @@ struct Shares {
   }
 };
 
-// Room for a row between the passes: each run's shift, and exponentials and what else goes with them.
+// Room for a row between the passes: the exponentials, unless the gradient can hold them (which it cannot in the row's
+// own place), what else goes with them, and each run's shift.
 template <typename T>
 struct Scratch {
   std::vector<Acc<T>> exponentials, pulls, shifts;
 
   explicit Scratch(int64_t num_states) : shifts(num_states / kBlock + 4) {}
+
+  FASTDIFF_HD Acc<T>* kept(const Row<T>& row) {
+    if constexpr (std::is_same_v<Acc<T>, T>) {
+      if (row.grad && row.grad != row.z) return row.grad;
+    }
+    exponentials.resize(row.num_states);
+    return exponentials.data();
+  }
 };
 
 struct RowStats {
@@ -303,12 +310,12 @@ FASTDIFF_HD double softmax_row(const Row<T>& row, const SoftmaxRow& softmax, dou
   ExpSum others{at_x0, 0};
   double largest[] = {-kInfinity<double>, -kInfinity<double>};  // before x0, and after it
   largest[xt > x0] = at_xt;
-  C* kept = row.room();
+  constexpr bool kKeep = kGrad && !std::is_same_v<T, BFloat16>;
+  C* kept = kKeep ? scratch.kept(row) : nullptr;
   C* shift = scratch.shifts.data();
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
     C max;
-    *shift++ = kGrad && kept ? add_run<true>(others, row.z + first, kept + first, n, max)
-                             : add_run<false>(others, row.z + first, kept, n, max);
+    *shift++ = add_run<kKeep>(others, row.z + first, kKeep ? kept + first : kept, n, max);
     double& most = largest[first > x0];  // where a branch would have GCC copy the loop, and not vectorise the copy
     most = max > most ? max : most;
   });
@@ -333,8 +340,8 @@ FASTDIFF_HD double softmax_row(const Row<T>& row, const SoftmaxRow& softmax, dou
     Shares shares{all};
     shift = scratch.shifts.data();
     row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-      C again[kBlock], *e = kept ? kept + first : again;
-      if (!kept) sum_terms<true>(Relative<C>{*shift}, row.z + first, e, n);
+      C again[kBlock], *e = kKeep ? kept + first : again;
+      if constexpr (!kKeep) sum_terms<true>(Relative<C>{*shift}, row.z + first, e, n);
       const double share = shares.of(*shift++);
       if (with_entropy && share != 0)
         entropy_grad(row.z + first, e, row.grad + first, n, top, share,
@@ -414,8 +421,7 @@ FASTDIFF_HD double affine_row(const Row<T>& row, double weight, bool moved, Scra
   const auto [x0, left_out, xt] = row.apart;
   const double at_x0 = row.number(x0), at_xt = xt >= 0 ? row.number(xt) : -kInfinity<double>;
   ExpSum others{at_x0, 0};
-  C* kept = row.room();
-  if (!kept) scratch.exponentials.resize(row.num_states), kept = scratch.exponentials.data();
+  C* kept = scratch.kept(row);
   C* shift = scratch.shifts.data();
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
     C max;
