@@ -106,7 +106,7 @@ FASTDIFF_HD Block<C> sum_terms(const F& term, const T* from, C* kept, int64_t n)
     return sum_terms<kKeep>(term, widened(from, n, in), kept, n);
   }
   constexpr int64_t kMany = Loaded<T>::kMany;
-  C sum = 0, least = kInfinity<C>;  // of the numbers' negatives
+  C sum = 0, least = kInfinity<C>;  // of the negatives: GCC takes no maximum of floats that are made from a word
 #pragma omp simd reduction(+ : sum) reduction(min : least)
   for (int64_t v = 0; v < n / kMany; ++v) {
     const Loaded<T> loaded(from + kMany * v);
