@@ -84,7 +84,8 @@ struct ScaledSum {
     sum += other_sum;
   }
   // With the shift that others took, unless that lets the exponentials grow too large.
-  FASTDIFF_HD void add_run(const C* z, int64_t n) {
+  template <typename T>
+  FASTDIFF_HD void add_run(const T* z, int64_t n) {
     const C rate = static_cast<C>(scale);
     C from = std::max(shift, std::numeric_limits<C>::lowest());  // never -inf
     Block<C> block = sum_terms<false>(ScaledExpTerm<C>{from, rate}, z, static_cast<C*>(nullptr), n);
@@ -124,8 +125,8 @@ FASTDIFF_HD double distill_row(const RowDistill& op, const Row<T>& row, const T*
   ScaledSum<C> student{op.scale}, taught{op.scale};
   C in[kBlock], in_teacher[kBlock], out[kBlock];
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-    student.add_run(widened(row.z + first, n, in), n);
-    taught.add_run(widened(teacher + first, n, in_teacher), n);
+    student.add_run(row.z + first, n);
+    taught.add_run(teacher + first, n);
   });
   const KlRow<C> kl(student.softmax(), taught.softmax());
   double loss = 0;
@@ -182,7 +183,7 @@ FASTDIFF_HD double distill_row_at(const RowDistill& op, const Row<T>& row, const
                  slope = rest.sum == 0 ? 0 : factor * others.slope(op.reverse, loss) / rest.sum;
     const ScaledExpTerm<C> term{rest.shift, static_cast<C>(op.scale)};
     row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-      sum_terms<true>(term, widened(row.z + first, n, in), out, n);
+      sum_terms<true>(term, row.z + first, out, n);
       store_scaled(row.grad + first, out, n, slope);
     });
     for (int64_t j = 0; j < op.many; ++j)

@@ -77,18 +77,56 @@ struct Block {
   C sum, max;  // of the terms, and of the numbers themselves
 };
 
-// The sum of term(x); with kKeep also their derivatives.
-template <bool kKeep, typename F, typename C>
-FASTDIFF_HD Block<C> sum_terms(const F& term, const C* x, C* kept, int64_t n) {
-  C sum = 0, max = -kInfinity<C>;
-#pragma omp simd reduction(+ : sum) reduction(max : max)
-  for (int64_t v = 0; v < n; ++v) {
-    const Term<C> t = term(x[v]);
-    sum += t.value;
-    max = x[v] > max ? x[v] : max;  // std::max would not vectorise
-    if constexpr (kKeep) kept[v] = t.slope;
+// The numbers of one load, side by side in a row: two BFloat16 are halves of a word, which no shuffle takes apart.
+template <typename T>
+struct Loaded {
+  static constexpr int64_t kMany = 1;
+  Acc<T> x[kMany];
+
+  FASTDIFF_HD explicit Loaded(const T* from) : x{load(*from)} {}
+};
+
+template <>
+struct Loaded<BFloat16> {
+  static constexpr int64_t kMany = 2;
+  float x[kMany];
+
+  FASTDIFF_HD explicit Loaded(const BFloat16* from) {
+    uint32_t word;
+    std::memcpy(&word, from, sizeof(word));
+    x[0] = bit_cast<float>(word << 16), x[1] = bit_cast<float>(word & 0xFFFF0000);
   }
-  return {sum, max};
+};
+
+// The sum of term(x) of a block; with kKeep also their derivatives.
+template <bool kKeep, typename F, typename T, typename C>
+FASTDIFF_HD Block<C> sum_terms(const F& term, const T* from, C* kept, int64_t n) {
+  if constexpr (std::is_same_v<T, Float16>) {  // which is widened in more steps, of 16 bits each where they can be
+    float in[kBlock];
+    return sum_terms<kKeep>(term, widened(from, n, in), kept, n);
+  }
+  constexpr int64_t kMany = Loaded<T>::kMany;
+  C sum = 0, least = kInfinity<C>;  // of the negatives: GCC takes no maximum of floats that are made from a word
+#pragma omp simd reduction(+ : sum) reduction(min : least)
+  for (int64_t v = 0; v < n / kMany; ++v) {
+    const Loaded<T> loaded(from + kMany * v);
+    for (int64_t j = 0; j < kMany; ++j) {
+      const C x = static_cast<C>(loaded.x[j]);
+      const Term<C> t = term(x);
+      sum += t.value;
+      least = -x < least ? -x : least;  // std::min would not vectorise
+      if constexpr (kKeep) kept[kMany * v + j] = t.slope;
+    }
+  }
+  Block<C> block{sum, -least};
+  if constexpr (kMany > 1) {
+    if (n % kMany) {
+      const C last = load(from[n - 1]);
+      const Block<C> rest = sum_terms<kKeep>(term, &last, kKeep ? kept + n - 1 : kept, 1);
+      block.sum += rest.sum, block.max = rest.max > block.max ? rest.max : block.max;
+    }
+  }
+  return block;
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -98,8 +136,8 @@ FASTDIFF_HD Block<C> sum_terms(const F& term, const C* x, C* kept, int64_t n) {
 // avoided: then nothing, and false.
 template <bool kGrad, bool kAvoid, typename C, typename T, typename F>
 FASTDIFF_HD bool scores_run(const Row<T>& row, const F& term, double scale, int64_t first, int64_t n, double& sum) {
-  C in[kBlock], out[kBlock];
-  const Block<C> block = sum_terms<kGrad>(term, widened(row.z + first, n, in), out, n);
+  C out[kBlock];
+  const Block<C> block = sum_terms<kGrad>(term, row.z + first, out, n);
   if (kAvoid && (block.max >= term.shift + F::kMost || !std::isfinite(block.sum))) return false;
   if constexpr (kGrad) store_scaled(row.grad + first, out, n, scale * term.factor);
   sum += scale * term.factor * block.sum;
@@ -143,7 +181,8 @@ FASTDIFF_HD double scores_row(const Row<T>& row, double weight, double shift, co
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// Softmax: the exponentials are kept from the first pass, the second multiplies them by what the sum makes known.
+// Softmax: the exponentials are kept from the first pass, the second multiplies them by what the sum makes known. Those
+// of BFloat16 it computes again: twice a row, they would have to be written into the cache and read from it.
 
 struct ExpSum {
   double shift, sum;  // of exp(z - shift)
@@ -170,14 +209,35 @@ struct LogSum {
   }
 };
 
+// exp(z - shift)
+template <typename C>
+struct Relative {
+  C shift;
+
+  FASTDIFF_HD Term<C> operator()(C z) const {
+    const C e = exp_(z - shift);
+    return {e, e};
+  }
+};
+
+// What an exponential of a run with this shift is of the whole sum. Few shifts differ.
+struct Shares {
+  ExpSum all;
+  double shift = NAN, share = 0;
+
+  FASTDIFF_HD double of(double its_shift) {
+    if (its_shift != shift) shift = its_shift, share = std::exp(shift - all.shift) / all.sum;
+    return share;
+  }
+};
+
 // Room for a row between the passes: the exponentials, unless the gradient can hold them (which it cannot in the row's
-// own place), what else goes with them, and each run's shift, later its share: what an exponential is of the whole sum.
+// own place), what else goes with them, and each run's shift.
 template <typename T>
 struct Scratch {
-  std::vector<Acc<T>> exponentials, pulls;
-  std::vector<double> shares;
+  std::vector<Acc<T>> exponentials, pulls, shifts;
 
-  explicit Scratch(int64_t num_states) : shares(num_states / kBlock + 4) {}
+  explicit Scratch(int64_t num_states) : shifts(num_states / kBlock + 4) {}
 
   FASTDIFF_HD Acc<T>* kept(const Row<T>& row) {
     if constexpr (std::is_same_v<Acc<T>, T>) {
@@ -185,15 +245,6 @@ struct Scratch {
     }
     exponentials.resize(row.num_states);
     return exponentials.data();
-  }
-
-  // From shifts, of which few differ.
-  FASTDIFF_HD void find_shares(const ExpSum& all) {
-    double before = NAN, share = 0;
-    for (double& x : shares) {
-      if (x != before) before = x, share = std::exp(x - all.shift) / all.sum;
-      x = share;
-    }
   }
 };
 
@@ -206,14 +257,9 @@ struct RowStats {
 template <bool kKeep, typename T>
 FASTDIFF_HD Acc<T> add_run(ExpSum& all, const T* z, Acc<T>* kept, int64_t n, Acc<T>& max) {
   using C = Acc<T>;
-  C in[kBlock], shift = std::max(static_cast<C>(all.shift), std::numeric_limits<C>::lowest());  // never -inf
-  const auto term = [&](C x) __attribute__((always_inline)) {
-    const C e = exp_(x - shift);
-    return Term<C>{e, e};
-  };
-  const C* x = widened(z, n, in);
-  Block<C> block = sum_terms<kKeep>(term, x, kept, n);
-  if (block.max > shift + 60) shift = block.max, block = sum_terms<kKeep>(term, x, kept, n);
+  C shift = std::max(static_cast<C>(all.shift), std::numeric_limits<C>::lowest());  // never -inf
+  Block<C> block = sum_terms<kKeep>(Relative<C>{shift}, z, kept, n);
+  if (block.max > shift + 60) block = sum_terms<kKeep>(Relative<C>{shift = block.max}, z, kept, n);
   all.add(shift, block.sum);
   max = block.max;
   return shift;
@@ -224,21 +270,19 @@ FASTDIFF_HD Acc<T> add_run(ExpSum& all, const T* z, Acc<T>* kept, int64_t n, Acc
 template <typename T>
 FASTDIFF_HD double entropy(const Row<T>& row, double at_x0, double at_xt, Acc<T> top, double log_sum) {
   using C = Acc<T>;
-  const auto term = [&](C x) __attribute__((always_inline)) { return x < C(-86) ? 0 : exp_(x) * x; };
-  double sum = term(static_cast<C>(at_x0 - top)) + term(static_cast<C>(at_xt - top));
+  const auto part = [&](C x) __attribute__((always_inline)) { return x < C(-86) ? 0 : exp_(x) * x; };
+  const auto term = [&](C z) __attribute__((always_inline)) { return Term<C>{part(z - top), 0}; };
+  double sum = part(static_cast<C>(at_x0 - top)) + part(static_cast<C>(at_xt - top));
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-    C part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int64_t v = first; v < first + n; ++v) part += term(load(row.z[v]) - top);
-    sum += part;
+    sum += sum_terms<false>(term, row.z + first, static_cast<C*>(nullptr), n).sum;
   });
   return log_sum - sum * std::exp(-log_sum);
 }
 
-// The gradient p (slope - e (log p + H)) of a run, from the exponentials kept of it: p is share times one of them, and
+// The gradient p (slope - e (log p + H)) of a run, from its exponentials: p is share times one of them, and
 // log p is z - top - log_sum. In parts of the larger factor, so that the others fit the working type.
 template <typename T>
-FASTDIFF_HD void entropy_grad(const T* z, const Acc<T>* kept, T* grad, int64_t n, Acc<T> top, double share,
+FASTDIFF_HD void entropy_grad(const T* z, const Acc<T>* e, T* grad, int64_t n, Acc<T> top, double share,
                               double constant, double entropy_weight) {
   using C = Acc<T>;
   const double size = std::max(std::fabs(constant), std::fabs(entropy_weight));
@@ -247,7 +291,7 @@ FASTDIFF_HD void entropy_grad(const T* z, const Acc<T>* kept, T* grad, int64_t n
 #pragma omp simd
   for (int64_t v = 0; v < n; ++v) {
     const C x = load(z[v]) - top;
-    out[v] = kept[v] * (a - b * (x < C(-1000) ? C(-1000) : x));  // no NaN where p is 0
+    out[v] = e[v] * (a - b * (x < C(-1000) ? C(-1000) : x));  // no NaN where p is 0
   }
   store_scaled(grad, out, n, share * size);
 }
@@ -264,14 +308,16 @@ FASTDIFF_HD double softmax_row(const Row<T>& row, const SoftmaxRow& softmax, dou
   const double at_xt = xt >= 0 ? row.number(xt) + softmax.offset : -kInfinity<double>;
   weight *= softmax.weight;
   ExpSum others{at_x0, 0};
-  double before = xt < x0 ? at_xt : -kInfinity<double>, after = xt > x0 ? at_xt : -kInfinity<double>;  // the largest
-  C* kept = kGrad ? scratch.kept(row) : nullptr;
-  double* shift = scratch.shares.data();
+  double largest[] = {-kInfinity<double>, -kInfinity<double>};  // before x0, and after it
+  largest[xt > x0] = at_xt;
+  constexpr bool kKeep = kGrad && !std::is_same_v<T, BFloat16>;
+  C* kept = kKeep ? scratch.kept(row) : nullptr;
+  C* shift = scratch.shifts.data();
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
     C max;
-    *shift++ = add_run<kGrad>(others, row.z + first, kGrad ? kept + first : kept, n, max);
-    before = first < x0 && max > before ? max : before;
-    after = first > x0 && max > after ? max : after;
+    *shift++ = add_run<kKeep>(others, row.z + first, kKeep ? kept + first : kept, n, max);
+    double& most = largest[first > x0];  // where a branch would have GCC copy the loop, and not vectorise the copy
+    most = max > most ? max : most;
   });
   if (xt >= 0) others.add(at_xt, 1);
   if (others.shift == kInfinity<double>) others.sum = NAN;  // inf - inf, as in PyTorch
@@ -282,6 +328,7 @@ FASTDIFF_HD double softmax_row(const Row<T>& row, const SoftmaxRow& softmax, dou
   const double drift = penalty == 0 ? 0 : logsumexp;  // which may be infinite
   const double slope = 1 + 2 * penalty * drift;
   const double log_p = here ? -log_sum.nll : -logsumexp;
+  const auto [before, after] = largest;
   const C top = static_cast<C>(std::max({at_x0, before, after}));
   const bool correct = at_x0 > before && at_x0 >= after && !std::isnan(all.sum);
   const bool with_entropy = entropy_weight != 0;
@@ -290,15 +337,17 @@ FASTDIFF_HD double softmax_row(const Row<T>& row, const SoftmaxRow& softmax, dou
   if (stats) *stats = {logsumexp, h, static_cast<double>(correct), -log_p};
   if constexpr (kGrad) {
     if (!here && all.sum == 0) all.sum = kInfinity<double>;  // a part of the row without weight
-    scratch.find_shares(all);
-    const double* shares = scratch.shares.data();
+    Shares shares{all};
+    shift = scratch.shifts.data();
     row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-      const double share = *shares++;
+      C again[kBlock], *e = kKeep ? kept + first : again;
+      if constexpr (!kKeep) sum_terms<true>(Relative<C>{*shift}, row.z + first, e, n);
+      const double share = shares.of(*shift++);
       if (with_entropy && share != 0)
-        entropy_grad(row.z + first, kept + first, row.grad + first, n, top, share,
+        entropy_grad(row.z + first, e, row.grad + first, n, top, share,
                      weight * slope - entropy_weight * (h - log_sum_top), entropy_weight);
       else
-        store_scaled(row.grad + first, kept + first, n, share == 0 ? 0 : weight * slope * share);
+        store_scaled(row.grad + first, e, n, share == 0 ? 0 : weight * slope * share);
     });
     const auto pull = [&](double log_p) {  // of the entropy
       const double p = std::exp(log_p);
@@ -373,7 +422,7 @@ FASTDIFF_HD double affine_row(const Row<T>& row, double weight, bool moved, Scra
   const double at_x0 = row.number(x0), at_xt = xt >= 0 ? row.number(xt) : -kInfinity<double>;
   ExpSum others{at_x0, 0};
   C* kept = scratch.kept(row);
-  double* shift = scratch.shares.data();
+  C* shift = scratch.shifts.data();
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
     C max;
     *shift++ = add_run<true>(others, row.z + first, kept + first, n, max);
@@ -397,10 +446,10 @@ FASTDIFF_HD double affine_row(const Row<T>& row, double weight, bool moved, Scra
   double gaps = 0, mass = 0;
   if constexpr (kGrad) scratch.pulls.resize(row.num_states);
   C* pulls = scratch.pulls.data();
-  scratch.find_shares(all);
-  const double* shares = scratch.shares.data();
+  Shares shares{all};
+  shift = scratch.shifts.data();
   row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-    const double share = *shares++;
+    const double share = shares.of(*shift++);
     if (fits)
       AffineTerms<C>(affine, share).template add<kGrad>(kept + first, pulls + first, n, gaps, mass);
     else
@@ -409,9 +458,9 @@ FASTDIFF_HD double affine_row(const Row<T>& row, double weight, bool moved, Scra
   if constexpr (kGrad) {
     mass *= affine.unit;
     const double masses = mass + affine.mass_x0 + affine.mass_xt;
-    shares = scratch.shares.data();
+    shift = scratch.shifts.data();
     row.for_each_run([&](int64_t first, int64_t n) __attribute__((always_inline)) {
-      const double scale = weight * *shares++;
+      const double scale = weight * shares.of(*shift++);
       store_sum(row.grad + first, pulls + first, kept + first, n, scale * affine.unit, -scale * masses);
     });
     // An id's mass less its share of all, where the two nearly cancel if its c is near 1.
