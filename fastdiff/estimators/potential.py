@@ -12,20 +12,17 @@ its pairs. A network's conditionals agree but nearly, so each token may depart f
 
 import math
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _CLOSED, _OPEN = (1, 2, 3, 4), (2, 3)  # distances of pairs; those at distance 1 have nothing between them
-_RIDGE = {
-    True: 0.5,
-    False: 5.0,
-}  # observations of a token that count as much as what pairs of a distance have in common
-_OWN_RIDGE = 5.0  # observations of a token that count as much as f
-_DOUBT = 1.5  # chains that are fitted on, as many as which halve the slopes
-_ITERATIONS = 12
+_RIDGE = {True: 0.5, False: 5.0}  # observations of a token that count as much as what pairs of a distance have in common
+_OWN_RIDGE = 2.0  # observations of a token that count as much as f
+_NOISE = 2.0  # times what independent observations would have: a chain's looks, and a look's tokens, err alike
+_DOUBT = 0.7  # chains that are fitted on, as many as which halve the slopes
+_ITERATIONS = 16
 
 
 class _Term(NamedTuple):
@@ -53,15 +50,17 @@ def _terms() -> list[_Term]:
 
 _PAIRS = [(distance, True) for distance in _CLOSED] + [(distance, False) for distance in _OPEN]
 _TERMS = _terms()
-_NEAR = [column for column, term in enumerate(_TERMS) if _PAIRS[term.pair] in ((1, True), (2, True))]  # a token's own
+_NEAR = [column for column, term in enumerate(_TERMS) if _PAIRS[term.pair][0] <= 2]  # a token's own
 
 
 class Moments(NamedTuple):
-    """Sums over looks at a token [..., L]: observations, weight, loss, terms, their products, and with the loss."""
+    """Sums over looks at a token [..., L]: observations, weight, loss, its square, terms, their products, and with the
+    loss."""
 
     number: Tensor
     weight: Tensor
     loss: Tensor
+    square: Tensor
     terms: Tensor
     products: Tensor
     with_loss: Tensor
@@ -108,6 +107,7 @@ def moments(loss: Tensor, seen: Tensor, weight: Tensor) -> Moments:
         (weight > 0).sum(1).float(),
         weight.sum(1),
         (weight * loss).sum(1),
+        (weight * loss.detach() ** 2).sum(1),
         weighted.sum(1),
         weighted.permute(0, 2, 3, 1) @ seen.transpose(1, 2),
         (weighted * loss.unsqueeze(-1)).sum(1),
@@ -122,45 +122,77 @@ def fit(sums: Moments, chains: Tensor) -> tuple[Tensor, Tensor]:
     """
     per_weight = 1 / sums.weight.clamp(min=1e-30)
     mean_loss, mean_seen = sums.loss * per_weight, sums.terms * per_weight.unsqueeze(-1)
-    products = sums.products - sums.terms.unsqueeze(-1) * mean_seen.unsqueeze(-2)
-    with_loss = sums.with_loss - sums.terms * mean_loss.unsqueeze(-1)
-    observation = (sums.weight.sum(-1) / sums.number.sum(-1)).nan_to_num(1.0)  # without any nothing is subtracted
-    observation = observation[..., None, None]
-
-    kind = torch.nn.functional.one_hot(torch.tensor([term.pair for term in _TERMS], device=products.device)).float()
-    unit = torch.eye(len(_PAIRS), device=products.device)
-    alike = kind.T @ products.sum(-3) @ kind + observation * unit
-    common = torch.linalg.solve(alike, with_loss.sum(-2) @ kind) @ kind.T
-    slope = common.unsqueeze(-2).expand_as(with_loss)
-
-    ridge = torch.tensor([_RIDGE[closed] for _, closed in _PAIRS], device=products.device).unsqueeze(1)
-    pairs: Tensor = _Solve.apply(_to_pairs(with_loss - _times(products, slope)), products, observation * ridge)
-    slope = slope + _to_tokens(pairs)
-
-    ridge = _OWN_RIDGE * observation.unsqueeze(-1) * torch.eye(len(_NEAR), device=products.device)
-    left = (with_loss - _times(products, slope))[..., _NEAR]
-    own = torch.linalg.solve(products[..., _NEAR, :][..., _NEAR] + ridge, left)
-    slope = slope.index_add(-1, torch.tensor(_NEAR, device=slope.device), own)
+    number = sums.number.sum(-1)
+    centred = _Centred(
+        (sums.square - sums.loss.detach() * mean_loss.detach()).sum(-1),
+        sums.products - sums.terms.unsqueeze(-1) * mean_seen.unsqueeze(-2),
+        sums.with_loss - sums.terms * mean_loss.unsqueeze(-1),
+        number,
+        (sums.weight.sum(-1) / number).nan_to_num(1.0)[..., None, None],  # without any nothing is subtracted
+    )
+    slope = _alike(centred)
+    with torch.no_grad():  # for the losses' gradients are no differences of one function
+        pairs, used = _of_pairs(centred, slope)
+        pairs = pairs * _share(centred, slope, pairs, used)
+    slope = slope + pairs
+    own, used = _of_tokens(centred, slope)
+    slope = slope + own + (_share(centred, slope, own, used) - 1) * own.detach()  # a gradient is subtracted in full
     slope = slope * (chains / (chains + _DOUBT)).view(-1, 1, 1)
     return mean_loss - (slope * mean_seen).sum(-1), slope
 
 
-class _Solve(torch.autograd.Function):
-    """Parameters of pairs [..., pairs, L] from sums with the loss and products: linear in the first, and symmetric."""
+class _Centred(NamedTuple):
+    """Sums about the means, of the losses' squares [...], of products and with the loss, observations [...], and the
+    mean weight of one [..., 1, 1]."""
 
-    @staticmethod
-    def forward(ctx: Any, with_loss: Tensor, products: Tensor, ridge: Tensor) -> Tensor:
-        ctx.save_for_backward(products, ridge)
-        return _conjugate_gradients(with_loss, products, ridge)
+    squares: Tensor
+    products: Tensor
+    with_loss: Tensor
+    number: Tensor
+    observation: Tensor
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _conjugate_gradients(gradient, *ctx.saved_tensors), None, None
+    def left(self, slope: Tensor) -> Tensor:
+        """`with_loss` of what slopes leave of the losses."""
+        return self.with_loss - _times(self.products, slope)
 
 
-def _conjugate_gradients(b: Tensor, products: Tensor, ridge: Tensor) -> Tensor:
-    """x with (products, as they are of pairs, + ridge) x = b, nearly; diagonally preconditioned."""
+def _alike(sums: _Centred) -> Tensor:
+    """Slopes of a sequence whose pairs of a kind have one parameter."""
+    kind = torch.tensor([term.pair for term in _TERMS], device=sums.products.device)
+    kind = torch.nn.functional.one_hot(kind).float()
+    alike = kind.T @ sums.products.sum(-3) @ kind + sums.observation * torch.eye(len(_PAIRS), device=kind.device)
+    slope = torch.linalg.solve(alike, sums.with_loss.sum(-2) @ kind) @ kind.T
+    return slope.unsqueeze(-2).expand_as(sums.with_loss)
+
+
+def _of_pairs(sums: _Centred, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """What each pair adds to slopes, and how many parameters that takes [...]."""
+    ridge = torch.tensor([_RIDGE[closed] for _, closed in _PAIRS], device=slope.device).unsqueeze(1)
+    ridge = sums.observation * ridge
+    seen = _to_pairs(sums.products.diagonal(dim1=-2, dim2=-1))
+    return _to_tokens(_solve(_to_pairs(sums.left(slope)), sums.products, ridge)), (seen / (seen + ridge)).sum((-2, -1))
+
+
+def _of_tokens(sums: _Centred, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """What each token's own near terms add, likewise."""
+    near = sums.products[..., _NEAR, :][..., _NEAR]
+    shrunk = near + _OWN_RIDGE * sums.observation.unsqueeze(-1) * torch.eye(len(_NEAR), device=near.device)
+    own = torch.linalg.solve(shrunk, sums.left(slope)[..., _NEAR])
+    used = torch.linalg.solve(shrunk, near).diagonal(dim1=-2, dim2=-1).sum((-2, -1))
+    return torch.zeros_like(slope).index_add(-1, torch.tensor(_NEAR, device=slope.device), own), used
+
+
+@torch.no_grad()
+def _share(sums: _Centred, slope: Tensor, more: Tensor, used: Tensor) -> Tensor:
+    """The share of `more` slopes to take: all but what `used` parameters would explain of noise (James and Stein)."""
+    explained, both = (more * sums.left(slope)).sum((-2, -1)), slope + more
+    squares = sums.squares - (both * (sums.with_loss + sums.left(both))).sum((-2, -1))
+    noise = squares.clamp(min=0) / (sums.number - used).clamp(min=1)
+    return (1 - _NOISE * used * noise / explained.clamp(min=1e-30)).clamp(0, 1)[..., None, None]
+
+
+def _solve(b: Tensor, products: Tensor, ridge: Tensor) -> Tensor:
+    """x with (products, as they are of pairs, + ridge) x = b, nearly, by conjugate gradients."""
     scale = 1 / (_to_pairs(products.diagonal(dim1=-2, dim2=-1)) + ridge)
     x, residual, direction, before = torch.zeros_like(b), b, torch.zeros_like(b), torch.ones_like(b[..., :1, :1])
     for _ in range(_ITERATIONS):
