@@ -125,8 +125,8 @@ def _replicates(loss: Tensor, mask: Tensor, weight: Tensor, target: Tensor) -> T
 
     A chain gives raw - sum_i (times_i - 1) a_i + (seen_i - E seen_i) . b_i, where times_i and seen_i sum over its looks
     the weight that token i is scored with, and that weight on what the token's pairs do. The a_i and b_i come from
-    chains of other folds alone. Given those they are numbers, and what they multiply has expectation 0. All of it is
-    linear in the losses: gradients of losses meet the same fits and controls as losses do.
+    chains of other folds alone. Given those they are numbers, and what they multiply has expectation 0. So it is of a
+    gradient, through which parts of a_i and b_i it may pass: those take it from chains of other folds alone too.
     """
     revealed = mask & ~torch.cat([mask[:, :, 1:], torch.zeros_like(mask[:, :, :1])], 2)
     scored = weight.unsqueeze(3) * revealed / revealed.sum(3, keepdim=True).clamp(min=1)

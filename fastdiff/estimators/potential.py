@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 
 _CLOSED, _OPEN = (1, 2, 3, 4), (2, 3)  # distances of pairs; those at distance 1 have nothing between them
-_RIDGE = {True: 0.5, False: 5.0}  # observations of a token that count as much as what pairs of a distance have in common
+_RIDGE = {
+    True: 0.5,
+    False: 5.0,
+}  # observations of a token that count as much as what pairs of a distance have in common
 _OWN_RIDGE = 2.0  # observations of a token that count as much as f
 _NOISE = 2.0  # times what independent observations would have: a chain's looks, and a look's tokens, err alike
 _DOUBT = 0.7  # chains that are fitted on, as many as which halve the slopes
@@ -118,7 +121,8 @@ def fit(sums: Moments, chains: Tensor) -> tuple[Tensor, Tensor]:
     """What a token's loss is with no term [..., L], and the slopes of its terms [..., L, terms], by least squares.
 
     First what all pairs of a kind have in common is fitted, then what each pair adds to it, then what each token does
-    on its own with what is near, both shrunk to 0; and all by what few `chains` [folds] are trusted with.
+    on its own with what is near, both shrunk to 0 and by what noise would explain; and all by what few `chains` [folds]
+    are trusted with. Gradients pass but through the first and the last, and there unshrunk by noise.
     """
     per_weight = 1 / sums.weight.clamp(min=1e-30)
     mean_loss, mean_seen = sums.loss * per_weight, sums.terms * per_weight.unsqueeze(-1)

@@ -104,7 +104,7 @@ def time_free_nll(
 
     - ``"stratified"``: one fully masked pass, and chains of three nested masks each, at counts spread so that every
       count is reached as often as it matters. A control variate per token, fitted on other chains and so without
-      bias, takes out that some tokens are harder than others, and harder before their neighbours are seen. The
+      bias, takes out that some tokens are harder than others, and harder before what is near them is seen. The
       standard error is that between chains. Where at least 8 chains over every count fit, those are taken.
     - ``"systematic"``: counts at equal distances over 1..L with one random shift, as LLaDA's likelihood and DARE's
       VRPO, with weight L/m. Its standard error comes from neighbouring counts; its square is on average no smaller
