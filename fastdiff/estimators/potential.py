@@ -18,10 +18,7 @@ import torch
 from torch import Tensor
 
 _CLOSED, _OPEN = (1, 2, 3, 4), (2, 3)  # distances of pairs; those at distance 1 have nothing between them
-_RIDGE = {
-    True: 0.5,
-    False: 5.0,
-}  # observations of a token that count as much as what pairs of a distance have in common
+_RIDGE = {True: 0.5, False: 5.0}  # observations of a token that count as much as what pairs of a kind have in common
 _OWN_RIDGE = 2.0  # observations of a token that count as much as f
 _NOISE = 2.0  # times what independent observations would have: a chain's looks, and a look's tokens, err alike
 _DOUBT = 0.7  # chains that are fitted on, as many as which halve the slopes
