@@ -1,7 +1,7 @@
 """Variance and coverage of the likelihood estimators on distributions whose likelihood is known, at equal passes.
 
 `python benchmarks/estimators.py FILE.json --passes 64 --repeats 200`; some ten minutes on two cores. With `--others`
-distributions on which nothing in the estimator was chosen.
+distributions of more kinds.
 """
 
 import argparse
