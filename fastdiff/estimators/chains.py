@@ -137,7 +137,9 @@ def _replicates(loss: Tensor, mask: Tensor, weight: Tensor, target: Tensor) -> T
     # An infinite loss makes the estimate infinite, not NaN. Any fit leaves it unbiased, so float32 will do.
     known = loss.nan_to_num(0.0, 0.0, 0.0).float()
     observed = (weight / mask.sum(3)).float().unsqueeze(3) * mask
-    folds = [torch.arange(fold, loss.shape[1], _FOLDS) for fold in range(min(_FOLDS, loss.shape[1]))]
+    folds = [
+        torch.arange(fold, loss.shape[1], _FOLDS, device=loss.device) for fold in range(min(_FOLDS, loss.shape[1]))
+    ]
     sums, was_seen = [], []
     for fold in folds:
         seen = terms(mask[:, fold])

@@ -96,7 +96,7 @@ def mean_terms(target: Tensor) -> Tensor:
             possible = possible & _at(target, offset)
         after = len(term.hidden)
         share = [math.factorial(a) * math.factorial(after) / math.factorial(a + after + 1) for a in range(3)]
-        columns.append(possible * term.sign * torch.tensor(share, device=target.device)[before])
+        columns.append(possible * term.sign * torch.tensor(share, dtype=torch.float32, device=target.device)[before])
     return torch.stack(columns, -1)
 
 
@@ -138,6 +138,7 @@ def fit(sums: Moments, chains: Tensor) -> tuple[Tensor, Tensor]:
     slope = slope + pairs
     own, used = _of_tokens(centred, slope)
     slope = slope + own + (_share(centred, slope, own, used) - 1) * own.detach()  # a gradient is subtracted in full
+    chains = chains.to(slope.dtype)
     slope = slope * (chains / (chains + _DOUBT)).view(-1, 1, 1)
     return mean_loss - (slope * mean_seen).sum(-1), slope
 
@@ -161,15 +162,16 @@ def _alike(sums: _Centred) -> Tensor:
     """Slopes of a sequence whose pairs of a kind have one parameter."""
     kind = torch.tensor([term.pair for term in _TERMS], device=sums.products.device)
     kind = torch.nn.functional.one_hot(kind).float()
-    alike = kind.T @ sums.products.sum(-3) @ kind + sums.observation * torch.eye(len(_PAIRS), device=kind.device)
+    alike = kind.T @ sums.products.sum(-3) @ kind + sums.observation * torch.eye(
+        len(_PAIRS), dtype=kind.dtype, device=kind.device
+    )
     slope = torch.linalg.solve(alike, sums.with_loss.sum(-2) @ kind) @ kind.T
     return slope.unsqueeze(-2).expand_as(sums.with_loss)
 
 
 def _of_pairs(sums: _Centred, slope: Tensor) -> tuple[Tensor, Tensor]:
     """What each pair adds to slopes, and how many parameters that takes [...]."""
-    ridge = torch.tensor([_RIDGE[closed] for _, closed in _PAIRS], device=slope.device).unsqueeze(1)
-    ridge = sums.observation * ridge
+    ridge = sums.observation * slope.new_tensor([_RIDGE[closed] for _, closed in _PAIRS]).unsqueeze(1)
     seen = _to_pairs(sums.products.diagonal(dim1=-2, dim2=-1))
     return _to_tokens(_solve(_to_pairs(sums.left(slope)), sums.products, ridge)), (seen / (seen + ridge)).sum((-2, -1))
 
@@ -177,7 +179,9 @@ def _of_pairs(sums: _Centred, slope: Tensor) -> tuple[Tensor, Tensor]:
 def _of_tokens(sums: _Centred, slope: Tensor) -> tuple[Tensor, Tensor]:
     """What each token's own near terms add, likewise."""
     near = sums.products[..., _NEAR, :][..., _NEAR]
-    shrunk = near + _OWN_RIDGE * sums.observation.unsqueeze(-1) * torch.eye(len(_NEAR), device=near.device)
+    shrunk = near + _OWN_RIDGE * sums.observation.unsqueeze(-1) * torch.eye(
+        len(_NEAR), dtype=near.dtype, device=near.device
+    )
     own = torch.linalg.solve(shrunk, sums.left(slope)[..., _NEAR])
     used = torch.linalg.solve(shrunk, near).diagonal(dim1=-2, dim2=-1).sum((-2, -1))
     return torch.zeros_like(slope).index_add(-1, torch.tensor(_NEAR, device=slope.device), own), used
