@@ -1,6 +1,7 @@
 """Variance and coverage of the likelihood estimators on distributions whose likelihood is known, at equal passes.
 
-`python benchmarks/estimators.py FILE.json --passes 64 --repeats 200`; some ten minutes on two cores.
+`python benchmarks/estimators.py FILE.json --passes 64 --repeats 200`; some ten minutes on two cores. With `--others`
+distributions of more kinds.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path[:0] = [str(Path(__file__).parent.parent / folder) for folder in ("tests", "examples")]
-from oracles import dna_toy, markov_chain, mixture  # noqa: E402
+from oracles import dna_toy, markov_chain, mixture, order_markov, skewed_chain  # noqa: E402
 
 from fastdiff import time_free_nll  # noqa: E402
 
@@ -32,6 +33,20 @@ def cases():
         yield f"mixture of 4, L = {length}", oracle, oracle.sample(2, length, seed=length)
     oracle, strings = dna_toy()
     yield "DNA toy, L = 8", oracle, strings[:2]
+
+
+def others():
+    for seed, length, letters, sharpness in ((11, 40, 6, 1.0), (12, 56, 16, 2.5), (13, 20, 4, 3.0)):
+        oracle = markov_chain(letters, seed=seed, sharpness=sharpness)
+        yield f"Markov chain, {letters} letters, L = {length}", oracle, oracle.sample(2, length, seed=length + 1)
+    for seed, length, components in ((11, 32, 3), (12, 64, 6)):
+        oracle = mixture(length, 9, components=components, seed=seed)
+        yield f"mixture of {components}, L = {length}", oracle, oracle.sample(2, length, seed=length + 1)
+    for order, seed in ((2, 11), (4, 12)):
+        oracle = order_markov(order, seed=seed)
+        yield f"chain of order {order}, L = 36", oracle, oracle.sample(2, 36, seed=5)
+    oracle = skewed_chain()
+    yield "chain that seldom changes, L = 30", oracle, oracle.sample(2, 30, seed=3)
 
 
 def measure(oracle, x, passes, repeats):
@@ -69,13 +84,14 @@ def main():
     parser.add_argument("file", type=Path)
     parser.add_argument("--passes", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--others", action="store_true")
     options = parser.parse_args()
     table = Table(title=f"Variance (nats^2) at {options.passes} passes, and coverage of the 95% interval")
     ratios_to = ("harmonic / stratified", "systematic / stratified")
     for column in ("", *PROPOSALS, *ratios_to, "coverage", "tolerance reached", "passes for it"):
         table.add_column(column, justify="right")
     rows, logs = [], {"harmonic": [], "systematic": []}
-    for name, oracle, strings in cases():
+    for name, oracle, strings in others() if options.others else cases():
         for x in strings.unsqueeze(1):
             found = measure(oracle, x, options.passes, options.repeats)
             rows.append({"case": name, **found})

@@ -28,7 +28,6 @@ from fastdiff.estimators.time_free import (
     of_group,
     plan_passes,
     subset,
-    without_controls,
 )
 from fastdiff.evaluating import BlockModel
 from fastdiff.noise.noising import Masked
@@ -163,7 +162,7 @@ def _plans(
 def _all_subsets(target: Tensor, n: int) -> Passes:
     """A pass for each subset of n target tokens, and one value of all of them."""
     mask, weight = subset(target.unsqueeze(1), torch.arange(1, 2**n, device=target.device))
-    return Passes(mask, lambda loss: without_controls((weight.unsqueeze(2) * loss).sum(1, keepdim=True)))
+    return Passes(mask, lambda loss: (weight.unsqueeze(2) * loss).sum(1, keepdim=True))
 
 
 def _of_blocks(score: Scorer, which: Tensor, target: Tensor, alike: list[_Alike], proposal: str) -> NLLEstimate:
@@ -178,9 +177,9 @@ def _of_blocks(score: Scorer, which: Tensor, target: Tensor, alike: list[_Alike]
     stderr, freedom = torch.zeros_like(token_nll[..., 0]), torch.full_like(token_nll[..., 0], torch.inf)
     for part in alike:
         found = part.passes.replicates(loss[part.at][:, : part.passes.mask.shape[1]])
-        token_nll = token_nll.index_put(part.at, found.of_tokens())
+        token_nll = token_nll.index_put(part.at, found.mean(1))
         if not part.enumerated:
-            _, stderr[part.at], freedom[part.at] = (x.detach() for x in mean_over(found.summed(), proposal))
+            _, stderr[part.at], freedom[part.at] = (x.detach() for x in mean_over(found.sum(2), proposal))
     error = sum_of_independent(stderr, freedom)
     return of_group(score, which, token_nll.flatten(1)[:, :length], error, passes)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastdiff.checks import check_choice, check_tokens
-from fastdiff.estimators.chains import Replicates, allowance, plan
+from fastdiff.estimators.chains import allowance, plan
 from fastdiff.estimators.estimate import LogRatioEstimate
 from fastdiff.estimators.scoring import Model, Scorer, equal_rows
 from fastdiff.estimators.time_free import (
@@ -106,7 +106,7 @@ def log_likelihood_ratio(
     found = _differences(score, *draws)
     if reference is not None:
         others = _differences(Scorer(reference, **given), *draws)
-        found = [part.less(other, proposal) for part, other in zip(found, others, strict=True)]
+        found = [part.less(other) for part, other in zip(found, others, strict=True)]
     zero = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     columns = [zero, zero, torch.zeros_like(sample_ids), zero + math.inf, zero]
     for part in found:
@@ -115,34 +115,27 @@ def log_likelihood_ratio(
 
 
 class _Difference(NamedTuple):
-    """log p(x) - log p(y) of some pairs [K], replicate by replicate, and what each pair cost.
+    """log p(x) - log p(y) of some pairs [K], replicate by replicate [K, R], and what each pair cost.
 
-    `replicates` [K, 1, 1] is exact where all subsets were enumerated. `gradient` [K] is what the mean's comes from, if
-    not from the replicates.
+    There is one replicate, exact, where all subsets were enumerated.
     """
 
     which: Tensor
-    replicates: Replicates
+    replicates: Tensor
     passes: int
     exact: bool
-    gradient: Tensor | None = None
 
-    def less(self, other: "_Difference", proposal: str) -> "_Difference":
-        """Less another's, which has no gradient: that of the mean stays this one's, whose controls suit it better."""
-        values, controls = (a - b for a, b in zip(self.replicates, other.replicates, strict=True))
-        replicates, passes = Replicates(values, controls), self.passes + other.passes
-        return self._replace(replicates=replicates, passes=passes, gradient=self.mean(proposal)[0])
+    def less(self, other: "_Difference") -> "_Difference":
+        return self._replace(replicates=self.replicates - other.replicates, passes=self.passes + other.passes)
 
     def mean(self, proposal: str) -> tuple[Tensor, ...]:
         """Columns of LogRatioEstimate."""
         forwards = torch.full_like(self.which, self.passes)
         if self.exact:
             zero = torch.zeros_like(self.which, dtype=torch.float64)
-            return self.replicates.values.flatten(), zero, forwards, zero + math.inf, zero
+            return self.replicates.flatten(), zero, forwards, zero + math.inf, zero
         mean, stderr, freedom = mean_over(self.replicates, proposal)
-        if self.gradient is not None:
-            mean = mean.detach() + (self.gradient - self.gradient.detach()).nan_to_num()
-        allowed = allowance(self.replicates.values.shape[2]) if proposal == "stratified" else 1.0
+        allowed = allowance(self.replicates.shape[1]) if proposal == "stratified" else 1.0
         return mean, stderr.detach(), forwards, freedom.detach(), stderr**2 / allowed
 
 
@@ -166,15 +159,14 @@ def _difference(
     sides, passes = [], 0
     for row, n, few in zip(rows, sizes, enumerated, strict=True):
         if few:
-            nll = enumerate_subsets(score, row).nll.view(-1, 1, 1)
-            sides.append(Replicates(nll, torch.zeros_like(nll)))
+            sides.append(enumerate_subsets(score, row).nll.unsqueeze(1))
             passes += 2**n - 1
         else:
             sides.append(run_replicates(score, row, chains_and_looks, num_samples, proposal, seed, sample_ids))
             spent = {"stratified": 1 + math.prod(chains_and_looks), "complementary": num_samples // 2 * 2}
             passes += spent.get(proposal, num_samples)
-    (x, x_control), (y, y_control) = sides
-    return _Difference(which, Replicates(y - x, y_control - x_control), passes, all(enumerated))
+    x, y = sides
+    return _Difference(which, y - x, passes, all(enumerated))
 
 
 def _pair_groups(score: Scorer) -> list[Tensor]:

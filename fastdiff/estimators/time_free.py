@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from fastdiff.checks import check_choice, check_tokens
-from fastdiff.estimators.chains import Passes, Replicates, plan, plan_chains
+from fastdiff.estimators.chains import Passes, mean_of_chains, plan, plan_chains
 from fastdiff.estimators.estimate import NLLEstimate, mean_of_independent, mean_of_strata, student_t
 from fastdiff.estimators.scoring import Model, Scorer, draw_masks
 from fastdiff.noise.noising import Masked, sample_mask_counts
@@ -28,7 +28,7 @@ from fastdiff.reference import subset_weight
 
 PROPOSALS = ("stratified", "systematic", "complementary", "uniform", "harmonic")
 _MOST_ENUMERATED = 20  # target positions: a million subsets
-STORED_LOSSES = 2**19  # 4 MB in float64, and thirty times that for the control variate
+STORED_LOSSES = 2**19  # 4 MB in float64
 _LEAST_SAMPLES = 16  # after a pilot: an error bar of five chains
 _PILOT = 2**23  # its steps are after any that an estimate takes
 
@@ -104,7 +104,7 @@ def time_free_nll(
 
     - ``"stratified"``: one fully masked pass, and chains of three nested masks each, at counts spread so that every
       count is reached as often as it matters. A control variate per token, fitted on other chains and so without
-      bias, takes out that some tokens are harder than others, and harder before their neighbours are seen. The
+      bias, takes out that some tokens are harder than others, and harder before what is near them is seen. The
       standard error is that between chains. Where at least 8 chains over every count fit, those are taken.
     - ``"systematic"``: counts at equal distances over 1..L with one random shift, as LLaDA's likelihood and DARE's
       VRPO, with weight L/m. Its standard error comes from neighbouring counts; its square is on average no smaller
@@ -344,7 +344,7 @@ def plan_passes(
             num_samples, n, proposal=proposal, seed=seed, step=step, sample_ids=sample_ids
         )
     mask = draw_masks(target, counts, step + passes, seed, sample_ids, backend)
-    return Passes(mask, lambda loss: without_controls(weight.unsqueeze(2) * loss))
+    return Passes(mask, lambda loss: weight.unsqueeze(2) * loss)
 
 
 def run_replicates(
@@ -355,11 +355,11 @@ def run_replicates(
     proposal: str,
     seed: Tensor,
     sample_ids: Tensor,
-) -> Replicates:
-    """What a group of sequences is averaged over, summed over its tokens."""
+) -> Tensor:
+    """What a group of sequences is averaged over, summed over its tokens: [K, R]."""
     target, names = score.targets(which), (seed, sample_ids, 0, score.backend)
     passes = plan_passes(target, chains_and_looks, num_samples, proposal, *names)
-    return passes.replicates(score.run(which, passes.mask)).summed()
+    return passes.replicates(score.run(which, passes.mask)).sum(2)
 
 
 def _complementary(
@@ -371,20 +371,13 @@ def _complementary(
     mask = draw_masks(target, k, step + pair, seed, sample_ids, backend)
     mask = torch.cat([mask, target.unsqueeze(1) & ~mask], 1)
     weight = ((n + 1).double() / (2 * mask.sum(2)).clamp(min=1)).unsqueeze(2)
-    return Passes(mask, lambda loss: without_controls((weight * loss).unflatten(1, (2, pairs)).sum(1)))
+    return Passes(mask, lambda loss: (weight * loss).unflatten(1, (2, pairs)).sum(1))
 
 
-def without_controls(values: Tensor) -> Replicates:
-    """Replicates of values [K, R, L]."""
-    values = values.unsqueeze(1)
-    return Replicates(values, values.new_zeros(()).expand_as(values))
-
-
-def mean_over(replicates: Replicates, proposal: str) -> tuple[Tensor, Tensor, Tensor]:
+def mean_over(values: Tensor, proposal: str) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, standard error and degrees of freedom, [K] each, of what `run_replicates` gives."""
-    if proposal == "stratified":
-        return replicates.mean()
-    return (mean_of_strata if proposal == "systematic" else mean_of_independent)(replicates.values[:, 0])
+    means = {"stratified": mean_of_chains, "systematic": mean_of_strata}
+    return means.get(proposal, mean_of_independent)(values)
 
 
 def _estimates(
@@ -410,8 +403,8 @@ def _estimates(
                 names = seed, sample_ids[which], step, score.backend
                 passes = plan_passes(score.targets(which), plans, num, proposal, *names)
                 found = passes.replicates(score.run(which, passes.mask))
-                error = mean_over(found.summed(), proposal)[1:]
-                parts.append((which, of_group(score, which, found.of_tokens(), error, passes.mask.shape[1])))
+                error = mean_over(found.sum(2), proposal)[1:]
+                parts.append((which, of_group(score, which, found.mean(1), error, passes.mask.shape[1])))
     return parts
 
 

@@ -1,0 +1,85 @@
+import itertools
+import math
+from unittest import mock
+
+import pytest
+import torch
+from oracles import markov_chain
+from torch import Tensor
+
+from fastdiff.estimators import potential
+
+
+def when_revealed(target: Tensor) -> Tensor:
+    """The mean of the terms of a token when it is revealed, over all orders of the target tokens."""
+    positions = target.nonzero().squeeze(1).tolist()
+    orders = list(itertools.permutations(positions))
+    masks = target.repeat(len(orders), 1)
+    total = 0
+    for step in range(len(positions)):
+        at = torch.tensor([order[step] for order in orders])
+        revealed = torch.nn.functional.one_hot(at, len(target)).bool()
+        total = total + (revealed.unsqueeze(2) * potential.terms(masks)).sum(0)
+        masks = masks & ~revealed
+    return total / math.factorial(len(positions))
+
+
+@pytest.mark.parametrize("target", ["1111111", "1", "0110", "101101", "0111010", "1001", "110011", "1111"])
+def test_the_mean_over_orders_of_what_is_seen(target: str) -> None:
+    where = torch.tensor([c == "1" for c in target])
+    mean = potential.mean_terms(where[None])[0] * where.unsqueeze(1)
+    torch.testing.assert_close(mean, when_revealed(where), rtol=1e-5, atol=1e-6)
+
+
+def every_mask_but_none(length: int) -> Tensor:
+    return torch.arange(1, 2**length).unsqueeze(1) >> torch.arange(length) & 1 == 1
+
+
+def test_what_masks_show_of_a_markov_chain_is_fitted_exactly() -> None:
+    """Five tokens, so that closed pairs reach from end to end, and hardly any shrinkage."""
+    oracle, mask = markov_chain(4), every_mask_but_none(5)
+    x0 = oracle.sample(1, 5, seed=3)
+    xt = x0.masked_fill(mask, oracle.mask_index)
+    log_c = oracle(xt)[..., : oracle.mask_index].log_softmax(2)
+    loss = -log_c.gather(2, x0.expand(len(mask), 5).unsqueeze(2)).squeeze(2).float()
+    seen = potential.terms(mask)
+    sums = potential.moments(loss[None], seen[None], mask[None].float())
+    small = dict.fromkeys((True, False), 1e-4)
+    with mock.patch.multiple(potential, _RIDGE=small, _OWN_RIDGE=1e9, _ITERATIONS=200):
+        level, slope = potential.fit(sums, torch.tensor([1e9]))
+    guess = level + (slope * seen).sum(2)
+    assert loss[mask].std() > 0.3
+    torch.testing.assert_close(guess[mask], loss[mask], rtol=0, atol=0.01)
+
+
+def test_parameters_of_pairs_solve_their_equations() -> None:
+    torch.manual_seed(0)
+    seen = potential.terms(torch.rand(40, 7) < 0.5).double()
+    products = torch.einsum("nlf,nlg->lfg", seen, seen)
+    ridge = torch.ones(len(potential._PAIRS), 1, dtype=torch.float64)
+    unit = torch.eye(ridge.numel() * 7, dtype=torch.float64).view(-1, ridge.numel(), 7)
+    matrix = potential._to_pairs(potential._times(products, potential._to_tokens(unit))) + ridge * unit
+    matrix = matrix.flatten(1)
+    torch.testing.assert_close(matrix, matrix.T)
+    b = torch.randn(2, *unit.shape[1:], dtype=torch.float64)
+    with mock.patch.object(potential, "_ITERATIONS", 60):
+        x = potential._solve(b, products, ridge)
+    torch.testing.assert_close(x.flatten(1), torch.linalg.solve(matrix, b.flatten(1).T).T)
+
+
+@pytest.mark.parametrize("effect", [0.0, 1.0])
+def test_pairs_are_found_among_noise_and_noise_is_not_taken_for_pairs(effect: float) -> None:
+    torch.manual_seed(1)
+    mask = torch.rand(1, 60, 40) < 0.5
+    seen, true = potential.terms(mask), effect * potential._to_tokens(torch.randn(len(potential._PAIRS), 40))
+    loss = torch.randn(1, 60, 40) + (seen * true).sum(3)
+    level, slope = potential.fit(potential.moments(loss, seen, mask.float()), torch.tensor(20.0))
+    told, missed = (seen * true).sum(3), level + (seen * (slope - true)).sum(3)
+    assert missed[mask].square().mean() < 0.1 + 0.25 * told[mask].var()
+
+
+def test_nothing_seen_gives_nothing() -> None:
+    no_looks = torch.zeros(1, 0, 6), torch.zeros(1, 0, 6, len(potential._TERMS)), torch.zeros(1, 0, 6)
+    sums = potential.Moments(*(part.unsqueeze(1) for part in potential.moments(*no_looks)))
+    for part in potential.fit(sums, torch.tensor([0])):
+        assert (part == 0).all()
