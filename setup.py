@@ -6,6 +6,7 @@ them; TORCH_CUDA_ARCH_LIST says for which GPUs, from 8.0 on.
 """
 
 import os
+import platform
 import re
 import subprocess
 
@@ -19,6 +20,9 @@ BUILD_CUDA = os.environ.get("FASTDIFF_BUILD_CUDA", "auto")
 
 if os.environ.get("FASTDIFF_SANITIZE") == "1":
     OPTIMISE = ["-O1", "-g", "-fopenmp-simd", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+
+if platform.machine() == "x86_64":
+    OPTIMISE.append("-mno-mmx")  # GCC moves 8 bytes through MMX registers, and leaves long double broken for the process
 
 try:
     import torch

@@ -295,6 +295,7 @@ def test_the_teacher_gets_no_gradient():
 
 def test_a_sum_above_one_by_rounding():
     """Log-probabilities in bfloat16 of all ids: their sum is divided out."""
+    torch.manual_seed(0)
     z, ids = torch.randn(4, 9), torch.arange(8).expand(4, 8)
     log_p = torch.randn(4, 8).log_softmax(-1).bfloat16()
     assert (log_p.double().exp().sum(-1) > 1).any()
