@@ -22,7 +22,8 @@ if os.environ.get("FASTDIFF_SANITIZE") == "1":
     OPTIMISE = ["-O1", "-g", "-fopenmp-simd", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 if platform.machine() == "x86_64":
-    OPTIMISE.append("-mno-mmx")  # GCC moves 8 bytes through MMX registers, and leaves long double broken for the process
+    # GCC moves 8 bytes through MMX registers, and leaves long double broken for the process.
+    OPTIMISE.append("-mno-mmx")
 
 try:
     import torch
