@@ -43,7 +43,7 @@ def holds(values: Tensor, truth: float) -> None:
 
 
 @each_string
-@pytest.mark.parametrize("num_samples", [3, 5, 16, 63])
+@pytest.mark.parametrize("num_samples", [3, 5, 8, 16, 63])
 def test_chains(x: Tensor, num_samples: int) -> None:
     holds(time_free_nll(MODEL, repeated(x), mask_index=2, num_samples=num_samples).nll, ORACLE.nll(x).item())
 
