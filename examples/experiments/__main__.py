@@ -3,13 +3,15 @@
 What is done is not done again, and what was stopped goes on: networks and results stay in --out.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import auditing, bits, dna, generation, information, markov, page, ratio, variance, zero_shot
-from .report import Setup, console
+from .report import Setup
+from .workers import side_by_side
 
 EXPERIMENTS = {
     "bits": bits,
@@ -45,11 +47,15 @@ def main(
 
 @app.command("all")
 def every(context: typer.Context) -> None:
-    """Every experiment that has no results yet."""
-    for name, experiment in EXPERIMENTS.items():
-        if not (context.obj.out / f"{name}.json").exists():
-            console.rule(f"{name}, about {experiment.MINUTES} minutes")
-            experiment.run(context.obj)
+    """Every experiment that has no results yet: bits, which trains the networks, then all others side by side."""
+    setup = context.obj
+    left = [name for name in EXPERIMENTS if not (setup.out / f"{name}.json").exists()]
+    left.sort(key=lambda name: -EXPERIMENTS[name].MINUTES)  # so that none goes on long after the others
+    if "bits" in left:
+        left.remove("bits")
+        bits.run(setup)
+    for _ in side_by_side(partial(EXPERIMENTS[name].run, setup) for name in left):
+        pass
 
 
 @app.command("page")

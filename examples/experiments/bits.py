@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import matplotlib.pyplot as plt
 import torch
@@ -15,23 +16,29 @@ from .methods import METHODS
 from .networks import LENGTH, Curve, letter_text, trained
 from .report import Setup, Table, console, reporting
 from .texts import LetterText
+from .workers import side_by_side
 
-MINUTES = 53
+MINUTES = 45
 
 
 def run(setup: Setup) -> None:
     """Bits per character of eight methods on held-out text, and their curves."""
     text, curves, nll = letter_text(setup), {}, {}
     with reporting("bits", setup) as report:
-        for name, method in METHODS.items():
-            model, curves[name] = trained(name, setup, text)
-            nll[name] = likelihoods(name, model, text, setup)
+        jobs = [partial(curve_and_likelihoods, name, setup) for name in METHODS]
+        for name, (curves[name], nll[name]) in zip(METHODS, side_by_side(jobs), strict=True):
             bits = nll[name] / LENGTH / math.log(2)
-            console.print(f"{method.title}: {bits.mean():.3f} bits per character")
+            console.print(f"{METHODS[name].title}: {bits.mean():.3f} bits per character")
         found = {name: interval(values) for name, values in nll.items()}
         report.numbers = {"bits": found, "curves": curves, "windows": len(nll["ar"]), "letters": len(text)}
         report.tables = [table(found, curves, text)]
         report.figure = picture(curves, found)
+
+
+def curve_and_likelihoods(name: str, setup: Setup) -> tuple[Curve, Tensor]:
+    text = letter_text(setup)
+    model, curve = trained(name, setup, text)
+    return curve, likelihoods(name, model, text, setup)
 
 
 def likelihoods(name: str, model: DiffusionTransformer, text: LetterText, setup: Setup) -> Tensor:

@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from fastdiff.files import read_config, write_atomically
@@ -78,8 +77,7 @@ def trained(name: str, setup: Setup, text: LetterText) -> tuple[DiffusionTransfo
             optimizer.load_state_dict(kept.pop("optimizer"))
             state = kept
     every = max(setup.steps // POINTS, 1)
-    first = state["step"]
-    for step in track(range(first, setup.steps), method.title, console=console, disable=not console.is_terminal):
+    for step in range(state["step"], setup.steps):
         started = time.process_time()
         train_step(method, model, optimizer, text, step, setup.steps)
         state["cpu_seconds"] += time.process_time() - started
@@ -87,6 +85,8 @@ def trained(name: str, setup: Setup, text: LetterText) -> tuple[DiffusionTransfo
             continue
         state["step"] = step + 1
         add_point(state["curve"], method, model, text, state)
+        bits = state["curve"]["bits"][-1]
+        console.print(f"{method.title}, step {step + 1} of {setup.steps}: {bits:.2f} bits per character")
         folder.mkdir(parents=True, exist_ok=True)
         content = io.BytesIO()
         torch.save(state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, content)
