@@ -19,9 +19,9 @@ from fastdiff.ops.row_loss import loss_dtype, new_stats, reference_loss, row_los
 
 # Bytes of logits that exist at a time. On a GPU a chunk must be large enough to keep the multiplier busy.
 TILE_BYTES = {"cpu": 52 << 20, "cuda": 512 << 20}
-# Ids multiplied at a time, in products that are faster in parts: the logits in float32 on the CPU, whose blocks then
-# stay in cache, and 16-bit gradients on their way into a float32 sum.
-IDS = {"cpu": 512, "cuda": 8192}
+# Ids multiplied at a time, in products that are faster in parts, by device and bytes of a number: the logits on the CPU,
+# whose blocks then stay in cache, and 16-bit gradients, there and on their way into a float32 sum.
+IDS = {("cpu", 8): 512, ("cpu", 4): 512, ("cpu", 2): 4096, ("cuda", 2): 8192}
 
 
 @dataclasses.dataclass
@@ -203,8 +203,7 @@ class Chunks:
         return z, slope.square_().neg_().add_(1)
 
     def _product(self, z: Tensor, hidden: Tensor, lm_head: Tensor) -> Tensor:
-        whole = hidden.dtype.itemsize == 2 or hidden.is_cuda
-        ids = len(lm_head) if whole else IDS["cpu"]
+        ids = len(lm_head) if hidden.is_cuda else IDS["cpu", hidden.itemsize]
         for first in range(0, len(lm_head), ids):
             some = slice(first, first + ids)
             if self.bias is None:
@@ -230,11 +229,15 @@ class Chunks:
         first = total is None
         if total is None:
             total = self._fresh((grad.shape[1], hidden.shape[1]), self.sum_dtype)
-        if grad.dtype == total.dtype:
+        same = grad.dtype == total.dtype
+        if same and (grad.is_cuda or grad.itemsize > 2):
             return torch.addmm(total, grad.t(), hidden, beta=0 if first else 1, out=total)
         options: dict[str, Any] = {"out_dtype": total.dtype} if grad.is_cuda else {}
-        ids = IDS[grad.device.type]
+        ids = IDS[grad.device.type, grad.itemsize]
         for some, columns in zip(total.split(ids), grad.split(ids, 1), strict=True):
+            if same:  # of one chunk
+                torch.mm(columns.t(), hidden, out=some)
+                continue
             product = torch.mm(columns.t(), hidden, **options)
             some.copy_(product) if first else some.add_(product)
         return total
