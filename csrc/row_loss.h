@@ -1,4 +1,4 @@
-// All that the kernels know of each row loss, for host and device. Twin of fastdiff/reference.py, section 2.
+// All that the kernels know of each row loss, for host and device. Twin of fastdiff/reference/.
 //
 // A row is V numbers z. A few ids are treated apart, in double (Apart). All others share one formula, of a family:
 //   softmax  loss = -log p_x0,  p = softmax(z), an offset added to z at x_t before
