@@ -1,4 +1,4 @@
-// The mathematics of distillation, for host and device. Twin of fastdiff/reference.py's kl.
+// The mathematics of distillation, for host and device. Twin of fastdiff/reference/distillation.py.
 //
 // KL(p || q) = sum p phi(d), d = log q - log p, phi(d) = expm1(d) - d, as both sum to 1: no term is negative, and where
 // p and q are close none is a difference of larger numbers. Its derivative for log q is p expm1(d) = q - p.

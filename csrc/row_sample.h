@@ -1,4 +1,4 @@
-// The mathematics of drawing a token from a row, for host and device. Twin of fastdiff/reference.py, section 4.
+// The mathematics of drawing a token from a row, for host and device. Twin of fastdiff/reference/draws.py.
 #pragma once
 
 #include "elementary.h"

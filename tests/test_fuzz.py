@@ -13,10 +13,9 @@ from random_cases import (
     check_dse,
     check_logps,
     check_masks,
-    check_reverse,
-    check_sample,
     fuzz,
 )
+from random_draws import check_reverse, check_sample
 
 
 @fuzz(CASES)

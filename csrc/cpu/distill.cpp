@@ -10,7 +10,7 @@
 
 #include "isa.h"
 #include "operators.h"
-#include "row_bodies.h"
+#include "row.h"
 
 namespace fastdiff {
 namespace {

@@ -9,10 +9,12 @@
 #include <tuple>
 #include <vector>
 
+#include "affine_rows.h"
 #include "isa.h"
 #include "operators.h"
-#include "row_bodies.h"
 #include "row_loss_cpu.h"
+#include "score_rows.h"
+#include "softmax_rows.h"
 
 namespace fastdiff {
 namespace {

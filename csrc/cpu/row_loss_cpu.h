@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "row_bodies.h"
+#include "softmax_rows.h"
 
 namespace fastdiff {
 

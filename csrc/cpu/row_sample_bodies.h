@@ -10,7 +10,7 @@
 
 #include "../row_sample.h"
 #include "draws.h"
-#include "row_bodies.h"
+#include "row.h"
 
 namespace fastdiff {
 

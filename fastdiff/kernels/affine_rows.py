@@ -1,4 +1,4 @@
-"""Losses that are affine in conditionals: two sums in sequence, then the gradient. AffineRow of csrc/row_loss.h has the
+"""Losses that are affine in conditionals: two sums in sequence, then the gradient. AffineRow of csrc/affine.h has the
 formulas."""
 
 import triton

@@ -31,7 +31,7 @@ def survival(sigma):
 
 @triton.jit
 def weight_parts(weight):
-    """RowWeight of csrc/row_loss.h: its factor, and the share that goes into the exponent."""
+    """RowWeight of csrc/scores.h: its factor, and the share that goes into the exponent."""
     small = tl.abs(weight) < 1
     return tl.where(small, tl.where(weight < 0, -1.0, 1.0), weight), tl.where(small, tl.abs(weight), 1.0)
 

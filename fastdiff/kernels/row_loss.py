@@ -1,4 +1,4 @@
-"""Row losses in Triton, one program a row. Twin of csrc/row_loss.h and csrc/cpu/row_bodies.h, which say more."""
+"""Row losses in Triton, one program a row. Twin of csrc/cpu, which says more."""
 
 import triton
 import triton.language as tl

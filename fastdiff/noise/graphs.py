@@ -1,4 +1,4 @@
-"""The two noising graphs, with the methods the field gives them. Formulas: reference.py, sections 1 and 4."""
+"""The two noising graphs, with the methods the field gives them. Formulas: reference/forward.py and reverse.py."""
 
 import dataclasses
 from abc import ABC, abstractmethod

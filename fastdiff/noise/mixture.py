@@ -1,7 +1,7 @@
 """Noise that is part mask and part uniform tokens (GIDD, von Ruette et al. 2025), where unmasked tokens may change too.
 
 q_t(y) = alpha [y = x0] + (1 - alpha) (share / N [y != M] + (1 - share) [y = M]), with alpha = exp(-sigma) and N = V - 1
-ids other than the mask M. Formulas: reference.py, sections 1 and 4.
+ids other than the mask M. Formulas: reference/forward.py and reverse.py.
 """
 
 import dataclasses

@@ -5,7 +5,7 @@ import torch
 from laws import agrees, strings
 from networks import RandomNetwork, random_tokens
 from oracles import mixture
-from test_sampling import RANKED, SAMPLERS, TIMED
+from samplers import RANKED, SAMPLERS, TIMED
 from torch import Tensor, nn
 
 from fastdiff import LogLinear, sample

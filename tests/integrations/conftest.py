@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+from fastdiff.integrations import loss_head
+
 
 @pytest.fixture
 def applied(monkeypatch):
@@ -19,3 +21,11 @@ def applied(monkeypatch):
     yield apply
     for undo in undone:
         undo()
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Logits of loss_heads.py's networks are made for a few positions at a time."""
+    from loss_heads import V
+
+    monkeypatch.setitem(loss_head.TILE_BYTES, "cpu", 7 * V * 8)

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 import torchrun
-from test_loss_head import B, L, Network, Scaled, V, batch, scaled_and_capped, with_layer
+from loss_heads import B, L, Network, Scaled, V, batch, scaled_and_capped, with_layer
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh

@@ -2,18 +2,12 @@
 
 import pytest
 import torch
+from loss_heads import MASK, PLAIN, Network, Scaled, batch, low, near, with_layer
 from peft import LoraConfig, get_peft_model
-from test_loss_head import MASK, PLAIN, Network, Scaled, V, batch, low, near, with_layer
 
-import fastdiff.integrations.loss_head as loss_head
 from fastdiff.integrations.loss_head import LossHead
 
 KINDS = {"linear": lambda linear: linear, "in parts": Scaled}
-
-
-@pytest.fixture
-def small_parts(monkeypatch):
-    monkeypatch.setitem(loss_head.TILE_BYTES, "cpu", 7 * V * 8)
 
 
 def from_logits(model, x0, mask, temperature, left_out):

@@ -12,9 +12,9 @@ from random_cases import (
     check_dse,
     check_logps,
     check_masks,
-    check_reverse,
     fuzz,
 )
+from random_draws import check_reverse
 
 FEWER = max(CASES // 40, 1)  # a case is interpreted, or may be compiled
 

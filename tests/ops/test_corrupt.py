@@ -1,10 +1,11 @@
-"""The forward process: same bits on every backend, exact laws, bad input."""
+"""Corrupted tokens: draws, laws, and that backends agree bit for bit."""
 
 import math
 
 import numpy
 import pytest
 import torch
+from corrupted import M, chi_square, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,20 +21,6 @@ from fastdiff import (
     sample_times,
 )
 from fastdiff.philox import Purpose, draw32
-
-M = 50
-
-
-def tokens(batch=3, length=7, seed=0):
-    return torch.randint(0, M, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def chi_square(counts, probabilities):
-    """Pearson's statistic in standard deviations from its mean; above 4 is one in many thousands."""
-    expected = counts.sum() * probabilities
-    assert expected.min() > 5
-    freedom = len(counts) - 1
-    return float((((counts - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * freedom))
 
 
 def calls(x0, maskable, names):
@@ -239,42 +226,6 @@ def test_seeds_and_generators():
     )
 
 
-@pytest.mark.parametrize("proposal", ["harmonic", "uniform"])
-def test_count_laws_and_weights(proposal):
-    counts, weights = sample_mask_counts(200_000, 12, proposal=proposal, seed=9)
-    law = reference.count_law(12, proposal)
-    assert chi_square(torch.bincount(counts, minlength=13)[1:], law) < 4
-    torch.testing.assert_close(weights, 1 / (counts * law[counts - 1]))
-
-
-def test_stratified_counts():
-    counts, weights = sample_mask_counts(6, torch.tensor([12, 1, 100]), seed=1)
-    assert counts.shape == weights.shape == (3, 6)
-    assert torch.equal((counts[0] - 1) // 2, torch.arange(6))
-    assert (counts[1] == 1).all()
-    many = torch.stack([sample_mask_counts(5, 12, seed=s)[0] for s in range(1000)])
-    counts = torch.bincount(many.flatten(), minlength=13)[1:].double()
-    assert (counts / counts.mean() - 1).abs().max() < 0.15
-    torch.testing.assert_close(sample_mask_counts(5, 12, seed=3)[1], 12 / many[3].double())
-
-
-@pytest.mark.parametrize(("n", "length"), [(70_000, 32_768), (1000, 2**31 + 7), (3, 2**61)])
-def test_counts_are_exact_at_any_size(n, length):
-    draws = draw32(1, Purpose.COUNT, 0, 0, 0, torch.arange(n)).tolist()
-    expected = [1 + ((j << 32) + draw) * length // (n << 32) for j, draw in enumerate(draws)]
-    assert sample_mask_counts(n, length, seed=1)[0].tolist() == expected
-    expected = [1 + (draw * length >> 32) for draw in draws]
-    assert sample_mask_counts(n, length, proposal="uniform", seed=1)[0].tolist() == expected
-
-
-def test_many_harmonic_counts_of_long_sequences_need_little_memory():
-    """A table of harmonic numbers for each sequence, not for each count."""
-    counts, weights = sample_mask_counts(100_000, 100_000, proposal="harmonic", seed=1)
-    assert counts.min() == 1
-    assert 0 < counts.max() <= 100_000
-    assert weights.shape == counts.shape
-
-
 def test_harmonic_mask_and_sample_mask_counts_draw_alike():
     x0 = torch.zeros(500, 20, dtype=torch.long)
     counts = sample_mask_counts(1, torch.full((500,), 20), proposal="harmonic", seed=2)[0][:, 0]
@@ -316,18 +267,6 @@ def test_what_is_no_integer(call, name):
         call()
 
 
-def test_times():
-    times = sample_times(8, eps=0.1, seed=0)
-    assert torch.equal(((times - 0.1) / 0.9 * 8).floor(), torch.arange(8.0))
-    ranks = [sample_times(4, eps=0.1, seed=0, rank=r, world_size=2) for r in range(2)]
-    assert torch.equal(torch.cat(ranks), times)
-    pairs = sample_times(7, method="antithetic", eps=0, seed=1)
-    torch.testing.assert_close(pairs[0:6:2] + pairs[1:6:2], torch.ones(3))
-    many = sample_times(10_000, method="iid", eps=1e-3, seed=2)
-    assert many.min() >= 1e-3
-    assert chi_square(torch.histc(many, 20, 1e-3, 1), torch.full((20,), 0.05)) < 4
-
-
 def test_opcheck():
     x0, ids = tokens(), torch.arange(3)
     names = (torch.tensor(1), torch.zeros(3, dtype=torch.long), ids)
@@ -355,120 +294,3 @@ def test_compiles_whole():
         assert torch.equal(got, expected)
     drawn = torch.compile(lambda x0: mask_tokens(x0, 0.5, mask_index=M).mask, fullgraph=True, backend="aot_eager")
     assert not torch.equal(drawn(tokens()), drawn(tokens()))
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (
-            lambda **k: mask_tokens(tokens(), 1.5, mask_index=M, **k),
-            ValueError,
-            r"p: expected probabilities in \[0, 1\], got 1.5",
-        ),
-        (
-            lambda **k: mask_tokens(tokens(), torch.full((3, 7), torch.nan), mask_index=M, **k),
-            ValueError,
-            "p: expected prob",
-        ),
-        (
-            lambda **k: mask_tokens(tokens(), torch.rand(7), mask_index=M, **k),
-            ValueError,
-            "p: expected a number or a shape",
-        ),
-        (lambda **k: mask_tokens(tokens()[0], 0.5, mask_index=M, **k), ValueError, r"x0: expected shape \[B, L\]"),
-        (
-            lambda **k: mask_tokens(tokens(3, 0), 0.5, mask_index=M, **k),
-            ValueError,
-            r"x0: expected shape \[B, L\] with L >= 1",
-        ),
-        (lambda **k: mask_tokens(tokens().float(), 0.5, mask_index=M, **k), TypeError, "x0: expected int64"),
-        (lambda **k: mask_tokens(tokens(), 0.5, mask_index=-1, **k), ValueError, "mask_index: expected an id >= 0"),
-        (
-            lambda **k: mask_tokens(tokens(), 0.5, mask_index=M, maskable=tokens(), **k),
-            TypeError,
-            "maskable: expected a bool",
-        ),
-        (lambda **k: mask_tokens(tokens(), 0.5, mask_index=M, seed=0.5, **k), TypeError, "seed: expected an int"),
-        (
-            lambda **k: mask_tokens(tokens(), 0.5, mask_index=M, seed=torch.zeros(2, dtype=torch.long), **k),
-            ValueError,
-            "seed: expected one",
-        ),
-        (
-            lambda **k: mask_tokens(tokens(), 0.5, mask_index=M, seed=1, generator=torch.Generator(), **k),
-            ValueError,
-            "got both",
-        ),
-        (
-            lambda **k: mask_tokens(tokens(), 0.5, mask_index=M, sample_ids=torch.arange(2), **k),
-            ValueError,
-            "sample_ids: expected shape",
-        ),
-        (
-            lambda **k: mask_tokens(tokens(), 0.5, mask_index=M, uniforms=torch.rand(3), **k),
-            ValueError,
-            "uniforms: expected",
-        ),
-        (
-            lambda **k: mask_exactly(tokens(), torch.tensor([0, 8, 1]), mask_index=M, **k),
-            ValueError,
-            r"counts: expected numbers in \[0, .*got 8",
-        ),
-        (
-            lambda **k: mask_exactly(tokens(), torch.tensor([0, -1, 1]), mask_index=M, **k),
-            ValueError,
-            "counts: expected numbers",
-        ),
-        (
-            lambda **k: mask_exactly(tokens(), torch.tensor([1, 1]), mask_index=M, **k),
-            ValueError,
-            "counts: expected shape",
-        ),
-        (
-            lambda **k: harmonic_mask(tokens(), mask_index=M, maskable=tokens() < 0, **k),
-            ValueError,
-            "maskable: expected at least one",
-        ),
-        (
-            lambda **k: harmonic_mask(tokens(), cu_seqlens=torch.tensor([0, 21]), mask_index=M, **k),
-            ValueError,
-            "cu_seqlens: expected",
-        ),
-        (
-            lambda **k: harmonic_mask(tokens()[0], cu_seqlens=torch.tensor([0, 5]), mask_index=M, **k),
-            ValueError,
-            "offsets from 0 to 7",
-        ),
-        (
-            lambda **k: harmonic_mask(tokens()[0], cu_seqlens=torch.tensor([0, 5, 3, 7]), mask_index=M, **k),
-            ValueError,
-            "rising offsets",
-        ),
-        (lambda **k: corrupt(tokens(), -1.0, Uniform(M), **k), ValueError, "sigma: expected finite numbers >= 0"),
-        (lambda **k: corrupt(tokens(), torch.nan, Uniform(M), **k), ValueError, "sigma: expected finite numbers >= 0"),
-        (lambda **k: corrupt(tokens(), 1.0, Uniform(9), **k), ValueError, r"x0: expected ids in \[0, 9\)"),
-        (lambda **k: corrupt(tokens(), 1.0, "absorb", **k), TypeError, "graph: expected Absorbing, Uniform or Mixture"),
-    ],
-)
-def test_bad_input(call, error, message, backend):
-    with pytest.raises(error, match=message):
-        call(backend=backend)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: sample_mask_counts(0, 5), "n: expected at least 1"),
-        (lambda: sample_mask_counts(3, 0), "length: expected at least 1"),
-        (lambda: sample_mask_counts(3, torch.tensor([3.0])), "length: expected"),
-        (lambda: sample_mask_counts(3, 5, proposal="best"), "proposal: expected one of"),
-        (lambda: sample_times(0), "expected n >= 1"),
-        (lambda: sample_times(3, eps=1.0), "0 <= eps < 1"),
-        (lambda: sample_times(3, rank=2, world_size=2), "rank < world_size"),
-        (lambda: sample_times(3, method="sobol"), "method: expected one of"),
-    ],
-)
-def test_bad_input_to_schedules_of_counts_and_times(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_training import TOKENS, losses, make, run, same_weights
+from training_runs import TOKENS, losses, make, run, same_weights
 
 from fastdiff import block_nll
 from fastdiff.data import Table
