@@ -19,7 +19,7 @@ from fastdiff.ops.row_loss import loss_dtype, new_stats, reference_loss, row_los
 
 # Bytes of logits that exist at a time. On a GPU a chunk must be large enough to keep the multiplier busy.
 TILE_BYTES = {"cpu": 52 << 20, "cuda": 512 << 20}
-# Ids multiplied at a time, in products that are faster in parts, by device and bytes of a number: the logits on the CPU,
+# Ids multiplied at a time, in products that are faster in parts, by device and bytes of a number: logits on the CPU,
 # whose blocks then stay in cache, and 16-bit gradients, there and on their way into a float32 sum.
 IDS = {("cpu", 8): 512, ("cpu", 4): 512, ("cpu", 2): 4096, ("cuda", 2): 8192}
 
