@@ -17,11 +17,11 @@ from torch.nn.functional import pad
 from fastdiff.checks import check_choice, check_integer
 from fastdiff.estimators.chains import Passes
 from fastdiff.estimators.estimate import NLLEstimate, sum_of_independent
+from fastdiff.estimators.pilots import Parts
 from fastdiff.estimators.scoring import Scorer, equal_rows
 from fastdiff.estimators.time_free import (
     PROPOSALS,
     STORED_LOSSES,
-    Parts,
     chains_of,
     estimated,
     mean_over,

@@ -22,14 +22,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastdiff.estimators.estimate import mean_of_independent
-from fastdiff.estimators.potential import Moments, fit, mean_terms, moments, terms
+from fastdiff.estimators.potential import Moments, fit, mean_terms, moments, products, terms
 from fastdiff.estimators.scoring import draw_masks
 from fastdiff.philox import Purpose, uniform
 
 _LOOKS = 3  # beside the one at the full mask: longer chains leave too few of them to fit the control on
 _FOLDS = 16  # groups of chains that share one fit, made on the others
 _SHARED = 5  # measured: docs/estimators.md
-_FITTED = 2**14  # tokens that are fitted at once, by fold: some 100 MB
+_TOGETHER = 4  # folds that are fitted at once
+_FITTED = 2**14  # tokens, by fold, of sequences whose fits share a graph: some 100 MB
 
 
 class Passes(NamedTuple):
@@ -134,21 +135,12 @@ def _replicates(loss: Tensor, mask: Tensor, weight: Tensor, target: Tensor) -> T
     if loss.shape[2] == target[0].sum():  # looked at after every token: exact already, or hardly to be guessed
         return raw
 
-    # An infinite loss makes the estimate infinite, not NaN. Any fit leaves it unbiased, so float32 will do.
-    known = loss.nan_to_num(0.0, 0.0, 0.0).float()
-    observed = (weight / mask.sum(3)).float().unsqueeze(3) * mask
-    folds = [
-        torch.arange(fold, loss.shape[1], _FOLDS, device=loss.device) for fold in range(min(_FOLDS, loss.shape[1]))
-    ]
-    sums, was_seen = [], []
-    for fold in folds:
-        seen = terms(mask[:, fold])
-        sums.append(moments(known[:, fold].flatten(1, 2), seen.flatten(1, 2), observed[:, fold].flatten(1, 2)))
-        was_seen.append((scored[:, fold].float().unsqueeze(4) * seen).sum(2))
-    by_fold = [torch.stack(parts, 1) for parts in zip(*sums, strict=True)]
-    fitted_on = torch.tensor([loss.shape[1] - len(fold) for fold in folds], device=loss.device)
-    others = Moments(*(parts.sum(1, keepdim=True) - parts for parts in by_fold))
-    level, slope = fit(others, fitted_on)  # [K, folds, L], [K, folds, L, terms]
+    # An infinite loss makes the estimate infinite, not NaN: any fit leaves it unbiased.
+    known, observed = loss.nan_to_num(0.0, 0.0, 0.0), (weight / mask.sum(3)).unsqueeze(3) * mask
+    chains = torch.arange(loss.shape[1], device=loss.device)
+    folds = [chains[first::_FOLDS] for first in range(min(_FOLDS, len(chains)))]
+    level, slope = _fits(known, mask, observed, folds)
+    was_seen = [(scored[:, fold].unsqueeze(4) * terms(mask[:, fold])).sum(2) for fold in folds]
     expected = target.unsqueeze(1) * (slope * mean_terms(target).unsqueeze(1)).sum(3)
     excess = scored.sum(2) - target.unsqueeze(1).double()
     controls = torch.cat(
@@ -159,3 +151,28 @@ def _replicates(loss: Tensor, mask: Tensor, weight: Tensor, target: Tensor) -> T
         1,
     )
     return raw - controls[:, torch.cat(folds).argsort()]
+
+
+def _fits(known: Tensor, mask: Tensor, observed: Tensor, folds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Levels [K, folds, L] and slopes [K, folds, L, terms], of each fold by all others' losses, masks and weights.
+
+    Products of terms take most memory: they are made twice, so that only those of a few folds are held at once.
+    """
+
+    def looks(fold: Tensor) -> tuple[Tensor, Tensor]:
+        return terms(mask[:, fold]).flatten(1, 2), observed[:, fold].flatten(1, 2)
+
+    by_fold = [moments(known[:, fold].flatten(1, 2), *looks(fold)) for fold in folds]
+    others = Moments(
+        *(p.sum(1, keepdim=True) - p for p in (torch.stack(part, 1) for part in zip(*by_fold, strict=True)))
+    )
+    whole = products(*looks(folds[0]))
+    for fold in folds[1:]:
+        whole += products(*looks(fold))
+    numbers = torch.tensor([mask.shape[1] - len(fold) for fold in folds], device=mask.device)
+    found = []
+    for some in torch.arange(len(folds), device=mask.device).split(_TOGETHER):
+        sums = Moments(*(part[:, some] for part in others))
+        found.append(fit(sums, torch.stack([whole - products(*looks(folds[i])) for i in some], 1), numbers[some]))
+    level, slope = zip(*found, strict=True)
+    return torch.cat(level, 1), torch.cat(slope, 1)

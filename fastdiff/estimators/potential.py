@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding, pad
 
 _CLOSED, _OPEN = (1, 2, 3, 4), (2, 3)  # distances of pairs; those at distance 1 have nothing between them
 _RIDGE = {True: 0.5, False: 5.0}  # observations of a token that count as much as what pairs of a kind have in common
@@ -39,45 +40,78 @@ class _Term(NamedTuple):
 
 
 def _terms() -> list[_Term]:
+    """By their left ends, and then by pairs."""
     found = []
     for pair, (distance, closed) in enumerate(_PAIRS):
         for left in range(-distance, 1):
             ends, between = {left, left + distance}, set(range(left + 1, left + distance)) if closed else set()
             if 0 in ends | between:
                 found.append(_Term(pair, left, tuple(ends - {0}), tuple(between - {0}), 1 if 0 in ends else -1))
-    return found
+    return sorted(found, key=lambda term: (term.left, term.pair))
+
+
+class _Run(NamedTuple):
+    """Terms of one left end and of successive pairs: the first of each, and how many."""
+
+    left: int
+    pair: int
+    column: int
+    number: int
+
+
+def _runs() -> list[_Run]:
+    runs: list[_Run] = []
+    for column, term in enumerate(_TERMS):
+        last = runs[-1] if runs else None
+        if last and (last.left, last.pair + last.number) == (term.left, term.pair):
+            runs[-1] = last._replace(number=last.number + 1)
+        else:
+            runs.append(_Run(term.left, term.pair, column, 1))
+    return runs
 
 
 _PAIRS = [(distance, True) for distance in _CLOSED] + [(distance, False) for distance in _OPEN]
+_REACH = max(_CLOSED)
+_AROUND = [offset for offset in range(-_REACH, _REACH + 1) if offset]
 _TERMS = _terms()
+_RUNS = _runs()
 _NEAR = [column for column, term in enumerate(_TERMS) if _PAIRS[term.pair][0] <= 2]  # a token's own
 
 
 class Moments(NamedTuple):
-    """Sums over looks at a token [..., L]: observations, weight, loss, its square, terms, their products, and with the
-    loss."""
+    """Sums over looks at a token [..., L]: observations, weight, loss, its square, terms, and these with the loss."""
 
     number: Tensor
     weight: Tensor
     loss: Tensor
     square: Tensor
     terms: Tensor
-    products: Tensor
     with_loss: Tensor
 
 
 def terms(mask: Tensor) -> Tensor:
-    """What each pair does to the loss of each token, under a mask [..., L]: [..., L, terms] in {-1, 0, 1}."""
-    visible, hidden = (~mask).float(), mask.float()
+    """What each pair does to the loss of each token, under a mask [..., L]: [..., L, terms] float64 in {-1, 0, 1}."""
+    visible, length = pad(~mask, (_REACH, _REACH)), mask.shape[-1]
+    code = torch.zeros_like(mask, dtype=torch.int64)
+    for bit, offset in enumerate(_AROUND):
+        code += visible[..., _REACH + offset :][..., :length].long() << bit
+    return embedding(code, _table(mask.device))
+
+
+@lru_cache(maxsize=16)
+def _table(device: torch.device) -> Tensor:
+    """The terms of a token, by the tokens of `_AROUND` it that are visible as bits of a number: [numbers, terms]."""
+    number = torch.arange(2 ** len(_AROUND), device="cpu")
+    visible = {offset: (number >> bit & 1).double() for bit, offset in enumerate(_AROUND)}
     columns = []
     for term in _TERMS:
-        column = torch.full_like(visible, term.sign)
+        column = torch.full_like(visible[1], term.sign)
         for offset in term.visible:
-            column = column * _at(visible, offset)
+            column = column * visible[offset]
         for offset in term.hidden:
-            column = column * _at(hidden, offset)
+            column = column * (1 - visible[offset])
         columns.append(column)
-    return torch.stack(columns, -1)
+    return torch.stack(columns, 1).to(device)
 
 
 def mean_terms(target: Tensor) -> Tensor:
@@ -96,25 +130,29 @@ def mean_terms(target: Tensor) -> Tensor:
             possible = possible & _at(target, offset)
         after = len(term.hidden)
         share = [math.factorial(a) * math.factorial(after) / math.factorial(a + after + 1) for a in range(3)]
-        columns.append(possible * term.sign * torch.tensor(share, dtype=torch.float32, device=target.device)[before])
+        columns.append(possible * term.sign * torch.tensor(share, dtype=torch.float64, device=target.device)[before])
     return torch.stack(columns, -1)
 
 
 def moments(loss: Tensor, seen: Tensor, weight: Tensor) -> Moments:
     """Of n looks: losses and their weights [K, n, L], 0 where there is none, and terms [K, n, L, terms]."""
-    weighted = weight.unsqueeze(-1) * seen
+    weighted = weight * loss
     return Moments(
-        (weight > 0).sum(1).float(),
+        (weight > 0).sum(1).double(),
         weight.sum(1),
-        (weight * loss).sum(1),
-        (weight * loss.detach() ** 2).sum(1),
         weighted.sum(1),
-        weighted.permute(0, 2, 3, 1) @ seen.transpose(1, 2),
-        (weighted * loss.unsqueeze(-1)).sum(1),
+        (weighted * loss).detach().sum(1),
+        (weight.unsqueeze(-1) * seen).sum(1),
+        (seen * weighted.unsqueeze(-1)).sum(1),
     )
 
 
-def fit(sums: Moments, chains: Tensor) -> tuple[Tensor, Tensor]:
+def products(seen: Tensor, weight: Tensor) -> Tensor:
+    """Sums of the products of terms over looks, as `moments`: [K, L, terms, terms]."""
+    return (weight.unsqueeze(-1) * seen).permute(0, 2, 3, 1) @ seen.transpose(1, 2)
+
+
+def fit(sums: Moments, products: Tensor, chains: Tensor) -> tuple[Tensor, Tensor]:
     """What a token's loss is with no term [..., L], and the slopes of its terms [..., L, terms], by least squares.
 
     First what all pairs of a kind have in common is fitted, then what each pair adds to it, then what each token does
@@ -126,18 +164,12 @@ def fit(sums: Moments, chains: Tensor) -> tuple[Tensor, Tensor]:
     number = sums.number.sum(-1)
     centred = _Centred(
         (sums.square - sums.loss.detach() * mean_loss.detach()).sum(-1),
-        sums.products - sums.terms.unsqueeze(-1) * mean_seen.unsqueeze(-2),
+        products - sums.terms.unsqueeze(-1) * mean_seen.unsqueeze(-2),
         sums.with_loss - sums.terms * mean_loss.unsqueeze(-1),
         number,
-        (sums.weight.sum(-1) / number).nan_to_num(1.0)[..., None, None],  # without any nothing is subtracted
+        (sums.weight.sum(-1) / number).nan_to_num(1.0),  # without any nothing is subtracted
     )
-    slope = _alike(centred)
-    with torch.no_grad():  # for the losses' gradients are no differences of one function
-        pairs, used = _of_pairs(centred, slope)
-        pairs = pairs * _share(centred, slope, pairs, used)
-    slope = slope + pairs
-    own, used = _of_tokens(centred, slope)
-    slope = slope + own + (_share(centred, slope, own, used) - 1) * own.detach()  # a gradient is subtracted in full
+    slope = _slopes(centred)
     chains = chains.to(slope.dtype)
     slope = slope * (chains / (chains + _DOUBT)).view(-1, 1, 1)
     return mean_loss - (slope * mean_seen).sum(-1), slope
@@ -145,7 +177,7 @@ def fit(sums: Moments, chains: Tensor) -> tuple[Tensor, Tensor]:
 
 class _Centred(NamedTuple):
     """Sums about the means, of the losses' squares [...], of products and with the loss, observations [...], and the
-    mean weight of one [..., 1, 1]."""
+    mean weight of one [...]."""
 
     squares: Tensor
     products: Tensor
@@ -153,61 +185,93 @@ class _Centred(NamedTuple):
     number: Tensor
     observation: Tensor
 
-    def left(self, slope: Tensor) -> Tensor:
-        """`with_loss` of what slopes leave of the losses."""
-        return self.with_loss - _times(self.products, slope)
 
-
-def _alike(sums: _Centred) -> Tensor:
-    """Slopes of a sequence whose pairs of a kind have one parameter."""
-    kind = torch.tensor([term.pair for term in _TERMS], device=sums.products.device)
-    kind = torch.nn.functional.one_hot(kind).float()
-    alike = kind.T @ sums.products.sum(-3) @ kind + sums.observation * torch.eye(
-        len(_PAIRS), dtype=kind.dtype, device=kind.device
-    )
-    slope = torch.linalg.solve(alike, sums.with_loss.sum(-2) @ kind) @ kind.T
-    return slope.unsqueeze(-2).expand_as(sums.with_loss)
-
-
-def _of_pairs(sums: _Centred, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """What each pair adds to slopes, and how many parameters that takes [...]."""
-    ridge = sums.observation * slope.new_tensor([_RIDGE[closed] for _, closed in _PAIRS]).unsqueeze(1)
-    seen = _to_pairs(sums.products.diagonal(dim1=-2, dim2=-1))
-    return _to_tokens(_solve(_to_pairs(sums.left(slope)), sums.products, ridge)), (seen / (seen + ridge)).sum((-2, -1))
-
-
-def _of_tokens(sums: _Centred, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """What each token's own near terms add, likewise."""
-    near = sums.products[..., _NEAR, :][..., _NEAR]
-    shrunk = near + _OWN_RIDGE * sums.observation.unsqueeze(-1) * torch.eye(
+def _slopes(sums: _Centred) -> Tensor:
+    alike, pairs, squares = _of_pairs(sums)
+    near, own_near = sums.products[..., _NEAR, :], sums.products[..., _NEAR, :][..., _NEAR]
+    left = sums.with_loss[..., _NEAR] - _times(near, pairs) - _times(near @ _kinds(near), alike.unsqueeze(-2))
+    shrunk = own_near + _OWN_RIDGE * sums.observation[..., None, None, None] * torch.eye(
         len(_NEAR), dtype=near.dtype, device=near.device
     )
-    own = torch.linalg.solve(shrunk, sums.left(slope)[..., _NEAR])
-    used = torch.linalg.solve(shrunk, near).diagonal(dim1=-2, dim2=-1).sum((-2, -1))
-    return torch.zeros_like(slope).index_add(-1, torch.tensor(_NEAR, device=slope.device), own), used
+    own = torch.linalg.solve(shrunk, left)
+    used = torch.linalg.solve(shrunk, own_near).diagonal(dim1=-2, dim2=-1).sum((-2, -1))
+    with torch.no_grad():
+        squares = squares - (own * (2 * left - _times(own_near, own))).sum((-2, -1))
+        share = _share((own * left).sum((-2, -1)), squares, used, sums.number)[..., None, None]
+    own = own + (share - 1) * own.detach()  # a gradient is subtracted in full
+    slope = pairs + (alike @ _kinds(alike).T).unsqueeze(-2)
+    return slope.index_add(-1, torch.tensor(_NEAR, device=own.device), own)
 
 
-@torch.no_grad()
-def _share(sums: _Centred, slope: Tensor, more: Tensor, used: Tensor) -> Tensor:
-    """The share of `more` slopes to take: all but what `used` parameters would explain of noise (James and Stein)."""
-    explained, both = (more * sums.left(slope)).sum((-2, -1)), slope + more
-    squares = sums.squares - (both * (sums.with_loss + sums.left(both))).sum((-2, -1))
-    noise = squares.clamp(min=0) / (sums.number - used).clamp(min=1)
-    return (1 - _NOISE * used * noise / explained.clamp(min=1e-30)).clamp(0, 1)[..., None, None]
+def _of_pairs(sums: _Centred) -> tuple[Tensor, Tensor, Tensor]:
+    """The parameters that pairs of a kind share [..., pairs]; the slopes that each pair adds [..., L, terms], without
+    gradients, which are no differences of one function; and the squares that are left [...]."""
+    band, told = _band(sums.products), _to_pairs(sums.with_loss)
+    same = band.sum((-4, -2)) + sums.observation[..., None, None] * torch.eye(
+        len(_PAIRS), dtype=band.dtype, device=band.device
+    )
+    alike = torch.linalg.solve(same, told.sum(-2))
+    with torch.no_grad():
+        first = alike.unsqueeze(-2).expand_as(told)
+        ridge = sums.observation[..., None, None] * band.new_tensor([_RIDGE[closed] for _, closed in _PAIRS])
+        left = told - _ahead(band, first)
+        more = _solve(left, band, ridge)
+        gain, explained = _ahead(band, more), (more * left).sum((-2, -1))
+        squares = sums.squares - (first * (told + left)).sum((-2, -1))
+        seen = band[..., _REACH, :].diagonal(dim1=-2, dim2=-1)
+        used = (seen / (seen + ridge)).sum((-2, -1))
+        least = squares - 2 * explained + (more * gain).sum((-2, -1))
+        share = _share(explained, least, used, sums.number)
+        squares = squares - 2 * share * explained + share**2 * (more * gain).sum((-2, -1))
+        return alike, _to_tokens(share[..., None, None] * more), squares
 
 
-def _solve(b: Tensor, products: Tensor, ridge: Tensor) -> Tensor:
-    """x with (products, as they are of pairs, + ridge) x = b, nearly, by conjugate gradients."""
-    scale = 1 / (_to_pairs(products.diagonal(dim1=-2, dim2=-1)) + ridge)
+def _kinds(like: Tensor) -> Tensor:
+    """1 where a term is of a pair: [terms, pairs]."""
+    kind = torch.tensor([term.pair for term in _TERMS], device=like.device)
+    return torch.nn.functional.one_hot(kind).to(like.dtype)
+
+
+def _share(explained: Tensor, squares: Tensor, used: Tensor, number: Tensor) -> Tensor:
+    """The share of slopes to take: all but what `used` parameters would explain of noise (James and Stein)."""
+    noise = squares.clamp(min=0) / (number - used).clamp(min=1)
+    return (1 - _NOISE * used * noise / explained.clamp(min=1e-30)).clamp(0, 1)
+
+
+def _solve(b: Tensor, band: Tensor, ridge: Tensor) -> Tensor:
+    """x with (band + ridge) x = b, nearly, by conjugate gradients: x and b [..., L, pairs]."""
+    scale = 1 / (band[..., _REACH, :].diagonal(dim1=-2, dim2=-1) + ridge)
     x, residual, direction, before = torch.zeros_like(b), b, torch.zeros_like(b), torch.ones_like(b[..., :1, :1])
     for _ in range(_ITERATIONS):
         scaled = scale * residual
         size = (residual * scaled).sum((-2, -1), keepdim=True)
         direction = scaled + size / before * direction
-        ahead = _to_pairs(_times(products, _to_tokens(direction))) + ridge * direction
+        ahead = _ahead(band, direction) + ridge * direction
         step = size / (direction * ahead).sum((-2, -1), keepdim=True).clamp(min=1e-30)
         x, residual, before = x + step * direction, residual - step * ahead, size.clamp(min=1e-30)
     return x
+
+
+def _band(products: Tensor) -> Tensor:
+    """The products [..., L, terms, terms] of tokens as those of pairs: [..., L, pairs, 2 reach + 1, pairs], of each
+    with those whose left ends are up to the reach away."""
+    length = products.shape[-3]
+    band = products.new_zeros(*products.shape[:-2], len(_PAIRS), 2 * _REACH + 1, len(_PAIRS))
+    for row in _RUNS:
+        rows = slice(row.pair, row.pair + row.number)
+        for column in _RUNS:
+            part = products[..., row.column : row.column + row.number, column.column : column.column + column.number]
+            columns = slice(column.pair, column.pair + column.number)
+            band[..., : length + row.left, rows, _REACH + column.left - row.left, columns] += part[
+                ..., -row.left :, :, :
+            ]
+    return band
+
+
+def _ahead(band: Tensor, pairs: Tensor) -> Tensor:
+    """What a band makes of pairs' parameters [..., L, pairs]."""
+    around = pad(pairs, (0, 0, _REACH, _REACH)).unfold(-2, 2 * _REACH + 1, 1).transpose(-2, -1)
+    return _times(band.flatten(-2), around.flatten(-2))
 
 
 def _times(products: Tensor, slope: Tensor) -> Tensor:
@@ -215,39 +279,18 @@ def _times(products: Tensor, slope: Tensor) -> Tensor:
 
 
 def _to_tokens(pairs: Tensor) -> Tensor:
-    """The slopes of tokens' terms [..., L, terms] from parameters [..., pairs, L] of pairs, each at its left end."""
-    where, _ = _places(pairs.shape[-1])
-    return _gathered(pairs, where.to(pairs.device))
+    """The slopes of tokens' terms [..., L, terms] from parameters [..., L, pairs] of pairs, each at its left end."""
+    return torch.stack([_at(pairs[..., term.pair], term.left) for term in _TERMS], -1)
 
 
 def _to_pairs(slopes: Tensor) -> Tensor:
     """The transpose of `_to_tokens`."""
-    _, where = _places(slopes.shape[-2])
-    return _gathered(slopes, where.to(slopes.device)).sum(-1)
-
-
-def _gathered(x: Tensor, where: Tensor) -> Tensor:
-    """x [..., n, m] at places in 0..n*m-1, or n*m for 0: [..., *where.shape]."""
-    flat = torch.nn.functional.pad(x.flatten(-2), (0, 1))
-    return flat.index_select(-1, where.flatten()).unflatten(-1, where.shape)
-
-
-@lru_cache(maxsize=64)
-def _places(length: int) -> tuple[Tensor, Tensor]:
-    """Where the pair of a token's term is among pairs and left ends [L, terms], and the terms of a pair among tokens
-    and terms [pairs, L, most terms]."""
-    token = torch.arange(length, device="cpu")
-    nowhere_pair, nowhere_term = len(_PAIRS) * length, len(_TERMS) * length
-    to_tokens = torch.full((length, len(_TERMS)), nowhere_pair, device="cpu")
-    to_pairs = torch.full((len(_PAIRS), length, max(_CLOSED) + 1), nowhere_term, device="cpu")
+    columns = [torch.zeros_like(slopes[..., 0]) for _ in _PAIRS]
     for column, term in enumerate(_TERMS):
-        left = token + term.left
-        inside = (left >= 0) & (left < length)
-        to_tokens[inside, column] = term.pair * length + left[inside]
-        to_pairs[term.pair, left[inside], -term.left] = token[inside] * len(_TERMS) + column
-    return to_tokens, to_pairs
+        columns[term.pair] = columns[term.pair] + _at(slopes[..., column], -term.left)
+    return torch.stack(columns, -1)
 
 
 def _at(x: Tensor, offset: int) -> Tensor:
     """x[..., i + offset] at i, 0 beyond the ends."""
-    return torch.nn.functional.pad(x, (-min(offset, 0), max(offset, 0)))[..., max(offset, 0) :][..., : x.shape[-1]]
+    return pad(x, (-min(offset, 0), max(offset, 0)))[..., max(offset, 0) :][..., : x.shape[-1]]

@@ -11,13 +11,13 @@ from torch.nn.functional import pad
 from fastdiff.checks import check_choice, check_tokens
 from fastdiff.estimators.chains import allowance, plan
 from fastdiff.estimators.estimate import LogRatioEstimate
+from fastdiff.estimators.pilots import fits
 from fastdiff.estimators.scoring import Model, Scorer, equal_rows
 from fastdiff.estimators.time_free import (
     PROPOSALS,
     check_enough,
     draw_names,
     enumerate_subsets,
-    fits,
     mean_over,
     run_replicates,
 )

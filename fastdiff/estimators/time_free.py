@@ -9,7 +9,7 @@ S uniform among the subsets of m target positions. (Jeon, Shin, Jeon, No, NeurIP
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastdiff.checks import check_choice, check_tokens
 from fastdiff.estimators.chains import Passes, mean_of_chains, plan, plan_chains
-from fastdiff.estimators.estimate import NLLEstimate, mean_of_independent, mean_of_strata, student_t
+from fastdiff.estimators.estimate import NLLEstimate, mean_of_independent, mean_of_strata
+from fastdiff.estimators.pilots import Estimates, Parts, fits, pilots
 from fastdiff.estimators.scoring import Model, Scorer, draw_masks
 from fastdiff.noise.noising import Masked, sample_mask_counts
 from fastdiff.philox import Purpose, draw32, resolve_seed, scaled, scaled_in_stratum
@@ -29,11 +30,6 @@ from fastdiff.reference import subset_weight
 PROPOSALS = ("stratified", "systematic", "complementary", "uniform", "harmonic")
 _MOST_ENUMERATED = 20  # target positions: a million subsets
 STORED_LOSSES = 2**19  # 4 MB in float64
-_LEAST_SAMPLES = 16  # after a pilot: an error bar of five chains
-_PILOT = 2**23  # its steps are after any that an estimate takes
-
-Parts = list[tuple[Tensor, NLLEstimate]]  # places in a batch, and the estimates that belong there
-Estimates = Callable[[Tensor, Tensor, Tensor, int], Parts]  # of numbers of passes [B], seed, sample_ids [B], first step
 
 
 def exact_nll(
@@ -199,46 +195,9 @@ def estimated(
     if not tolerance > 0:
         raise ValueError(f"tolerance: expected a positive number of nats, got {tolerance}")
     parts = estimates(most * exact, seed, sample_ids, 0)
-    num, spent = _pilots(estimates, most_tokens, most * ~exact, max_samples, tolerance, seed, sample_ids)
+    num, spent = pilots(estimates, most_tokens, most * ~exact, max_samples, tolerance, seed, sample_ids)
     final = _in_order(parts + estimates(num, seed, sample_ids, 0), x0)
     return dataclasses.replace(final, num_forwards=final.num_forwards + spent)
-
-
-@torch.no_grad()
-def _pilots(
-    estimates: Estimates,
-    most_tokens: Tensor,
-    pilot: Tensor,
-    max_samples: int,
-    tolerance: float,
-    seed: Tensor,
-    sample_ids: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Passes [B] to take, and those spent on pilots of `pilot` [B] passes, 0 for none.
-
-    What a pilot says is trusted for four times its passes; who needs more gets a pilot of these, or is enumerated.
-    """
-    num, spent, least, stage = torch.zeros_like(pilot), torch.zeros_like(pilot), pilot.clamp(max=_LEAST_SAMPLES), 1
-    while pilot.any():
-        for which, estimate in estimates(pilot, seed, sample_ids, stage * _PILOT):
-            num[which] = _enough(estimate, tolerance).clamp(least[which], least[which].clamp(min=max_samples))
-            spent[which] += estimate.num_forwards
-        larger = 4 * pilot
-        more = (num > larger) & (larger < max_samples) & ~fits(most_tokens, larger)
-        pilot, stage = larger.where(more, 0), stage + 1
-    return num, spent
-
-
-def _enough(pilot: NLLEstimate, tolerance: float) -> Tensor:
-    """Passes [B] after which a 95% interval is hardly ever wider than +- tolerance nats, by what a pilot saw."""
-    # A pilot's variance is so much too small one time in forty: chi-square over nu, by Wilson and Hilferty, of half
-    # the degrees of freedom, since losses have heavier tails than normals.
-    spread = 4 / (9 * pilot.degrees_of_freedom)
-    too_small = (1 - spread - 1.96 * spread.sqrt()).clamp(min=0.1) ** 3
-    ratio = (student_t(0.95, pilot.degrees_of_freedom) * pilot.stderr / tolerance) ** 2 / too_small
-    # More passes gain at least as their number; fewer lose up to as its cube, for there is less to fit controls on.
-    passes = (pilot.num_forwards * torch.maximum(ratio, ratio ** (1 / 3))).nan_to_num(1.0).clamp(1, 2**40)
-    return (2 ** ((4 * passes.log2()).ceil() / 4)).ceil().long()  # few different numbers: sequences still run together
 
 
 def conditional_nll(
@@ -282,11 +241,6 @@ def draw_names(x0: Tensor, seed: int | Tensor | None, sample_ids: Tensor | None)
         sample_ids = torch.arange(len(x0), device=x0.device)
     check_tokens("sample_ids", sample_ids, x0.shape[:1], x0.device)
     return resolve_seed(seed, None, x0.device), sample_ids
-
-
-def fits(num_tokens: Tensor, num_samples: Tensor) -> Tensor:
-    """Whether the 2^n - 1 subsets of n tokens fit a number of passes."""
-    return 2 ** num_tokens.clamp(max=62) - 1 <= num_samples
 
 
 def check_enough(num_samples: int, proposal: str, *, all_enumerated: bool) -> None:

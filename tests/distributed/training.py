@@ -62,9 +62,7 @@ def _near(found, expected, what, tolerance=1e-9):
         for record, told in zip(records, curve[-len(records) :], strict=True):
             for name in told.keys() - {"tokens_per_second", "memory"}:
                 off = abs(record[name] / told[name] - 1)
-                # A standard error is of what fits leave over, in float32: of numbers far smaller than losses.
-                least = 1e-3 if name.endswith("stderr") else 1e-6
-                assert off < max(tolerance, least), f"{what}: {name} {record[name]}, {told[name]}"
+                assert off < max(tolerance, 1e-6), f"{what}: {name} {record[name]}, {told[name]}"
 
 
 def one_process():
