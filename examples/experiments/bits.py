@@ -18,7 +18,7 @@ from .report import Setup, Table, console, reporting
 from .texts import LetterText
 from .workers import side_by_side
 
-MINUTES = 45
+MINUTES = 50
 
 
 def run(setup: Setup) -> None:
