@@ -100,11 +100,11 @@ def corpus_nll(
     Args:
         x0: [N, L] int64 tokens.
         num_samples: network passes for a sequence, as in `time_free_nll`.
-        tolerance: nats per token. If given, up to 32 sequences, evenly spread over the lengths, are asked with
-            num_samples passes, twice as many, and so on, how many make the 95% interval of these sequences' mean, that
-            of masking alone, no wider than +- tolerance; and the estimate is made of new ones, so that it knows nothing
-            of what pilots found. It is an aim, as in `time_free_nll`.
-        max_samples: most passes for a sequence after the pilots.
+        tolerance: nats per token. If given, up to 32 sequences, evenly spread, tell how many passes make the 95%
+            interval of these sequences' mean, that of masking alone, no wider than +- tolerance: num_samples, 1.5 times
+            as many, and so on. The estimate is made from new passes alone, so that it knows nothing of what pilots
+            found. It is an aim, as in `time_free_nll`.
+        max_samples: most passes for a sequence to try.
         model, mask_index, proposal, target, lengths, seed, sample_ids: as in `time_free_nll`.
         options: exclude_mask, batch_size, backend of `time_free_nll`.
 
