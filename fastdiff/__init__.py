@@ -2,12 +2,14 @@
 
 from fastdiff.backends import BackendUnavailable
 from fastdiff.estimators import (
+    CorpusEstimate,
     InformationCurve,
     LogRatioEstimate,
     NLLEstimate,
     OrderedNLL,
     block_nll,
     conditional_nll,
+    corpus_nll,
     dse_nll,
     exact_nll,
     log_likelihood_ratio,
@@ -78,6 +80,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Absorbing",
     "BackendUnavailable",
+    "CorpusEstimate",
     "Cosine",
     "DPOLoss",
     "GRPOLoss",
@@ -102,6 +105,7 @@ __all__ = [
     "block_causal",
     "block_nll",
     "conditional_nll",
+    "corpus_nll",
     "corrupt",
     "csm_loss",
     "d3pm_loss",

@@ -213,6 +213,9 @@ CALLS = {
     "time_free_nll, tolerance": lambda: nll_of(
         fastdiff.time_free_nll((body, LM_HEAD), X0, num_samples=20, tolerance=0.1, max_samples=40, **ESTIMATED)
     ),
+    "corpus_nll": lambda: vars(
+        fastdiff.corpus_nll(network, X0, num_samples=20, tolerance=0.1, max_samples=40, **ESTIMATED)
+    ),
     "conditional_nll": lambda: nll_of(fastdiff.conditional_nll(network, X0[:, :2], X0[:, 2:], **ESTIMATED)),
     "time_integral_nll": lambda: nll_of(fastdiff.time_integral_nll(network, X0, num_samples=8, **ESTIMATED)),
     "dse_nll": lambda: [

@@ -35,6 +35,7 @@ SEEDED = {
     "reverse_step": lambda **seed: fastdiff.reverse_step(LOGITS, XT, SIGMA, sigma_next=0.3, **seed),
     "sample": lambda **seed: fastdiff.sample(network, num_samples=B, length=L, mask_index=M, **seed),
     "time_free_nll": lambda **seed: likelihood(4, **seed),
+    "corpus_nll": lambda **seed: fastdiff.corpus_nll(network, X0, mask_index=M, num_samples=4, **seed),
     "time_integral_nll": lambda **seed: fastdiff.time_integral_nll(network, X0, mask_index=M, num_samples=4, **seed),
     "dse_nll": lambda **seed: fastdiff.dse_nll(network, X0, graph=Absorbing(V), schedule=LogLinear(), **seed),
     "mutual_information": lambda **seed: fastdiff.mutual_information(
