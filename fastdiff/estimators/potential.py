@@ -262,7 +262,7 @@ def _band(products: Tensor) -> Tensor:
         for column in _RUNS:
             part = products[..., row.column : row.column + row.number, column.column : column.column + column.number]
             columns = slice(column.pair, column.pair + column.number)
-            band[..., : length + row.left, rows, _REACH + column.left - row.left, columns] += part[
+            band[..., : max(length + row.left, 0), rows, _REACH + column.left - row.left, columns] += part[
                 ..., -row.left :, :, :
             ]
     return band
