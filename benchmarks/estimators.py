@@ -109,7 +109,9 @@ def main():
             table.add_row(name, *shown)
     means = {who: math.exp(sum(values) / len(values)) for who, values in logs.items()}
     Console(width=170).print(table)
-    print("geometric means where it is not exact:", ", ".join(f"{who} {mean:.1f}" for who, mean in means.items()))
+    least = {who: math.exp(min(values)) for who, values in logs.items()}
+    shown = (f"{who} {mean:.2f} (least {least[who]:.2f})" for who, mean in means.items())
+    print("geometric means where it is not exact:", ", ".join(shown))
     record = {"passes": options.passes, "repeats": options.repeats, "torch": torch.__version__, "rows": rows}
     options.file.write_text(json.dumps(record | {"geometric_means": means}, indent=1) + "\n")
 

@@ -1,15 +1,18 @@
-"""The default estimator: chains of nested masks, with a control variate fitted on the other chains.
+"""The default estimator: single masks at counts spread evenly, or chains of nested masks over every count, with a
+control variate fitted on the other masks.
 
-A chain reveals the L target tokens one by one, in a random order. It is looked at with all of them masked, and at
-other counts m of masked tokens, each with probability rho(m). A look scores the tokens that are revealed before the
-next look: a uniform draw among the masked ones, so their mean loss, times 1 / rho(m), makes the chain's sum an
-unbiased estimate of sum_m g(m). A chain looked at after every token gives -log p(x0) along one order, which all
-orders agree on where the conditionals are consistent.
+A chain reveals the L target tokens one by one, in a random order, and is looked at with some of them masked: by single
+masks at one count m, drawn with probability rho(m), and, but where passes are few, with all of them masked. A look
+scores the tokens that are revealed before the next look: a uniform draw among the masked ones, so their mean loss,
+times 1 / rho(m), makes the chain's sum an unbiased estimate of sum_m g(m). A chain looked at after every token gives
+-log p(x0) along one order, which all orders agree on where the conditionals are consistent.
 
-Most of what is left comes from the tokens themselves: some are harder, and hardest before what tells of them is seen.
-Chains other than its own guess a token's loss from which tokens around it are visible (`potential`). The mean of such a
-guess over random orders is known: of tokens that must come before a token and others that must come after it, all do
-in a known share of the orders. So subtracting the guess and adding its mean changes no expectation.
+Counts of all chains come from one shift: at equal distances in the sum of rho, so that their spread leaves little
+noise. Most of what is left comes from the tokens themselves: some are harder, and hardest before what tells of them is
+seen. Chains other than its own guess a token's loss from which tokens around it are visible (`potential`). The mean of
+such a guess, given the counts, is known: of tokens that must be visible and others that must not, all are in a known
+share of the masks. So subtracting the guess and adding its mean changes no expectation, whatever counts the other
+chains had.
 """
 
 import math
@@ -19,15 +22,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from fastdiff.estimators.estimate import mean_of_independent
+from fastdiff.estimators.estimate import mean_of_strata
 from fastdiff.estimators.potential import Moments, fit, mean_terms, moments, products, terms
 from fastdiff.estimators.scoring import draw_masks
 from fastdiff.philox import Purpose, uniform
 
-_LOOKS = 3  # beside the one at the full mask: longer chains leave too few of them to fit the control on
-_FOLDS = 16  # groups of chains that share one fit, made on the others
+_FEW = 6  # passes of which none is worth spending on the full mask alone
+_MANY = 32  # masks
+_WHOLE = 0.75  # masks at every count from which on it gets a whole number of them
+_FOLDS = 8  # groups of chains that share one fit, made on the others
 _SHARED = 5  # measured: docs/estimators.md
 _TOGETHER = 4  # folds that are fitted at once
 _FITTED = 2**14  # tokens, by fold, of sequences whose fits share a graph: some 100 MB
@@ -47,7 +53,7 @@ def mean_of_chains(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Chains share a little through their fits, which take from each what they give to all others. Their spread misses
     that; the standard error allows for it as if for `_SHARED` parameters.
     """
-    mean, stderr, freedom = mean_of_independent(values)
+    mean, stderr, freedom = mean_of_strata(values)
     return mean, stderr * math.sqrt(allowance(values.shape[1])), freedom
 
 
@@ -56,31 +62,47 @@ def allowance(chains: int) -> float:
     return 1 + _SHARED / (chains - 1)
 
 
-def plan(num_samples: int, length: int) -> tuple[int, int]:
-    """How many chains, and looks at each beside the full mask, num_samples >= 3 network passes buy."""
-    passes, every = num_samples - 1, length - 1
-    looks = every if passes // every >= 8 else min(_LOOKS, every, max(1, passes // 4))
-    return passes // looks, looks
+class Plan(NamedTuple):
+    """How many chains, whether they are looked at after every token, and whether with the full mask."""
+
+    chains: int
+    every: bool
+    full: bool
 
 
-def plan_chains(
-    target: Tensor, chains: int, looks: int, seed: Tensor, sample_ids: Tensor, step: int, backend: str | None
-) -> Passes:
+def plan(num_samples: int, length: int) -> Plan:
+    """What num_samples >= 3 network passes buy of a sequence with that many target tokens."""
+    every = (num_samples - 1) // (length - 1)
+    return Plan(every, True, True) if every >= 8 else single_masks(num_samples)
+
+
+def single_masks(num_samples: int) -> Plan:
+    full = num_samples > _FEW
+    return Plan(num_samples - full, False, full)
+
+
+def plan_chains(target: Tensor, plan: Plan, seed: Tensor, sample_ids: Tensor, step: int, backend: str | None) -> Passes:
     """Chains of sequences with targets [K, L] of the same number n >= 2 of tokens; replicates are by token."""
-    n = int(target[0].sum())
-    chain = torch.arange(chains, device=target.device)
-    rho = look_probabilities(n, looks).to(target.device)
-    u = uniform(seed, Purpose.COUNT, step, sample_ids.unsqueeze(1), 0, chain)
-    counts = _draw_looks(u, rho)  # [K, R, looks]
-    full = counts.new_full((len(target), 1), n)
-    steps = step + torch.cat([chain[:1], chain.repeat_interleave(looks)])
-    mask = draw_masks(target, torch.cat([full, counts.flatten(1)], 1), steps, seed, sample_ids, backend)
-    weight = torch.cat([torch.ones_like(rho[:1]).expand(*counts.shape[:2], 1), 1 / rho[counts - 1]], 2)
+    n, chain = int(target[0].sum()), torch.arange(plan.chains, device=target.device)
+    largest = n - plan.full
+    if plan.every:
+        counts = torch.arange(largest, 0, -1, device=target.device).expand(len(target), plan.chains, -1)
+        weight = torch.ones_like(counts, dtype=torch.float64)
+    else:
+        rho = count_probabilities(largest, plan.chains).to(target.device)
+        shift = uniform(seed, Purpose.COUNT, step, sample_ids, 0, 0).unsqueeze(1)
+        counts = _draw_counts((chain + shift) / plan.chains, rho).unsqueeze(2)
+        weight = 1 / rho[counts - 1]
+    flat, steps = counts.flatten(1), step + chain.repeat_interleave(counts.shape[2])
+    if plan.full:
+        flat, steps = pad(flat, (1, 0), value=n), torch.cat([steps[:1], steps])
+        weight = pad(weight, (1, 0), value=1.0)
+    mask = draw_masks(target, flat, steps, seed, sample_ids, backend)
 
     def replicates(loss: Tensor) -> Tensor:
         # The graph of the fits is larger than a pass of a small network: backward makes it anew.
-        inputs = _by_chain(loss, chains), _by_chain(mask, chains), weight, target
-        few = max(1, _FITTED // (min(_FOLDS, chains) * target.shape[1]))
+        inputs = _by_chain(loss, plan), _by_chain(mask, plan), weight, target
+        few = max(1, _FITTED // (min(_FOLDS, plan.chains) * target.shape[1]))
         parts = zip(*(x.split(few) for x in inputs), strict=True)
         return torch.cat([checkpoint(_replicates, *x, use_reentrant=False, preserve_rng_state=False) for x in parts])
 
@@ -88,46 +110,48 @@ def plan_chains(
 
 
 @lru_cache(maxsize=256)
-def look_probabilities(length: int, looks: int) -> Tensor:
-    """rho(m) for m = 1..length-1, at most 1, `looks` in all: [length - 1] float64.
+def count_probabilities(largest: int, masks: int) -> Tensor:
+    """rho(m) for m = 1..largest, which sum to 1: [largest] float64.
 
-    Losses vary most where few tokens are masked, and depend most on which ones where few are seen. So looks are spread
-    by m^(-1/2), by (length - m)^(-3/4) and evenly, 1 : 3 : 1. Single looks of few chains, 2 : 1 : 1, for gradients vary
-    most where few tokens are masked.
+    Losses vary most where few tokens are masked, and depend most on which ones where few are seen. So counts are spread
+    by m^(-1/2), by (largest + 1 - m)^(-3/4) and evenly, 2 : 2 : 1, or 1 : 3 : 1 where masks are many. Where hardly any
+    count gets less than one of the masks, each gets a whole number of them, and the draw of counts leaves no noise.
     """
-    if looks == length - 1:
-        return torch.ones(length - 1, dtype=torch.float64, device="cpu")
-    m = torch.arange(1, length, dtype=torch.float64, device="cpu")
-    shares, parts = (2, 1, 1) if looks == 1 else (1, 3, 1), (m**-0.5, (length - m) ** -0.75, torch.ones_like(m))
-    density = torch.stack([share * part / part.sum() for share, part in zip(shares, parts, strict=True)]).sum(0)
-    rho = looks * density / density.sum()
-    while (rho > 1).any():  # what is over 1 goes to the others
-        free = rho < 1
-        rho = torch.where(free, rho * (looks - (~free).sum()) / rho[free].sum(), 1.0)
-    return rho
+    m = torch.arange(1, largest + 1, dtype=torch.float64, device="cpu")
+    shares, parts = (2, 2, 1) if masks < _MANY else (1, 3, 1), (m**-0.5, (largest + 1 - m) ** -0.75, torch.ones_like(m))
+    rho = torch.stack([share * part / part.sum() for share, part in zip(shares, parts, strict=True)]).sum(0)
+    number = masks * rho / rho.sum()
+    if number.min() < _WHOLE:
+        return number / masks
+    while (number < 1).any():  # what they lack the others give
+        more = number > 1
+        number = torch.where(more, number * (masks - (~more).sum()) / number[more].sum(), 1.0)
+    return number.cumsum(0).round().diff(prepend=number.new_zeros(1)) / masks
 
 
-def _draw_looks(u: Tensor, rho: Tensor) -> Tensor:
-    """Counts in falling order, m with probability rho(m): those at which the sum of rho from above passes u + j."""
-    passed, looks = rho.flip(0).cumsum(0), round(rho.sum().item())
-    passed[-1] = looks
-    at = u.unsqueeze(-1) + torch.arange(looks, device=u.device)
-    return len(rho) - torch.searchsorted(passed, at, right=True)
+def _draw_counts(u: Tensor, rho: Tensor) -> Tensor:
+    """m with probability rho(m), falling in u: where the sum of rho from above passes u."""
+    passed = rho.flip(0).cumsum(0)
+    passed[-1] = 1
+    return len(rho) - torch.searchsorted(passed, u, right=True)
 
 
-def _by_chain(passes: Tensor, chains: int) -> Tensor:
-    """[K, 1 + chains * looks, L] -> [K, chains, 1 + looks, L]: each chain begins with the full mask."""
-    full, rest = passes[:, :1], passes[:, 1:].unflatten(1, (chains, -1))
-    return torch.cat([full.unsqueeze(1).expand(-1, chains, -1, -1), rest], 2)
+def _by_chain(passes: Tensor, plan: Plan) -> Tensor:
+    """[K, full + chains * looks, L] -> [K, chains, full + looks, L]: each chain begins with the full mask."""
+    full, rest = passes[:, : plan.full], passes[:, plan.full :].unflatten(1, (plan.chains, -1))
+    return torch.cat([full.unsqueeze(1).expand(-1, plan.chains, -1, -1), rest], 2)
 
 
 def _replicates(loss: Tensor, mask: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """What chains' tokens give, [K, R, L], from losses and masks [K, R, Q, L], weights [K, R, Q] and the target [K, L].
+    """What chains' tokens give, [K, R, L], from losses and masks [K, R, Q, L], weights [K, R, Q] and the target [K, L]:
+    their mean is the estimate, and their spread tells its error.
 
-    A chain gives raw - sum_i (times_i - 1) a_i + (seen_i - E seen_i) . b_i, where times_i and seen_i sum over its looks
-    the weight that token i is scored with, and that weight on what the token's pairs do. The a_i and b_i come from
-    chains of other folds alone. Given those they are numbers, and what they multiply has expectation 0. So it is of a
-    gradient, through which parts of a_i and b_i it may pass: those take it from chains of other folds alone too.
+    A chain gives raw - sum_i (times_i - E times_i) a_i + (seen_i - E seen_i) . b_i, where times_i and seen_i sum over
+    its looks the weight that token i is scored with, and that weight on what the token's pairs do. The a_i and b_i come
+    from chains of other folds alone. Given those and all counts they are numbers, and what they multiply has as its
+    expectation what is added again, averaged over chains: the mean over orders at the chain's counts, less that over
+    all counts. So chains spread by the orders alone, and their counts leave as little as their distances do. The same
+    holds of a gradient, through which parts of a_i and b_i it may pass: those take it from chains of other folds too.
     """
     revealed = mask & ~torch.cat([mask[:, :, 1:], torch.zeros_like(mask[:, :, :1])], 2)
     scored = weight.unsqueeze(3) * revealed / revealed.sum(3, keepdim=True).clamp(min=1)
@@ -140,17 +164,27 @@ def _replicates(loss: Tensor, mask: Tensor, weight: Tensor, target: Tensor) -> T
     chains = torch.arange(loss.shape[1], device=loss.device)
     folds = [chains[first::_FOLDS] for first in range(min(_FOLDS, len(chains)))]
     level, slope = _fits(known, mask, observed, folds)
-    was_seen = [(scored[:, fold].unsqueeze(4) * terms(mask[:, fold])).sum(2) for fold in folds]
-    expected = target.unsqueeze(1) * (slope * mean_terms(target).unsqueeze(1)).sum(3)
-    excess = scored.sum(2) - target.unsqueeze(1).double()
-    controls = torch.cat(
-        [
-            excess[:, fold] * level[:, [i]] + (slope[:, [i]] * seen).sum(3) - expected[:, [i]]
-            for i, (fold, seen) in enumerate(zip(folds, was_seen, strict=True))
-        ],
-        1,
-    )
-    return raw - controls[:, torch.cat(folds).argsort()]
+    guessed, at_counts = _controls(level, slope, scored, mask, weight, target, folds)
+    return raw - guessed + at_counts.mean(1, keepdim=True)
+
+
+def _controls(
+    level: Tensor, slope: Tensor, scored: Tensor, mask: Tensor, weight: Tensor, target: Tensor, folds: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """What guesses give of chains' tokens, less their mean over orders and counts, and its mean over orders at the
+    chain's counts: [K, R, L] each."""
+    n, parts = int(target[0].sum()), []
+    every = torch.arange(1, n + 1, device=mask.device).expand(len(mask), 1, -1)
+    expected = mean_terms(target, every, torch.full_like(every, 1 / n, dtype=torch.float64))
+    for i, fold in enumerate(folds):
+        times, share = scored[:, fold], weight[:, fold] / n
+        seen = (times.unsqueeze(4) * terms(mask[:, fold])).sum(2)
+        means = mean_terms(target, mask[:, fold].sum(3), share)
+        sums = torch.stack([times.sum(2), share.sum(2, keepdim=True).expand(-1, -1, target.shape[1])])
+        deviation = torch.stack([seen, means]) - expected
+        parts.append(target.unsqueeze(1) * (sums - 1) * level[:, [i]] + (slope[:, [i]] * deviation).sum(4))
+    guessed, at_counts = torch.cat(parts, 2)[:, :, torch.cat(folds).argsort()]
+    return guessed, at_counts
 
 
 def _fits(known: Tensor, mask: Tensor, observed: Tensor, folds: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.checks import check_choice
-from fastdiff.estimators.chains import allowance
+from fastdiff.estimators.chains import allowance, plan
 from fastdiff.estimators.estimate import NLLEstimate, student_t
 from fastdiff.estimators.scoring import Model, Scorer
 from fastdiff.estimators.time_free import PROPOSALS, draw_names, time_free_nll
@@ -199,6 +199,8 @@ def _in_sums(found: NLLEstimate, proposal: str) -> NLLEstimate:
     """
     if proposal != "stratified":
         return found
-    freedom = found.degrees_of_freedom
-    allowed = freedom.new_tensor([allowance(1 + round(min(nu, 1e6))) for nu in freedom.tolist()])
-    return dataclasses.replace(found, stderr=found.stderr * ((1 + 1 / freedom) / allowed).sqrt())
+    chains = [
+        plan(*passes).chains for passes in zip(found.num_forwards.tolist(), found.num_tokens.tolist(), strict=True)
+    ]
+    one = [(1 + 1 / (number - 1)) / allowance(number) for number in chains]
+    return dataclasses.replace(found, stderr=found.stderr * found.stderr.new_tensor(one).sqrt())

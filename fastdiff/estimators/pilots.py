@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastdiff.estimators.estimate import NLLEstimate, student_t
 
-_LEAST_SAMPLES = 16  # after a pilot: an error bar of five chains
+_LEAST_SAMPLES = 16  # after a pilot: an error bar of 15 masks
 _PILOT = 2**23  # its steps are after any that an estimate takes
 
 Parts = list[tuple[Tensor, NLLEstimate]]  # places in a batch, and the estimates that belong there

@@ -10,7 +10,6 @@ parts a closed pair: three tokens' losses to be fitted on, not one's. Of a Marko
 its pairs. A network's conditionals agree but nearly, so each token may depart from f a little.
 """
 
-import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -114,24 +113,38 @@ def _table(device: torch.device) -> Tensor:
     return torch.stack(columns, 1).to(device)
 
 
-def mean_terms(target: Tensor) -> Tensor:
-    """The mean of `terms` when a token is revealed, over random orders of the target tokens [..., L].
+def mean_terms(target: Tensor, masked: Tensor, weight: Tensor) -> Tensor:
+    """The mean, over random masks of the target tokens [K, L], of `terms` of a token where it is scored, at looks of so
+    many masked tokens and with such weights [K, R, looks]: [K, R, L, terms].
 
-    Of a target tokens that must come before i and b after, all do in a! b! / (a + b + 1)! of the orders. The others
-    are always visible.
+    Of its n - 1 others m - 1 are masked: v of them are visible and h hidden in a share (n - m)_v (m - 1)_h /
+    (n - 1)_(v + h) of the masks, with falling factorials. What is no target is always visible.
     """
-    inside = torch.ones_like(target)
-    columns = []
+    n = target.sum(-1)[:, None, None]
+    share = {}
+    for h in range(_REACH):
+        share[0, h] = weight * _falling(masked - 1, h) / _falling(n - 1, h).clamp(min=1)
+        for v in (1, 2):
+            share[v, h] = share[v - 1, h] * (n - masked - v + 1).clamp(min=0) / (n - h - v).clamp(min=1)
+    inside, columns = torch.ones_like(target), []
     for term in _TERMS:
-        possible, before = inside, torch.zeros_like(target, dtype=torch.int64)
+        possible, visible = target, torch.zeros_like(target, dtype=torch.int64)
         for offset in term.visible:
-            possible, before = possible & _at(inside, offset), before + _at(target, offset)
+            possible, visible = possible & _at(inside, offset), visible + _at(target, offset)
         for offset in term.hidden:
             possible = possible & _at(target, offset)
-        after = len(term.hidden)
-        share = [math.factorial(a) * math.factorial(after) / math.factorial(a + after + 1) for a in range(3)]
-        columns.append(possible * term.sign * torch.tensor(share, dtype=torch.float64, device=target.device)[before])
+        by_visible = torch.stack([share[v, len(term.hidden)].sum(2) for v in range(3)], 1)
+        of_token = by_visible.gather(1, visible.unsqueeze(2).expand(-1, -1, by_visible.shape[2]))
+        columns.append((term.sign * possible.unsqueeze(2) * of_token).transpose(1, 2))
     return torch.stack(columns, -1)
+
+
+def _falling(n: Tensor, k: int) -> Tensor:
+    """n (n - 1) ... (n - k + 1), 0 where k > n."""
+    product = torch.ones_like(n, dtype=torch.float64)
+    for i in range(k):
+        product = product * (n - i).clamp(min=0)
+    return product
 
 
 def moments(loss: Tensor, seen: Tensor, weight: Tensor) -> Moments:
@@ -156,23 +169,30 @@ def fit(sums: Moments, products: Tensor, chains: Tensor) -> tuple[Tensor, Tensor
     """What a token's loss is with no term [..., L], and the slopes of its terms [..., L, terms], by least squares.
 
     First what all pairs of a kind have in common is fitted, then what each pair adds to it, then what each token does
-    on its own with what is near, both shrunk to 0 and by what noise would explain; and all by what few `chains` [folds]
-    are trusted with. Gradients pass but through the first and the last, and there unshrunk by noise.
+    on its own with what is near, both shrunk to 0 and by what noise would explain; by what few `chains` [folds] are
+    trusted with; and all, with what tells a token's mean from the others', by what noise would explain. Gradients pass
+    but through the first, the last and the means, and there unshrunk by noise.
     """
-    per_weight = 1 / sums.weight.clamp(min=1e-30)
-    mean_loss, mean_seen = sums.loss * per_weight, sums.terms * per_weight.unsqueeze(-1)
-    number = sums.number.sum(-1)
+    per_weight, number = 1 / sums.weight.clamp(min=1e-30), sums.number.sum(-1)
+    common = (sums.loss.sum(-1) / sums.weight.sum(-1).clamp(min=1e-30)).unsqueeze(-1)
+    mean_loss = torch.where(sums.weight > 0, sums.loss * per_weight - common, 0)
+    mean_seen = sums.terms * per_weight.unsqueeze(-1)
+    squares = sums.square - sums.loss.detach() * (mean_loss.detach() + common.detach())
     centred = _Centred(
-        (sums.square - sums.loss.detach() * mean_loss.detach()).sum(-1),
+        squares.sum(-1),
         products - sums.terms.unsqueeze(-1) * mean_seen.unsqueeze(-2),
-        sums.with_loss - sums.terms * mean_loss.unsqueeze(-1),
+        sums.with_loss - sums.terms * (mean_loss + common).unsqueeze(-1),
         number,
         (sums.weight.sum(-1) / number).nan_to_num(1.0),  # without any nothing is subtracted
     )
     slope = _slopes(centred)
     chains = chains.to(slope.dtype)
     slope = slope * (chains / (chains + _DOUBT)).view(-1, 1, 1)
-    return mean_loss - (slope * mean_seen).sum(-1), slope
+    level = mean_loss - (slope * mean_seen).sum(-1)
+    explained = (sums.weight * mean_loss.detach() ** 2).sum(-1)
+    share = _share(explained, centred.squares, (sums.number > 0).sum(-1), number)
+    more = share.unsqueeze(-1) - 1
+    return common + level + more * level.detach(), slope + more.unsqueeze(-1) * slope.detach()
 
 
 class _Centred(NamedTuple):

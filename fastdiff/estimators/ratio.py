@@ -153,18 +153,16 @@ def _difference(
     rows = which, which + len(score.x0) // 2
     sizes = [int(score.num_tokens[row[0]]) for row in rows]
     enumerated = [2**n - 1 <= num_samples for n in sizes]
-    chains_and_looks = plan(
-        num_samples, min((n for n, few in zip(sizes, enumerated, strict=True) if not few), default=2)
-    )
+    chains = plan(num_samples, max((n for n, few in zip(sizes, enumerated, strict=True) if not few), default=2))
     sides, passes = [], 0
     for row, n, few in zip(rows, sizes, enumerated, strict=True):
         if few:
             sides.append(enumerate_subsets(score, row).nll.unsqueeze(1))
             passes += 2**n - 1
         else:
-            sides.append(run_replicates(score, row, chains_and_looks, num_samples, proposal, seed, sample_ids))
-            spent = {"stratified": 1 + math.prod(chains_and_looks), "complementary": num_samples // 2 * 2}
-            passes += spent.get(proposal, num_samples)
+            replicates, spent = run_replicates(score, row, chains, num_samples, proposal, seed, sample_ids)
+            sides.append(replicates)
+            passes += spent
     x, y = sides
     return _Difference(which, y - x, passes, all(enumerated))
 

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from fastdiff.checks import check_choice, check_tokens
-from fastdiff.estimators.chains import Passes, mean_of_chains, plan, plan_chains
+from fastdiff.estimators.chains import Passes, Plan, mean_of_chains, plan, plan_chains, single_masks
 from fastdiff.estimators.estimate import NLLEstimate, mean_of_independent, mean_of_strata
 from fastdiff.estimators.pilots import Estimates, Parts, fits, pilots
 from fastdiff.estimators.scoring import Model, Scorer, draw_masks
@@ -98,10 +98,11 @@ def time_free_nll(
 
     A sequence whose 2^L - 1 subsets fit num_samples is enumerated: exact, standard error 0. Otherwise
 
-    - ``"stratified"``: one fully masked pass, and chains of three nested masks each, at counts spread so that every
-      count is reached as often as it matters. A control variate per token, fitted on other chains and so without
-      bias, takes out that some tokens are harder than others, and harder before what is near them is seen. The
-      standard error is that between chains. Where at least 8 chains over every count fit, those are taken.
+    - ``"stratified"``: one pass fully masked, where there are more than 6, and the others at counts that one random
+      shift spreads, so that every count is reached as often as it matters. A control variate per token, fitted on other
+      masks and so without bias, takes out that some tokens are harder than others, and harder before what is near them
+      is seen. The standard error is that between masks. Where at least 8 chains of nested masks over every count fit,
+      those are taken.
     - ``"systematic"``: counts at equal distances over 1..L with one random shift, as LLaDA's likelihood and DARE's
       VRPO, with weight L/m. Its standard error comes from neighbouring counts; its square is on average no smaller
       than the variance.
@@ -272,7 +273,7 @@ def subset(target: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
 
 def plan_passes(
     target: Tensor,
-    chains_and_looks: tuple[int, int],
+    chains: Plan,
     num_samples: int,
     proposal: str,
     seed: Tensor,
@@ -285,7 +286,7 @@ def plan_passes(
     Replicates, by token, are of each chain, each pair of complements, or each pass.
     """
     if proposal == "stratified":
-        return plan_chains(target, *chains_and_looks, seed, sample_ids, step, backend)
+        return plan_chains(target, chains, seed, sample_ids, step, backend)
     n, passes = target.sum(1), torch.arange(num_samples, device=target.device)
     if proposal == "complementary":
         return _complementary(target, num_samples // 2, seed, sample_ids, step, backend)
@@ -304,16 +305,16 @@ def plan_passes(
 def run_replicates(
     score: Scorer,
     which: Tensor,
-    chains_and_looks: tuple[int, int],
+    chains: Plan,
     num_samples: int,
     proposal: str,
     seed: Tensor,
     sample_ids: Tensor,
-) -> Tensor:
-    """What a group of sequences is averaged over, summed over its tokens: [K, R]."""
+) -> tuple[Tensor, int]:
+    """What a group of sequences is averaged over, summed over its tokens: [K, R], and the passes of each."""
     target, names = score.targets(which), (seed, sample_ids, 0, score.backend)
-    passes = plan_passes(target, chains_and_looks, num_samples, proposal, *names)
-    return passes.replicates(score.run(which, passes.mask)).sum(2)
+    passes = plan_passes(target, chains, num_samples, proposal, *names)
+    return passes.replicates(score.run(which, passes.mask)).sum(2), passes.mask.shape[1]
 
 
 def _complementary(
@@ -362,11 +363,10 @@ def _estimates(
     return parts
 
 
-def chains_of(num_samples: int, planned: int, length: int) -> tuple[int, int]:
-    """How many chains, and looks at each, num_samples passes buy, where chains have as many looks as `planned` passes
-    would give them, if that leaves four of them."""
-    looks = min(plan(planned, length)[1], max(1, (num_samples - 1) // 4))
-    return (num_samples - 1) // looks, looks
+def chains_of(num_samples: int, planned: int, length: int) -> Plan:
+    """What num_samples passes buy: chains over every token where `planned` passes are, if that leaves four of them."""
+    every = (num_samples - 1) // (length - 1)
+    return Plan(every, True, True) if plan(planned, length).every and every >= 4 else single_masks(num_samples)
 
 
 def of_group(

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -12,37 +13,40 @@ from fastdiff.estimators.scoring import Scorer
 
 
 @pytest.mark.parametrize(
-    ("num_samples", "length", "chains_and_looks"),
+    ("num_samples", "length", "found"),
     [
-        (3, 5, (2, 1)),
-        (5, 40, (4, 1)),
-        (9, 40, (4, 2)),
-        (16, 40, (5, 3)),
-        (64, 40, (21, 3)),
-        (64, 8, (9, 7)),
-        (64, 9, (21, 3)),
-        (4, 2, (3, 1)),
+        (3, 5, (3, False, False)),
+        (6, 40, (6, False, False)),
+        (7, 40, (6, False, True)),
+        (64, 40, (63, False, True)),
+        (64, 8, (9, True, True)),
+        (64, 9, (63, False, True)),
     ],
 )
-def test_passes_buy_chains(num_samples: int, length: int, chains_and_looks: tuple[int, int]) -> None:
-    assert chains.plan(num_samples, length) == chains_and_looks
+def test_passes_buy_chains(num_samples: int, length: int, found: tuple[int, bool, bool]) -> None:
+    assert chains.plan(num_samples, length) == found
 
 
-@pytest.mark.parametrize("length", [2, 5, 33, 1024])
-@pytest.mark.parametrize("looks", [1, 2, 3, 7])
-def test_every_count_is_looked_at_with_its_probability(length: int, looks: int) -> None:
-    if looks > length - 1:
-        return
-    rho = chains.look_probabilities(length, looks)
-    assert rho.shape == (length - 1,)
-    assert rho.sum().item() == pytest.approx(looks, rel=1e-12)
-    assert ((rho > 0) & (rho <= 1)).all()
+@pytest.mark.parametrize("largest", [1, 4, 7, 32, 1023])
+@pytest.mark.parametrize("masks", [2, 7, 15, 63])
+def test_every_count_is_drawn_with_its_probability(largest: int, masks: int) -> None:
+    rho = chains.count_probabilities(largest, masks)
+    assert rho.shape == (largest,)
+    assert rho.sum().item() == pytest.approx(1, rel=1e-12)
+    assert (rho > 0).all()
     u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
-    counts = chains._draw_looks(u.unsqueeze(0), rho)[0]
-    assert counts.shape == (200_000, looks)
-    assert (counts.diff(dim=1) < 0).all()
-    shares = torch.bincount(counts.flatten(), minlength=length)[1:] / 200_000
+    counts = chains._draw_counts(u, rho)
+    assert (counts.diff() <= 0).all()
+    shares = torch.bincount(counts, minlength=largest + 1)[1:] / 200_000
     torch.testing.assert_close(shares.double(), rho, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("shift", [1e-9, 0.3, 0.999])
+def test_masks_that_are_enough_for_every_count_are_shared_out_evenly(shift: float) -> None:
+    for masks in (7, 15, 63):
+        rho = chains.count_probabilities(7, masks)
+        counts = chains._draw_counts((torch.arange(masks) + shift) / masks, rho)
+        torch.testing.assert_close(torch.bincount(counts, minlength=8)[1:].double(), masks * rho)
 
 
 def test_masks_of_a_chain_are_nested() -> None:
@@ -105,21 +109,29 @@ def test_controls_take_out_the_gradients_variance_too() -> None:
 
 def test_what_is_subtracted_from_a_chain_depends_on_no_chain_of_its_fold() -> None:
     network, x0 = RandomNetwork(20), random_tokens(3, 20)
-    score = Scorer(network, x0, 4)
-    counts, steps = torch.tensor([20, *[15, 9, 2] * 21]).expand(3, -1), torch.arange(64).sub(1).clamp(min=0) // 3
+    score, plan = Scorer(network, x0, 4), chains.plan(64, 20)
+    passes = chains.plan_chains(score.target, plan, torch.tensor(0), torch.arange(3), 0, None)
     with score.evaluating(64):
-        loss, mask = score.draw(torch.arange(3), counts, steps, torch.tensor(0), torch.arange(3))
-    loss, mask = chains._by_chain(loss, 21).clone(), chains._by_chain(mask, 21)
-    weight, target = torch.ones(3, 21, 4, dtype=torch.float64), torch.ones_like(x0, dtype=torch.bool)
-    before = chains._replicates(loss, mask, weight, target)
-    with mock.patch.object(chains, "fit", no_guess):
-        raw_before = chains._replicates(loss, mask, weight, target)
-        loss[:, 3] += torch.rand_like(loss[:, 3]) * mask[:, 3]
-        raw = chains._replicates(loss, mask, weight, target)
-    after = chains._replicates(loss, mask, weight, target)
-    assert (raw[:, 3] != raw_before[:, 3]).any()
-    torch.testing.assert_close((raw - after)[:, [3, 19]], (raw_before - before)[:, [3, 19]], rtol=0, atol=1e-4)
-    assert ((raw - after)[:, 4] - (raw_before - before)[:, 4]).abs().max() > 0.01
+        loss = score.run(torch.arange(3), passes.mask).clone()
+
+    of_chains = chains._controls
+
+    def subtracted() -> Tensor:
+        found = []
+
+        def controls(*given: Any) -> tuple[Tensor, Tensor]:
+            found.append(of_chains(*given))
+            return found[-1]
+
+        with mock.patch.object(chains, "_controls", controls):
+            passes.replicates(loss)
+        return torch.cat([guessed for guessed, _ in found])
+
+    before = subtracted()
+    loss[:, 1 + 3] += torch.rand_like(loss[:, 1 + 3]) * passes.mask[:, 1 + 3]
+    change = (subtracted() - before).abs().amax((0, 2))
+    assert change[3 :: chains._FOLDS].max() < 1e-10
+    assert change[4] > 0.01
 
 
 def test_an_infinite_loss_leaves_the_other_sequences_alone() -> None:

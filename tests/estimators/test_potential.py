@@ -27,8 +27,22 @@ def when_revealed(target: Tensor) -> Tensor:
 @pytest.mark.parametrize("target", ["1111111", "1", "0110", "101101", "0111010", "1001", "110011", "1111"])
 def test_the_mean_over_orders_of_what_is_seen(target: str) -> None:
     where = torch.tensor([c == "1" for c in target])
-    mean = potential.mean_terms(where[None])[0] * where.unsqueeze(1)
+    n = int(where.sum())
+    every, share = torch.arange(1, n + 1).view(1, 1, n), torch.full((1, 1, n), 1 / n, dtype=torch.float64)
+    mean = potential.mean_terms(where[None], every, share)[0, 0]
     torch.testing.assert_close(mean, when_revealed(where))
+
+
+def test_the_mean_at_a_count_of_what_is_seen() -> None:
+    """Two looks, of weights 1 and 3, at every mask of 2 and of 4 of the five target tokens."""
+    where = torch.tensor([c == "1" for c in "1101101"])
+    masks = where & (torch.arange(128).unsqueeze(1) >> torch.arange(7) & 1 == 1)
+    looks = [masks[masks.sum(1) == m].unique(dim=0) for m in (4, 2)]
+    seen = [(m.unsqueeze(2) * potential.terms(m)).double().mean(0) for m in looks]
+    # A token is masked in 4 of 5 and in 2 of 5 of them, and scored once in so many as the look has weight.
+    expected = seen[0] / 4 * 5 + 3 * seen[1] / 2 * 5
+    found = potential.mean_terms(where[None], torch.tensor([[[4, 2]]]), torch.tensor([[[1.0, 3.0]]]).double())
+    torch.testing.assert_close(found[0, 0], expected)
 
 
 def fitted(loss: Tensor, seen: Tensor, weight: Tensor, chains: float) -> tuple[Tensor, Tensor]:
@@ -53,7 +67,7 @@ def test_what_masks_show_of_a_markov_chain_is_fitted_exactly() -> None:
     seen = potential.terms(mask)
     looks = loss[None], seen[None], mask[None].double()
     small = dict.fromkeys((True, False), 1e-4)
-    with mock.patch.multiple(potential, _RIDGE=small, _OWN_RIDGE=1e9, _ITERATIONS=200):
+    with mock.patch.multiple(potential, _RIDGE=small, _OWN_RIDGE=1e9, _NOISE=0, _ITERATIONS=200):
         level, slope = fitted(*looks, chains=1e9)
     guess = level + (slope * seen).sum(2)
     assert loss[mask].std() > 0.3

@@ -200,7 +200,7 @@ def test_a_tolerance_is_reached_in_most_sequences(model, x0: Tensor, num_samples
 def test_a_pilot_may_look_at_more_counts_than_the_estimate_has_passes() -> None:
     network, x0 = RandomNetwork(25), random_tokens(2, 25)
     estimate = time_free_nll(network, x0, mask_index=4, num_samples=256, tolerance=1e9)
-    assert estimate.num_forwards.tolist() == [256 - 15 + 16] * 2  # ten chains of 24 looks, then five of three
+    assert estimate.num_forwards.tolist() == [256 - 15 + 16] * 2  # ten chains of 24 looks, then single masks
     assert (estimate.stderr > 0).all()
 
 
@@ -209,7 +209,7 @@ def test_what_is_easily_within_tolerance_costs_little_more_than_its_pilot() -> N
     target[1, 5:] = False
     options = dict(mask_index=4, num_samples=64, target=target)
     estimate = time_free_nll(network, x0, tolerance=100.0, **options)
-    assert estimate.num_forwards.tolist() == [64 + 16, 31]  # an error bar of five chains; enumerated once
+    assert estimate.num_forwards.tolist() == [64 + 16, 31]  # an error bar of fifteen masks; enumerated once
     assert estimate.stderr[1].item() == 0
     torch.testing.assert_close(estimate.nll[1], time_free_nll(network, x0, **options).nll[1])
 
