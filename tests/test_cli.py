@@ -117,14 +117,21 @@ def test_eval_of_several_texts(folder):
 
 
 def test_eval_at_a_tolerance(folder, capsys, monkeypatch):
+    """Of the whole text: pilots of all four pieces, and then each anew."""
     invoke(f"train --data text.txt --out run {SMALL} --eval-every 0")
-    halves = []
-    for tolerance in ("--tolerance 0.0001", ""):
-        invoke(f"eval run --num-samples 16 --num-sequences 4 --json out.json {tolerance}")
+
+    def evaluated(more):
+        invoke(f"eval run --num-samples 16 --num-sequences 4 --json out.json {more}")
         (row,) = json.loads((folder / "out.json").read_text()).values()
         low, high = row["bits_per_byte_interval"]
-        halves.append((high - low) / 2)
-    assert halves[0] < 0.00015 < halves[1]  # the pilot says only about how many it takes
+        return (high - low) / 2, row["network_passes"]
+
+    half, passes = evaluated("")
+    assert passes == 4 * 16
+    assert evaluated("--tolerance 100") == (half, 8 * 16)
+    narrow, more = evaluated(f"--tolerance {half / 3}")
+    assert narrow <= half / 3
+    assert more > 4 * (16 + 24 + 24)
     assert "tolerance: expected a positive number" in fail(capsys, monkeypatch, "eval run --tolerance 0")
 
 

@@ -5,6 +5,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from fastdiff.cli.models import load_named, no_room
 from fastdiff.cli.options import (
@@ -33,12 +35,15 @@ from fastdiff.cli.options import (
 from fastdiff.data.shards import Shards, TokenFolder, is_tokens
 from fastdiff.data.sources import Text, TokenSource, load_named_documents
 from fastdiff.data.texts import CUTS, Piece, pieces, tokens_of
+from fastdiff.estimators import NLLEstimate
+from fastdiff.estimators.corpus import STAGE, enough
 from fastdiff.estimators.orders import ORDERS
 from fastdiff.files import write_atomically
 from fastdiff.likelihood import forget, likelihoods, ranks, row
 from fastdiff.loading import Loaded
 
 _MOST_TEXT = 2**26  # bytes of the held-out documents of a folder of tokens, evenly spread
+_MOST_SAMPLES = 4096  # of a tolerance
 _TITLES = {
     "time-free": "time-free likelihood",
     "block": "block by block",
@@ -71,7 +76,7 @@ def evaluate(
     num_samples: Annotated[int | None, typer.Option(help="network passes for each of them", show_default="64")] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(help="bits per byte: as many passes as each text's interval should take to be within +- this"),
+        typer.Option(help="bits per byte: as many passes as a text's interval of masking takes to be within +- this"),
     ] = None,
     likelihood: Annotated[
         str,
@@ -169,6 +174,7 @@ def rows_of(
         raise ValueError(f"num_sequences: expected at least 1, or 0 for all, got {num_sequences}")
     kind = scored.name_of(likelihood)
     own = _options(kind, asked | dict(tolerance=tolerance))
+    own.pop("tolerance", None)  # the whole text's, not an estimate's
     tokens = {name: [tokens_of(scored.tokenizer, document) for document in documents] for name, documents in texts}
     short = [name for name, documents in tokens.items() if sum(len(d.ids) for d in documents) < scored.length]
     if cut == "windows" and 0 < len(short) < len(tokens):
@@ -181,11 +187,16 @@ def rows_of(
     settings |= dict(dtype=str(scored.dtype), device=scored.device.type)
     for name, documents in tokens.items():
         found = list(pieces(name, documents, scored.length, cut=cut, context=context, most=num_sequences or None))
-        if kind in ("time-free", "block"):
-            options["tolerance"] = _nats(tolerance, found)
+        spent = 0
         with no_room(scored.device, scored.num_bytes, "a smaller --batch-size"):
+            if tolerance is not None:
+                pilot = partial(_pilot, scored, found, settings, kept, options)
+                start, nats = own["num_samples"], _nats_per_token(tolerance, found)
+                options["num_samples"], spent = enough(pilot, len(found), start, _MOST_SAMPLES, nats)
             estimate = likelihoods(scored, found, settings, kept, **options)
-        rows[name] = dict(likelihood=kind) | ({} if drawn else own) | blocks | row(estimate, found, drawn=drawn)
+        numbers = row(estimate, found, drawn=drawn)
+        numbers["network_passes"] += spent
+        rows[name] = dict(likelihood=kind) | ({} if drawn else own) | blocks | numbers
     return rows, f"{cut} of {scored.length} tokens, {_TITLES[kind]}{_how(own | blocks)}"
 
 
@@ -258,11 +269,24 @@ def _check_same(name: str, source: TokenSource, run: Path | None, config: dict[s
         raise ValueError(f"data: {name} has changed since {run} was trained on it, and so has its held-out part")
 
 
-def _nats(tolerance: float | None, found: list[Piece]) -> float | None:
-    """A tolerance for each piece, in nats: their errors add up in squares."""
-    if tolerance is None:
-        return None
-    return tolerance * math.log(2) * sum(piece.bytes for piece in found) / math.sqrt(len(found))
+def _pilot(
+    scored: Loaded,
+    pieces: list[Piece],
+    settings: dict[str, Any],
+    kept: Path | None,
+    options: dict[str, Any],
+    which: Tensor,
+    num_samples: int,
+    stage: int,
+) -> NLLEstimate:
+    """Of some pieces, from draws of its own."""
+    some = [pieces[k] for k in which.tolist()]
+    drawn = dict(num_samples=num_samples, seed=options["seed"] ^ stage << STAGE)
+    return likelihoods(scored, some, settings, kept, **options | drawn)
+
+
+def _nats_per_token(bits_per_byte: float, pieces: list[Piece]) -> float:
+    return bits_per_byte * math.log(2) * sum(p.bytes for p in pieces) / sum(len(p.target) for p in pieces)
 
 
 def _show_rows(rows: dict[str, dict[str, Any]], title: str) -> None:

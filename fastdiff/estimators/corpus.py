@@ -16,7 +16,7 @@ from fastdiff.estimators.scoring import Model, Scorer
 from fastdiff.estimators.time_free import PROPOSALS, draw_names, time_free_nll
 
 _ASKED = 32  # sequences of a pilot
-_STAGE = 40  # the bit of a seed from which on pilots differ from each other and from what comes after
+STAGE = 40  # the bit of a seed from which on pilots differ from each other and from what comes after
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +125,7 @@ def corpus_nll(
     spent = 0
     if tolerance is not None:
         num_samples, spent = enough(
-            lambda which, num, stage: _in_sums(ask(which.to(x0.device), num, seed ^ (stage << _STAGE)), proposal),
+            lambda which, num, stage: _in_sums(ask(which.to(x0.device), num, seed ^ (stage << STAGE)), proposal),
             len(x0),
             num_samples,
             max_samples,
