@@ -22,11 +22,11 @@ from fastdiff.estimators.scoring import Scorer, equal_rows
 from fastdiff.estimators.time_free import (
     PROPOSALS,
     STORED_LOSSES,
-    chains_of,
     estimated,
     mean_over,
     of_group,
     plan_passes,
+    planned_chains,
     subset,
 )
 from fastdiff.evaluating import BlockModel
@@ -153,7 +153,7 @@ def _plans(
         if enumerated:
             passes = _all_subsets(target[at], n)
         else:
-            chains = chains_of(num_samples, planned, n)
+            chains = planned_chains(num_samples, planned, n)
             passes = plan_passes(target[at], chains, num_samples, proposal, seed, names[at], step, backend)
         found.append(_Alike(at, passes, enumerated))
     return found

@@ -1,11 +1,10 @@
-"""The default estimator: single masks at counts spread evenly, or chains of nested masks over every count, with a
-control variate fitted on the other masks.
+"""The default estimator: masks at counts spread evenly, with a control variate fitted on the other masks.
 
-A chain reveals the L target tokens one by one, in a random order, and is looked at with some of them masked: by single
-masks at one count m, drawn with probability rho(m), and, but where passes are few, with all of them masked. A look
-scores the tokens that are revealed before the next look: a uniform draw among the masked ones, so their mean loss,
-times 1 / rho(m), makes the chain's sum an unbiased estimate of sum_m g(m). A chain looked at after every token gives
--log p(x0) along one order, which all orders agree on where the conditionals are consistent.
+A chain reveals the L target tokens one by one, in a random order. It is looked at at a few counts m of masked tokens,
+each with probability rho(m), and, but where passes are few, with all of them masked. A look scores the tokens that are
+revealed before the next look: a uniform draw among the masked ones, so their mean loss, times 1 / rho(m), makes the
+chain's sum an unbiased estimate of sum_m g(m). A chain looked at after every token gives -log p(x0) along one order,
+which all orders agree on where the conditionals are consistent.
 
 Counts of all chains come from one shift: at equal distances in the sum of rho, so that their spread leaves little
 noise. Most of what is left comes from the tokens themselves: some are harder, and hardest before what tells of them is
@@ -31,8 +30,9 @@ from fastdiff.estimators.scoring import draw_masks
 from fastdiff.philox import Purpose, uniform
 
 _FEW = 6  # passes of which none is worth spending on the full mask alone
-_MANY = 32  # masks
-_WHOLE = 0.75  # masks at every count from which on it gets a whole number of them
+_MANY = 48  # passes from which on chains of a few looks are enough to fit the control on
+_LOOKS = 3
+_WHOLE = 0.75  # looks at every count from which on it gets a whole number of them
 _FOLDS = 8  # groups of chains that share one fit, made on the others
 _SHARED = 5  # measured: docs/estimators.md
 _TOGETHER = 4  # folds that are fitted at once
@@ -63,40 +63,37 @@ def allowance(chains: int) -> float:
 
 
 class Plan(NamedTuple):
-    """How many chains, whether they are looked at after every token, and whether with the full mask."""
+    """How many chains, looks at each, or as many as there are tokens, and whether the full mask is seen too."""
 
     chains: int
-    every: bool
+    looks: int
     full: bool
 
 
 def plan(num_samples: int, length: int) -> Plan:
     """What num_samples >= 3 network passes buy of a sequence with that many target tokens."""
-    every = (num_samples - 1) // (length - 1)
-    return Plan(every, True, True) if every >= 8 else single_masks(num_samples)
+    every = length - 1
+    return chains_of(num_samples, every) if (num_samples - 1) // every >= 8 else few_looks(num_samples)
 
 
-def single_masks(num_samples: int) -> Plan:
-    full = num_samples > _FEW
-    return Plan(num_samples - full, False, full)
+def few_looks(num_samples: int) -> Plan:
+    return chains_of(num_samples, _LOOKS if num_samples >= _MANY else 1)
+
+
+def chains_of(num_samples: int, looks: int) -> Plan:
+    full = looks > 1 or num_samples > _FEW
+    return Plan((num_samples - full) // looks, looks, full)
 
 
 def plan_chains(target: Tensor, plan: Plan, seed: Tensor, sample_ids: Tensor, step: int, backend: str | None) -> Passes:
     """Chains of sequences with targets [K, L] of the same number n >= 2 of tokens; replicates are by token."""
     n, chain = int(target[0].sum()), torch.arange(plan.chains, device=target.device)
-    largest = n - plan.full
-    if plan.every:
-        counts = torch.arange(largest, 0, -1, device=target.device).expand(len(target), plan.chains, -1)
-        weight = torch.ones_like(counts, dtype=torch.float64)
-    else:
-        rho = count_probabilities(largest, plan.chains).to(target.device)
-        shift = uniform(seed, Purpose.COUNT, step, sample_ids, 0, 0).unsqueeze(1)
-        counts = _draw_counts((chain + shift) / plan.chains, rho).unsqueeze(2)
-        weight = 1 / rho[counts - 1]
-    flat, steps = counts.flatten(1), step + chain.repeat_interleave(counts.shape[2])
+    rho = look_probabilities(n - plan.full, min(plan.looks, n - 1), plan.chains).to(target.device)
+    shift = uniform(seed, Purpose.COUNT, step, sample_ids, 0, 0).unsqueeze(1)
+    counts = _draw_looks((chain + shift) / plan.chains, rho)  # [K, R, looks]
+    weight, flat, steps = 1 / rho[counts - 1], counts.flatten(1), step + chain.repeat_interleave(counts.shape[2])
     if plan.full:
-        flat, steps = pad(flat, (1, 0), value=n), torch.cat([steps[:1], steps])
-        weight = pad(weight, (1, 0), value=1.0)
+        weight, flat, steps = pad(weight, (1, 0), value=1.0), pad(flat, (1, 0), value=n), pad(steps, (1, 0), value=step)
     mask = draw_masks(target, flat, steps, seed, sample_ids, backend)
 
     def replicates(loss: Tensor) -> Tensor:
@@ -110,30 +107,38 @@ def plan_chains(target: Tensor, plan: Plan, seed: Tensor, sample_ids: Tensor, st
 
 
 @lru_cache(maxsize=256)
-def count_probabilities(largest: int, masks: int) -> Tensor:
-    """rho(m) for m = 1..largest, which sum to 1: [largest] float64.
+def look_probabilities(largest: int, looks: int, chains: int) -> Tensor:
+    """rho(m) for m = 1..largest, at most 1, `looks` in all: [largest] float64.
 
-    Losses vary most where few tokens are masked, and depend most on which ones where few are seen. So counts are spread
-    by m^(-1/2), by (largest + 1 - m)^(-3/4) and evenly, 2 : 2 : 1, or 1 : 3 : 1 where masks are many. Where hardly any
-    count gets less than one of the masks, each gets a whole number of them, and the draw of counts leaves no noise.
+    Losses vary most where few tokens are masked, and depend most on which ones where few are seen. So looks are spread
+    by m^(-1/2), by (largest + 1 - m)^(-3/4) and evenly, 1 : 3 : 1, and single ones 2 : 2 : 1. Where hardly any count
+    gets less than one of all looks, each gets a whole number of them, and the draw of counts leaves no noise.
     """
     m = torch.arange(1, largest + 1, dtype=torch.float64, device="cpu")
-    shares, parts = (2, 2, 1) if masks < _MANY else (1, 3, 1), (m**-0.5, (largest + 1 - m) ** -0.75, torch.ones_like(m))
-    rho = torch.stack([share * part / part.sum() for share, part in zip(shares, parts, strict=True)]).sum(0)
-    number = masks * rho / rho.sum()
-    if number.min() < _WHOLE:
-        return number / masks
-    while (number < 1).any():  # what they lack the others give
-        more = number > 1
-        number = torch.where(more, number * (masks - (~more).sum()) / number[more].sum(), 1.0)
-    return number.cumsum(0).round().diff(prepend=number.new_zeros(1)) / masks
+    shares, parts = (2, 2, 1) if looks == 1 else (1, 3, 1), (m**-0.5, (largest + 1 - m) ** -0.75, torch.ones_like(m))
+    density = torch.stack([share * part / part.sum() for share, part in zip(shares, parts, strict=True)]).sum(0)
+    number = _within(chains * looks * density / density.sum(), 0, chains)
+    if number.min() >= _WHOLE:
+        number = _within(number, 1, chains).cumsum(0).round().diff(prepend=number.new_zeros(1))
+    return number / chains
 
 
-def _draw_counts(u: Tensor, rho: Tensor) -> Tensor:
-    """m with probability rho(m), falling in u: where the sum of rho from above passes u."""
-    passed = rho.flip(0).cumsum(0)
-    passed[-1] = 1
-    return len(rho) - torch.searchsorted(passed, u, right=True)
+def _within(number: Tensor, least: int, most: int) -> Tensor:
+    """Of the same sum: what is beyond the bounds, the others give or take."""
+    total = number.sum()
+    while ((number < least) | (number > most)).any():
+        number = number.clamp(least, most)
+        free = (number > least) & (number < most)
+        number = torch.where(free, number * (total - number[~free].sum()) / number[free].sum(), number)
+    return number
+
+
+def _draw_looks(u: Tensor, rho: Tensor) -> Tensor:
+    """Counts in falling order, m with probability rho(m): those at which the sum of rho from above passes u + j."""
+    passed, looks = rho.flip(0).cumsum(0), round(rho.sum().item())
+    passed[-1] = looks
+    at = u.unsqueeze(-1) + torch.arange(looks, device=u.device)
+    return len(rho) - torch.searchsorted(passed, at, right=True)
 
 
 def _by_chain(passes: Tensor, plan: Plan) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from fastdiff.checks import check_choice, check_tokens
-from fastdiff.estimators.chains import Passes, Plan, mean_of_chains, plan, plan_chains, single_masks
+from fastdiff.estimators.chains import Passes, Plan, chains_of, few_looks, mean_of_chains, plan, plan_chains
 from fastdiff.estimators.estimate import NLLEstimate, mean_of_independent, mean_of_strata
 from fastdiff.estimators.pilots import Estimates, Parts, fits, pilots
 from fastdiff.estimators.scoring import Model, Scorer, draw_masks
@@ -340,7 +340,7 @@ def _estimates(
 ) -> Parts:
     """Sequences of num_samples [B] > 0, those that agree in length, target tokens and num_samples together.
 
-    Chains are as long as `planned` passes make them, see `chains_of`.
+    Chains are as long as `planned` passes make them, see `planned_chains`.
     """
     few = fits(score.num_tokens, num_samples)
     total = torch.where(few, 2 ** score.num_tokens.clamp(max=62) - 1, num_samples).sum()
@@ -353,7 +353,7 @@ def _estimates(
             if few[group[0]]:
                 parts.append((group, enumerate_subsets(score, group)))
                 continue
-            plans = chains_of(num, planned, int(score.num_tokens[group[0]]))
+            plans = planned_chains(num, planned, int(score.num_tokens[group[0]]))
             for which in group.split(max(1, STORED_LOSSES // (num * int(score.lengths[group[0]])))):
                 names = seed, sample_ids[which], step, score.backend
                 passes = plan_passes(score.targets(which), plans, num, proposal, *names)
@@ -363,10 +363,12 @@ def _estimates(
     return parts
 
 
-def chains_of(num_samples: int, planned: int, length: int) -> Plan:
+def planned_chains(num_samples: int, planned: int, length: int) -> Plan:
     """What num_samples passes buy: chains over every token where `planned` passes are, if that leaves four of them."""
-    every = (num_samples - 1) // (length - 1)
-    return Plan(every, True, True) if plan(planned, length).every and every >= 4 else single_masks(num_samples)
+    every = length - 1
+    if plan(planned, length).looks == every and (num_samples - 1) // every >= 4:
+        return chains_of(num_samples, every)
+    return few_looks(num_samples)
 
 
 def of_group(

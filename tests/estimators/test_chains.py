@@ -15,38 +15,42 @@ from fastdiff.estimators.scoring import Scorer
 @pytest.mark.parametrize(
     ("num_samples", "length", "found"),
     [
-        (3, 5, (3, False, False)),
-        (6, 40, (6, False, False)),
-        (7, 40, (6, False, True)),
-        (64, 40, (63, False, True)),
-        (64, 8, (9, True, True)),
-        (64, 9, (63, False, True)),
+        (3, 5, (3, 1, False)),
+        (6, 40, (6, 1, False)),
+        (7, 40, (6, 1, True)),
+        (47, 40, (46, 1, True)),
+        (64, 40, (21, 3, True)),
+        (64, 8, (9, 7, True)),
+        (64, 9, (21, 3, True)),
     ],
 )
-def test_passes_buy_chains(num_samples: int, length: int, found: tuple[int, bool, bool]) -> None:
+def test_passes_buy_chains(num_samples: int, length: int, found: tuple[int, int, bool]) -> None:
     assert chains.plan(num_samples, length) == found
 
 
-@pytest.mark.parametrize("largest", [1, 4, 7, 32, 1023])
-@pytest.mark.parametrize("masks", [2, 7, 15, 63])
-def test_every_count_is_drawn_with_its_probability(largest: int, masks: int) -> None:
-    rho = chains.count_probabilities(largest, masks)
+@pytest.mark.parametrize("largest", [3, 4, 7, 32, 1023])
+@pytest.mark.parametrize("looks", [1, 2, 3])
+@pytest.mark.parametrize("number", [2, 5, 21])
+def test_every_count_is_looked_at_with_its_probability(largest: int, looks: int, number: int) -> None:
+    rho = chains.look_probabilities(largest, looks, number)
     assert rho.shape == (largest,)
-    assert rho.sum().item() == pytest.approx(1, rel=1e-12)
-    assert (rho > 0).all()
+    assert rho.sum().item() == pytest.approx(looks, rel=1e-12)
+    assert ((rho > 0) & (rho <= 1)).all()
     u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
-    counts = chains._draw_counts(u, rho)
-    assert (counts.diff() <= 0).all()
-    shares = torch.bincount(counts, minlength=largest + 1)[1:] / 200_000
+    counts = chains._draw_looks(u, rho)
+    assert counts.shape == (200_000, looks)
+    assert (counts.diff(dim=1) < 0).all()
+    assert (counts.diff(dim=0) <= 0).all()
+    shares = torch.bincount(counts.flatten(), minlength=largest + 1)[1:] / 200_000
     torch.testing.assert_close(shares.double(), rho, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("shift", [1e-9, 0.3, 0.999])
-def test_masks_that_are_enough_for_every_count_are_shared_out_evenly(shift: float) -> None:
-    for masks in (7, 15, 63):
-        rho = chains.count_probabilities(7, masks)
-        counts = chains._draw_counts((torch.arange(masks) + shift) / masks, rho)
-        torch.testing.assert_close(torch.bincount(counts, minlength=8)[1:].double(), masks * rho)
+@pytest.mark.parametrize(("number", "looks"), [(7, 1), (15, 1), (21, 3)])
+def test_looks_that_are_enough_for_every_count_are_shared_out_evenly(shift: float, number: int, looks: int) -> None:
+    rho = chains.look_probabilities(7, looks, number)
+    counts = chains._draw_looks((torch.arange(number).double() + shift) / number, rho)
+    torch.testing.assert_close(torch.bincount(counts.flatten(), minlength=8)[1:].double(), number * rho)
 
 
 def test_masks_of_a_chain_are_nested() -> None:
@@ -80,7 +84,7 @@ def test_controls_have_no_mean_and_take_out_what_neighbours_tell() -> None:
         raw = time_free_nll(oracle, x0, mask_index=8).nll
     control = raw - found
     assert abs(control.mean() / (control.std() / math.sqrt(300))) < 3.5
-    assert found.var() < 0.02 * raw.var()
+    assert found.var() < 0.03 * raw.var()
 
 
 def test_controls_take_out_the_gradients_variance_too() -> None:
@@ -128,7 +132,8 @@ def test_what_is_subtracted_from_a_chain_depends_on_no_chain_of_its_fold() -> No
         return torch.cat([guessed for guessed, _ in found])
 
     before = subtracted()
-    loss[:, 1 + 3] += torch.rand_like(loss[:, 1 + 3]) * passes.mask[:, 1 + 3]
+    first = 1 + 3 * plan.looks  # of chain 3
+    loss[:, first] += torch.rand_like(loss[:, first]) * passes.mask[:, first]
     change = (subtracted() - before).abs().amax((0, 2))
     assert change[3 :: chains._FOLDS].max() < 1e-10
     assert change[4] > 0.01
