@@ -185,7 +185,7 @@ def test_a_wrong_ranking_is_as_probable_as_it_says(tmp_path, answers, num_sample
     x = torch.unique(x, dim=0)
     nll = oracle.nll(x, (torch.arange(LENGTH) >= GIVEN).expand_as(x))
     g, lines, truth = torch.Generator().manual_seed(0), [], []
-    while len(lines) < 40:
+    while len(lines) < 80:
         near = (nll - nll[torch.randint(len(x), (), generator=g)]).abs() < 1.5
         which = near.nonzero().squeeze(1)
         if len(which) >= answers:
@@ -198,7 +198,7 @@ def test_a_wrong_ranking_is_as_probable_as_it_says(tmp_path, answers, num_sample
     pieces = [piece for question in questions for piece in question.pieces]
     best = [int(of_line.argmin()) for of_line in truth]
     claimed, wrong, inside = [], [], []
-    for seed in range(10):
+    for seed in range(5):
         found = records(questions, likelihoods(model, pieces, {}, None, num_samples=num_samples, seed=seed))
         claimed += [record["by_nll"]["error"] for record in found]
         wrong += [record["by_nll"]["order"][0] != k for record, k in zip(found, best, strict=True)]
@@ -206,10 +206,11 @@ def test_a_wrong_ranking_is_as_probable_as_it_says(tmp_path, answers, num_sample
         inside.append(low <= sum(k == 0 for k in best) / len(best) <= high)
     claimed, wrong = torch.tensor(claimed), torch.tensor(wrong).double()
     assert wrong.sum() > 30
-    assert sum(inside) >= 8
+    assert sum(inside) >= 4
     for low, high in ((0, 0.03), (0.03, 0.15), (0.15, 0.35), (0.35, 1), (0, 1)):
         among = (claimed >= low) & (claimed <= high)
-        error = (claimed[among] * (1 - claimed[among])).mean().sqrt() / among.sum().sqrt()
+        by_question = torch.where(among, wrong - claimed, 0).view(5, -1).sum(0)  # repeats of one err alike
+        error = torch.linalg.vector_norm(by_question) / among.sum()
         # few chains know their own spread badly, and err towards a spread that is too large
         assert -0.12 < wrong[among].mean() - claimed[among].mean() < 3 * error + 0.01
 

@@ -60,7 +60,7 @@ def test_other_proposals(x: Tensor, proposal: str, num_samples: int) -> None:
 @each_string
 def test_tolerances(x: Tensor, proposal: str) -> None:
     """How many passes are made depends on a pilot, and the estimate on nothing of it. Tolerances that pilots decide."""
-    tolerance = 12.0 if x is ODD else 30.0 if proposal == "stratified" else 1.5
+    tolerance = 12.0 if x is ODD else 3.0 if proposal == "stratified" else 1.5
     options = dict(mask_index=2, num_samples=5, tolerance=tolerance, max_samples=20, proposal=proposal)
     estimate = time_free_nll(MODEL, repeated(x), **options)
     assert len(estimate.num_forwards.unique()) > 3
