@@ -1,6 +1,6 @@
 """The default estimator: masks at counts spread evenly, with a control variate fitted on the other masks.
 
-A chain reveals the L target tokens one by one, in a random order. It is looked at at a few counts m of masked tokens,
+A chain reveals the L target tokens one by one, in a random order. One looks at it at a few counts m of masked tokens,
 each with probability rho(m), and, but where passes are few, with all of them masked. A look scores the tokens that are
 revealed before the next look: a uniform draw among the masked ones, so their mean loss, times 1 / rho(m), makes the
 chain's sum an unbiased estimate of sum_m g(m). A chain looked at after every token gives -log p(x0) along one order,
