@@ -38,7 +38,7 @@ sanitize: $(VENV)/built
 	FASTDIFF_SANITIZE=1 LDFLAGS=-fsanitize=address,undefined \
 		$(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	$(UNDER_SANITIZERS) PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED)/lib \
-		$(BIN)/pytest -p no:cacheprovider tests/test_fuzz.py
+		$(BIN)/pytest -n 2 --dist worksteal -p no:cacheprovider tests/test_fuzz.py
 	FASTDIFF_SANITIZE=1 $(BIN)/python tests/cuda/emulated.py
 	FASTDIFF_SANITIZE=1 EMULATE_CUDA=1 $(UNDER_SANITIZERS) $(BIN)/pytest -q -s tests/kernels/test_[cg]*.py
 

@@ -40,8 +40,8 @@ _FITTED = 2**14  # tokens, by fold, of sequences whose fits share a graph: some 
 
 
 class Passes(NamedTuple):
-    """Passes of K sequences, yet to be run: masks [K, P, L], and what makes of their losses [K, P, L] R independent
-    estimates by token, [K, R, L]."""
+    """Passes of K sequences, yet to be run: masks [K, P, L], and what makes R values by token of losses [K, P, L],
+    [K, R, L]: their mean is the estimate, their spread tells its error."""
 
     mask: Tensor
     replicates: Callable[[Tensor], Tensor]
