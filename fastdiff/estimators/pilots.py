@@ -41,9 +41,9 @@ def pilots(
 
 def _enough(pilot: NLLEstimate, tolerance: float) -> Tensor:
     """Passes [B] after which a 95% interval is hardly ever wider than +- tolerance nats, by what a pilot saw."""
-    # A pilot's variance is so much too small one time in forty: chi-square over nu, by Wilson and Hilferty, of half
-    # the degrees of freedom, since losses have heavier tails than normals.
-    spread = 4 / (9 * pilot.degrees_of_freedom)
+    # A pilot's variance is so much too small one time in forty: chi-square over nu, by Wilson and Hilferty, of two
+    # thirds of the degrees of freedom, since losses have heavier tails than normals.
+    spread = 3 / (9 * pilot.degrees_of_freedom)
     too_small = (1 - spread - 1.96 * spread.sqrt()).clamp(min=0.1) ** 3
     ratio = (student_t(0.95, pilot.degrees_of_freedom) * pilot.stderr / tolerance) ** 2 / too_small
     # More passes gain at least as their number; fewer lose up to as its cube, for there is less to fit controls on.
