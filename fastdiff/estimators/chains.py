@@ -31,7 +31,7 @@ from fastdiff.philox import Purpose, uniform
 
 _FEW = 6  # passes of which none is worth spending on the full mask alone
 _MANY = 48  # passes from which on chains of a few looks are enough to fit the control on
-_LOOKS = 3
+_LOOKS = 3  # at each of these chains
 _WHOLE = 0.75  # looks at every count from which on it gets a whole number of them
 _FOLDS = 8  # groups of chains that share one fit, made on the others
 _SHARED = 5  # measured: docs/estimators.md
@@ -77,10 +77,12 @@ def plan(num_samples: int, length: int) -> Plan:
 
 
 def few_looks(num_samples: int) -> Plan:
+    """Single masks, or chains of a few looks where passes are many."""
     return chains_of(num_samples, _LOOKS if num_samples >= _MANY else 1)
 
 
 def chains_of(num_samples: int, looks: int) -> Plan:
+    """As many chains of so many looks as the passes buy."""
     full = looks > 1 or num_samples > _FEW
     return Plan((num_samples - full) // looks, looks, full)
 
