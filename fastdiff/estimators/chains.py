@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from fastdiff.estimators.estimate import mean_of_strata
-from fastdiff.estimators.potential import Moments, fit, mean_terms, moments, products, terms
+from fastdiff.estimators.potential import Moments, fit, mean_terms, moments, places, products, terms
 from fastdiff.estimators.scoring import draw_masks
 from fastdiff.philox import Purpose, uniform
 
@@ -35,7 +35,7 @@ _LOOKS = 3  # at each of these chains
 _WHOLE = 0.75  # looks at every count from which on it gets a whole number of them
 _FOLDS = 8  # groups of chains that share one fit, made on the others
 _SHARED = 5  # measured: docs/estimators.md
-_TOGETHER = 4  # folds that are fitted at once
+_TOGETHER = 2  # folds that are fitted at once
 _FITTED = 2**14  # tokens, by fold, of sequences whose fits share a graph: some 100 MB
 
 
@@ -182,11 +182,12 @@ def _controls(
     chain's counts: [K, R, L] each."""
     n, parts = int(target[0].sum()), []
     every = torch.arange(1, n + 1, device=mask.device).expand(len(mask), 1, -1)
-    expected = mean_terms(target, every, torch.full_like(every, 1 / n, dtype=torch.float64))
+    at = places(target)
+    expected = mean_terms(at, n, every, torch.full_like(every, 1 / n, dtype=torch.float64))
     for i, fold in enumerate(folds):
         times, share = scored[:, fold], weight[:, fold] / n
         seen = (times.unsqueeze(4) * terms(mask[:, fold])).sum(2)
-        means = mean_terms(target, mask[:, fold].sum(3), share)
+        means = mean_terms(at, n, mask[:, fold].sum(3), share)
         sums = torch.stack([times.sum(2), share.sum(2, keepdim=True).expand(-1, -1, target.shape[1])])
         deviation = torch.stack([seen, means]) - expected
         parts.append(target.unsqueeze(1) * (sums - 1) * level[:, [i]] + (slope[:, [i]] * deviation).sum(4))

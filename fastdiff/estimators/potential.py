@@ -10,12 +10,13 @@ parts a closed pair: three tokens' losses to be fitted on, not one's. Of a Marko
 its pairs. A network's conditionals agree but nearly, so each token may depart from f a little.
 """
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, pad
+from torch.nn.functional import embedding, one_hot, pad
 
 _CLOSED, _OPEN = (1, 2, 3, 4), (2, 3)  # distances of pairs; those at distance 1 have nothing between them
 _RIDGE = {True: 0.5, False: 5.0}  # observations of a token that count as much as what pairs of a kind have in common
@@ -113,19 +114,9 @@ def _table(device: torch.device) -> Tensor:
     return torch.stack(columns, 1).to(device)
 
 
-def mean_terms(target: Tensor, masked: Tensor, weight: Tensor) -> Tensor:
-    """The mean, over random masks of the target tokens [K, L], of `terms` of a token where it is scored, at looks of so
-    many masked tokens and with such weights [K, R, looks]: [K, R, L, terms].
-
-    Of its n - 1 others m - 1 are masked: v of them are visible and h hidden in a share (n - m)_v (m - 1)_h /
-    (n - 1)_(v + h) of the masks, with falling factorials. What is no target is always visible.
-    """
-    n = target.sum(-1)[:, None, None]
-    share = {}
-    for h in range(_REACH):
-        share[0, h] = weight * _falling(masked - 1, h) / _falling(n - 1, h).clamp(min=1)
-        for v in (1, 2):
-            share[v, h] = share[v - 1, h] * (n - masked - v + 1).clamp(min=0) / (n - h - v).clamp(min=1)
+def places(target: Tensor) -> Tensor:
+    """Which terms of each target token [K, L] can be other than 0, by how many targets must be visible for it, none,
+    one or two: [K, L, terms, 3] float64 in {-1, 0, 1}. What is no target is always visible."""
     inside, columns = torch.ones_like(target), []
     for term in _TERMS:
         possible, visible = target, torch.zeros_like(target, dtype=torch.int64)
@@ -133,10 +124,25 @@ def mean_terms(target: Tensor, masked: Tensor, weight: Tensor) -> Tensor:
             possible, visible = possible & _at(inside, offset), visible + _at(target, offset)
         for offset in term.hidden:
             possible = possible & _at(target, offset)
-        by_visible = torch.stack([share[v, len(term.hidden)].sum(2) for v in range(3)], 1)
-        of_token = by_visible.gather(1, visible.unsqueeze(2).expand(-1, -1, by_visible.shape[2]))
-        columns.append((term.sign * possible.unsqueeze(2) * of_token).transpose(1, 2))
-    return torch.stack(columns, -1)
+        columns.append(term.sign * possible.unsqueeze(2) * one_hot(visible, 3))
+    return torch.stack(columns, 2).double()
+
+
+def mean_terms(places: Tensor, n: int, masked: Tensor, weight: Tensor) -> Tensor:
+    """The mean, over random masks of n target tokens with such `places`, of `terms` of a token where it is scored, at
+    looks of so many masked tokens and with such weights [K, R, looks]: [K, R, L, terms].
+
+    Of its n - 1 others m - 1 are masked: v of them are visible and h hidden in a share (n - m)_v (m - 1)_h /
+    (n - 1)_(v + h) of the masks, with falling factorials.
+    """
+    share = []
+    for h in range(_REACH):
+        of_h = [weight * _falling(masked - 1, h) / max(math.perm(n - 1, h), 1)]
+        for v in (1, 2):
+            of_h.append(of_h[-1] * (n - masked - v + 1).clamp(min=0) / max(n - h - v, 1))
+        share.append(torch.stack(of_h, -1).sum(2))
+    of_terms = torch.stack(share, -2)[..., [len(term.hidden) for term in _TERMS], :]
+    return torch.einsum("krtv,kltv->krlt", of_terms, places)
 
 
 def _falling(n: Tensor, k: int) -> Tensor:
@@ -180,7 +186,7 @@ def fit(sums: Moments, products: Tensor, chains: Tensor) -> tuple[Tensor, Tensor
     squares = sums.square - sums.loss.detach() * (mean_loss.detach() + common.detach())
     centred = _Centred(
         squares.sum(-1),
-        products - sums.terms.unsqueeze(-1) * mean_seen.unsqueeze(-2),
+        torch.addcmul(products, sums.terms.unsqueeze(-1), mean_seen.unsqueeze(-2), value=-1),
         sums.with_loss - sums.terms * (mean_loss + common).unsqueeze(-1),
         number,
         (sums.weight.sum(-1) / number).nan_to_num(1.0),  # without any nothing is subtracted
@@ -210,11 +216,10 @@ def _slopes(sums: _Centred) -> Tensor:
     alike, pairs, squares = _of_pairs(sums)
     near, own_near = sums.products[..., _NEAR, :], sums.products[..., _NEAR, :][..., _NEAR]
     left = sums.with_loss[..., _NEAR] - _times(near, pairs) - _times(near @ _kinds(near), alike.unsqueeze(-2))
-    shrunk = own_near + _OWN_RIDGE * sums.observation[..., None, None, None] * torch.eye(
-        len(_NEAR), dtype=near.dtype, device=near.device
-    )
-    own = torch.linalg.solve(shrunk, left)
-    used = torch.linalg.solve(shrunk, own_near).diagonal(dim1=-2, dim2=-1).sum((-2, -1))
+    ridge = _OWN_RIDGE * sums.observation[..., None, None]
+    inverse = torch.linalg.inv(own_near + ridge.unsqueeze(-1) * _eye(near, len(_NEAR)))
+    own = _times(inverse, left)
+    used = (1 - ridge * inverse.diagonal(dim1=-2, dim2=-1)).sum((-2, -1))
     with torch.no_grad():
         squares = squares - (own * (2 * left - _times(own_near, own))).sum((-2, -1))
         share = _share((own * left).sum((-2, -1)), squares, used, sums.number)[..., None, None]
@@ -227,9 +232,7 @@ def _of_pairs(sums: _Centred) -> tuple[Tensor, Tensor, Tensor]:
     """The parameters that pairs of a kind share [..., pairs]; the slopes that each pair adds [..., L, terms], without
     gradients, which are no differences of one function; and the squares that are left [...]."""
     band, told = _band(sums.products), _to_pairs(sums.with_loss)
-    same = band.sum((-4, -2)) + sums.observation[..., None, None] * torch.eye(
-        len(_PAIRS), dtype=band.dtype, device=band.device
-    )
+    same = band.sum((-4, -2)) + sums.observation[..., None, None] * _eye(band, len(_PAIRS))
     alike = torch.linalg.solve(same, told.sum(-2))
     with torch.no_grad():
         first = alike.unsqueeze(-2).expand_as(told)
@@ -249,7 +252,11 @@ def _of_pairs(sums: _Centred) -> tuple[Tensor, Tensor, Tensor]:
 def _kinds(like: Tensor) -> Tensor:
     """1 where a term is of a pair: [terms, pairs]."""
     kind = torch.tensor([term.pair for term in _TERMS], device=like.device)
-    return torch.nn.functional.one_hot(kind).to(like.dtype)
+    return one_hot(kind).to(like.dtype)
+
+
+def _eye(like: Tensor, n: int) -> Tensor:
+    return torch.eye(n, dtype=like.dtype, device=like.device)
 
 
 def _share(explained: Tensor, squares: Tensor, used: Tensor, number: Tensor) -> Tensor:
