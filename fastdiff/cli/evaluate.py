@@ -5,7 +5,6 @@ import math
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -190,9 +189,8 @@ def rows_of(
         spent = 0
         with no_room(scored.device, scored.num_bytes, "a smaller --batch-size"):
             if tolerance is not None:
-                pilot = partial(_pilot, scored, found, settings, kept, options)
-                start, nats = own["num_samples"], _nats_per_token(tolerance, found)
-                options["num_samples"], spent = enough(pilot, len(found), start, _MOST_SAMPLES, nats)
+                start, nats = options | dict(num_samples=own["num_samples"]), _nats_per_token(tolerance, found)
+                options["num_samples"], spent = _passes(scored, found, settings, kept, start, nats)
             estimate = likelihoods(scored, found, settings, kept, **options)
         numbers = row(estimate, found, drawn=drawn)
         numbers["network_passes"] += spent
@@ -269,20 +267,22 @@ def _check_same(name: str, source: TokenSource, run: Path | None, config: dict[s
         raise ValueError(f"data: {name} has changed since {run} was trained on it, and so has its held-out part")
 
 
-def _pilot(
+def _passes(
     scored: Loaded,
     pieces: list[Piece],
     settings: dict[str, Any],
     kept: Path | None,
     options: dict[str, Any],
-    which: Tensor,
-    num_samples: int,
-    stage: int,
-) -> NLLEstimate:
-    """Of some pieces, from draws of its own."""
-    some = [pieces[k] for k in which.tolist()]
-    drawn = dict(num_samples=num_samples, seed=options["seed"] ^ stage << STAGE)
-    return likelihoods(scored, some, settings, kept, **options | drawn)
+    nats: float,
+) -> tuple[int, int]:
+    """Of each piece, for an interval within +- nats per token, and of pilots: these have draws of their own."""
+
+    def pilot(which: Tensor, num_samples: int, stage: int) -> NLLEstimate:
+        some = [pieces[k] for k in which.tolist()]
+        drawn = dict(num_samples=num_samples, seed=options["seed"] ^ stage << STAGE)
+        return likelihoods(scored, some, settings, kept, **options | drawn)
+
+    return enough(pilot, len(pieces), options["num_samples"], _MOST_SAMPLES, nats)
 
 
 def _nats_per_token(bits_per_byte: float, pieces: list[Piece]) -> float:

@@ -74,6 +74,27 @@ class NLLEstimate:
             token_nll=None if self.token_nll is None else self.token_nll.view(1, -1),
         )
 
+    def moderated(self) -> "NLLEstimate":
+        """The same numbers with standard errors drawn towards those of the batch: of sequences and a model of a kind.
+
+        An estimate that met none of the rare masks which carry its error takes it for small, and has many degrees of
+        freedom; others of the batch, which met theirs, have few. Squared errors per token are averaged with their
+        mean, by what of their spread degrees of freedom do not explain (Bühlmann's credibility). Errors of 0 stay.
+        """
+        known = (self.stderr > 0) & self.stderr.isfinite()
+        if known.sum() < 2:
+            return self
+        square, freedom = (self.stderr**2 / self.num_tokens)[known], self.degrees_of_freedom[known]
+        mean, noise = square.mean(), (2 * square**2 / (freedom + 2)).mean()
+        own = (square.var() - noise).clamp(min=0)
+        share = own / (own + noise)
+        drawn = mean + share * (square - mean)
+        error = share * noise + (1 - share) ** 2 * (own + noise) / len(square)
+        stderr, degrees = self.stderr.clone(), self.degrees_of_freedom.clone()
+        stderr[known] = (drawn * self.num_tokens[known]).sqrt()
+        degrees[known] = (2 * drawn**2 / error).clamp(min=1)
+        return dataclasses.replace(self, stderr=stderr, degrees_of_freedom=degrees)
+
     def to_dict(self) -> dict[str, list[Any]]:
         """Lists of B numbers, ready for JSON, 95% interval included."""
         low, high = self.interval()

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from oracles import markov_chain, mixture
 
-from fastdiff.estimators import NLLEstimate
-from fastdiff.estimators.estimate import student_t
+from fastdiff.estimators import NLLEstimate, time_free_nll
+from fastdiff.estimators.estimate import mean_of_independent, student_t
 
 
 def estimate_of(nll: list[float], stderr: list[float], freedom: list[float]) -> NLLEstimate:
@@ -39,6 +40,55 @@ def test_tokens_of_pooled_sequences_are_those_of_one_text() -> None:
     one = dataclasses.replace(estimate_of([3.0, 8.0], [0.3, 0.4], [5, 7]), token_nll=tokens)
     assert one.pooled().token_nll.tolist() == [[1, 2, 0, 3, 4, 1]]
     assert "token_nll" not in one.to_dict()
+
+
+def test_errors_are_drawn_to_their_mean_by_what_their_degrees_of_freedom_explain() -> None:
+    torch.manual_seed(0)
+    normal = torch.randn(3000, 9, dtype=torch.float64)
+    for spread, tokens in ((1.0, 10), (torch.rand(3000, 1).double() * 3, 1)):
+        values = spread * normal * math.sqrt(tokens)
+        nll, stderr, freedom = mean_of_independent(values)
+        size = torch.full((3000,), tokens)
+        one = NLLEstimate(nll, stderr, size, size, freedom, 0 * nll)
+        low, high = one.moderated().interval()
+        held = ((low <= 0) & (high >= 0)).double().mean().item()
+        assert 0.94 < held < (0.96 if tokens == 10 else 0.98)
+        squares = one.moderated().stderr ** 2
+        assert squares.mean().item() == pytest.approx((stderr**2).mean().item())
+        kept = squares.std().item() / (stderr**2).std().item()
+        assert kept == pytest.approx(
+            0 if tokens == 10 else 7.2 / (7.2 + 16.2 / 4), abs=0.1
+        )  # var v, E v^2, v = spread^2
+
+
+def test_errors_of_0_and_single_ones_are_not_drawn() -> None:
+    one = estimate_of([3.0, 8.0], [0.0, 0.4], [math.inf, 7])
+    assert one.moderated() is one
+    three = dataclasses.replace(
+        estimate_of([3.0, 8.0, 9.0], [0.0, 0.4, 0.6], [math.inf, 7, 7]), num_tokens=torch.tensor([4, 8, 8])
+    ).moderated()
+    assert three.stderr[0] == 0
+    assert 0.4 < three.stderr[1] < three.stderr[2] < 0.6
+    assert three.stderr[1:].square().sum().item() == pytest.approx(0.4**2 + 0.6**2)
+
+
+def test_rare_masks_that_one_estimate_misses_others_tell_of() -> None:
+    """Degrees of freedom are two thirds of the 15 masks, in harmonic mean, where errors are normal, and tell of tails."""
+    lengths, tails = {"chain": 32, "mixture": 48}, {}
+    for name, oracle in (("chain", markov_chain(8)), ("mixture", mixture(48, 6, components=4))):
+        x0 = oracle.sample(32, lengths[name], seed=77)
+        found = [time_free_nll(oracle, x0, mask_index=oracle.mask_index, num_samples=16, seed=i) for i in range(6)]
+        tails[name] = len(found) * 32 / sum((1 / e.degrees_of_freedom).sum().item() for e in found) / 15
+        truth = oracle.nll(x0).repeat(len(found))
+        own, moderated = (holding(some, truth) for some in (found, [e.moderated() for e in found]))
+        assert own < 0.93 if name == "mixture" else 0.93 < own < 0.99
+        assert moderated > 0.95
+    assert tails["mixture"] < 0.55 < 0.6 < tails["chain"] < 0.7
+
+
+def holding(found: list[NLLEstimate], truth: torch.Tensor) -> float:
+    low, high = (torch.cat(bounds) for bounds in zip(*(e.interval() for e in found), strict=True))
+    return ((low <= truth) & (truth <= high)).double().mean().item()
 
 
 def test_an_estimate_goes_to_json_and_back() -> None:
