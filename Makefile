@@ -40,7 +40,8 @@ sanitize: $(VENV)/built
 	$(UNDER_SANITIZERS) PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED)/lib \
 		$(BIN)/pytest -n 2 --dist worksteal -p no:cacheprovider tests/test_fuzz.py
 	FASTDIFF_SANITIZE=1 $(BIN)/python tests/cuda/emulated.py
-	FASTDIFF_SANITIZE=1 EMULATE_CUDA=1 $(UNDER_SANITIZERS) $(BIN)/pytest -q -s tests/kernels/test_[cg]*.py
+	FASTDIFF_SANITIZE=1 EMULATE_CUDA=1 $(UNDER_SANITIZERS) \
+		$(BIN)/pytest -q -n 2 --dist worksteal -p no:cacheprovider tests/kernels/test_[cg]*.py
 
 docs: $(VENV)/built
 	$(BIN)/mkdocs build --strict --site-dir build/docs

@@ -64,7 +64,7 @@ def test_the_error_of_a_ratio_is_that_of_repeats() -> None:
 def test_a_tolerance_leaves_it_unbiased(proposal: str) -> None:
     """Of corpora whose numbers of passes hang on what pilots met, and of one of 20000 equal strings."""
     x = SKEWED.sample(10, 8, seed=1)
-    options = dict(mask_index=2, num_samples=5, max_samples=20, proposal=proposal)
+    options = dict(mask_index=2, num_samples=4, max_samples=12, proposal=proposal)
     tolerance = {"stratified": 0.2, "systematic": 0.1}[proposal]
     found = [corpus_nll(TABLED, x, seed=seed, tolerance=tolerance, **options) for seed in range(200)]
     assert len({estimate.num_forwards.item() for estimate in found}) > 1
