@@ -73,7 +73,7 @@ def test_errors_of_0_and_single_ones_are_not_drawn() -> None:
 
 
 def test_rare_masks_that_one_estimate_misses_others_tell_of() -> None:
-    """Degrees of freedom, in harmonic mean, are two thirds of the 15 masks where errors are normal, and tell of tails."""
+    """Degrees of freedom, in harmonic mean, are two thirds of the masks where errors are normal, and tell of tails."""
     lengths, tails = {"chain": 32, "mixture": 48}, {}
     for name, oracle in (("chain", markov_chain(8)), ("mixture", mixture(48, 6, components=4))):
         x0 = oracle.sample(32, lengths[name], seed=77)
