@@ -8,7 +8,7 @@ SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 .PHONY: help demo experiments test bench sanitize docs lint format clean
 help:
 	@echo "make demo   train a small model on real text and print its likelihood, about 5 minutes on two cores"
-	@echo "make experiments   the papers' experiments in small and a page of them, 90 minutes on two cores; it goes on if stopped"
+	@echo "make experiments   the papers' experiments in small and a page of them, some 90 minutes on two cores; it goes on if stopped"
 	@echo "make test   run the tests"
 	@echo "make bench  measure the kernels against the published formulas"
 	@echo "make sanitize   run the random cases, and the CUDA kernels emulated, under AddressSanitizer and UBSan"
