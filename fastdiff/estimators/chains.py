@@ -1,4 +1,4 @@
-"""The default estimator: masks at counts spread evenly, with a control variate fitted on the other masks.
+"""The default estimator: masks at stratified counts, with a control variate fitted on the other masks.
 
 A chain reveals the L target tokens one by one, in a random order. One looks at it at a few counts m of masked tokens,
 each with probability rho(m), and, but where passes are few, with all of them masked. A look scores the tokens that are
@@ -6,17 +6,16 @@ revealed before the next look: a uniform draw among the masked ones, so their me
 chain's sum an unbiased estimate of sum_m g(m). A chain looked at after every token gives -log p(x0) along one order,
 which all orders agree on where the conditionals are consistent.
 
-Counts of all chains come from one shift: at equal distances in the sum of rho, so that their spread leaves little
+Each chain draws its counts from a stratum of its own, an equal part of the sum of rho, so that counts leave little
 noise. Most of what is left comes from the tokens themselves: some are harder, and hardest before what tells of them is
 seen. Chains other than its own guess a token's loss from which tokens around it are visible (`potential`). The mean of
-such a guess, given the counts, is known: of tokens that must be visible and others that must not, all are in a known
-share of the masks. So subtracting the guess and adding its mean changes no expectation, whatever counts the other
-chains had.
+such a guess over a chain's stratum is known: of tokens that must be visible and others that must not, all are in a
+known share of the masks of a count. So subtracting the guess and adding its mean changes no expectation.
 """
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -91,8 +90,9 @@ def plan_chains(target: Tensor, plan: Plan, seed: Tensor, sample_ids: Tensor, st
     """Chains of sequences with targets [K, L] of the same number n >= 2 of tokens; replicates are by token."""
     n, chain = int(target[0].sum()), torch.arange(plan.chains, device=target.device)
     rho = look_probabilities(n - plan.full, min(plan.looks, n - 1), plan.chains).to(target.device)
-    shift = uniform(seed, Purpose.COUNT, step, sample_ids, 0, 0).unsqueeze(1)
-    counts = _draw_looks((chain + shift) / plan.chains, rho)  # [K, R, looks]
+    jitter = uniform(seed, Purpose.COUNT, step, sample_ids.unsqueeze(1), 0, chain)
+    counts = _draw_looks((chain + jitter) / plan.chains, rho)  # [K, R, looks]
+    strata = pad(_strata(rho, plan.chains), (0, n - len(rho)), value=1.0)
     weight, flat, steps = 1 / rho[counts - 1], counts.flatten(1), step + chain.repeat_interleave(counts.shape[2])
     if plan.full:
         weight, flat, steps = pad(weight, (1, 0), value=1.0), pad(flat, (1, 0), value=n), pad(steps, (1, 0), value=step)
@@ -103,7 +103,8 @@ def plan_chains(target: Tensor, plan: Plan, seed: Tensor, sample_ids: Tensor, st
         inputs = _by_chain(loss, plan), _by_chain(mask, plan), weight, target
         few = max(1, _FITTED // (min(_FOLDS, plan.chains) * target.shape[1]))
         parts = zip(*(x.split(few) for x in inputs), strict=True)
-        return torch.cat([checkpoint(_replicates, *x, use_reentrant=False, preserve_rng_state=False) for x in parts])
+        again = partial(checkpoint, _replicates, strata, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([again(*x) for x in parts])
 
     return Passes(mask, replicates)
 
@@ -114,13 +115,13 @@ def look_probabilities(largest: int, looks: int, chains: int) -> Tensor:
 
     Losses vary most where few tokens are masked, and depend most on which ones where few are seen. So looks are spread
     by m^(-1/2), by (largest + 1 - m)^(-3/4) and evenly, 1 : 3 : 1, and single ones 2 : 2 : 1. Where hardly any count
-    gets less than one of all looks, each gets a whole number of them, and the draw of counts leaves no noise.
+    gets less than one of all single looks, each gets a whole number of them, and counts leave no noise.
     """
     m = torch.arange(1, largest + 1, dtype=torch.float64, device="cpu")
     shares, parts = (2, 2, 1) if looks == 1 else (1, 3, 1), (m**-0.5, (largest + 1 - m) ** -0.75, torch.ones_like(m))
     density = torch.stack([share * part / part.sum() for share, part in zip(shares, parts, strict=True)]).sum(0)
     number = _within(chains * looks * density / density.sum(), 0, chains)
-    if number.min() >= _WHOLE:
+    if looks == 1 and number.min() >= _WHOLE:
         number = _within(number, 1, chains).cumsum(0).round().diff(prepend=number.new_zeros(1))
     return number / chains
 
@@ -137,10 +138,23 @@ def _within(number: Tensor, least: int, most: int) -> Tensor:
 
 def _draw_looks(u: Tensor, rho: Tensor) -> Tensor:
     """Counts in falling order, m with probability rho(m): those at which the sum of rho from above passes u + j."""
-    passed, looks = rho.flip(0).cumsum(0), round(rho.sum().item())
-    passed[-1] = looks
-    at = u.unsqueeze(-1) + torch.arange(looks, device=u.device)
+    passed = _sums_from_above(rho)
+    at = u.unsqueeze(-1) + torch.arange(round(passed[-1].item()), device=u.device)
     return len(rho) - torch.searchsorted(passed, at, right=True)
+
+
+def _strata(rho: Tensor, chains: int) -> Tensor:
+    """What 1 / rho(m) sums to over a chain's looks at m, on average over its stratum: [chains, counts]."""
+    passed = _sums_from_above(rho)
+    edges = torch.arange(chains * round(passed[-1].item()) + 1, device=rho.device) / chains
+    inside = pad(torch.minimum(passed, edges.unsqueeze(1)), (1, 0)).diff(dim=0).diff(dim=1)
+    return inside.unflatten(0, (-1, chains)).sum(0).flip(1) * chains / rho
+
+
+def _sums_from_above(rho: Tensor) -> Tensor:
+    passed = rho.flip(0).cumsum(0)
+    passed[-1] = passed[-1].round()
+    return passed
 
 
 def _by_chain(passes: Tensor, plan: Plan) -> Tensor:
@@ -149,16 +163,16 @@ def _by_chain(passes: Tensor, plan: Plan) -> Tensor:
     return torch.cat([full.unsqueeze(1).expand(-1, plan.chains, -1, -1), rest], 2)
 
 
-def _replicates(loss: Tensor, mask: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def _replicates(strata: Tensor, loss: Tensor, mask: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """What chains' tokens give, [K, R, L], from losses and masks [K, R, Q, L], weights [K, R, Q] and the target [K, L]:
-    their mean is the estimate, and their spread tells its error.
+    their mean is the estimate, and their spread tells its error. `strata` [R, n] are the mean weights of counts.
 
     A chain gives raw - sum_i (times_i - E times_i) a_i + (seen_i - E seen_i) . b_i, where times_i and seen_i sum over
     its looks the weight that token i is scored with, and that weight on what the token's pairs do. The a_i and b_i come
-    from chains of other folds alone. Given those and all counts they are numbers, and what they multiply has as its
-    expectation what is added again, averaged over chains: the mean over orders at the chain's counts, less that over
-    all counts. So chains spread by the orders alone, and their counts leave as little as their distances do. The same
-    holds of a gradient, through which parts of a_i and b_i it may pass: those take it from chains of other folds too.
+    from chains of other folds alone. Given those they are numbers, and what they multiply has as its expectation what
+    is added again, averaged over chains: the mean over the chain's stratum and all orders, less that over all counts.
+    So chains spread as if all had the same counts. The same holds of a gradient, through which parts of a_i and b_i it
+    may pass: those take it from chains of other folds too.
     """
     revealed = mask & ~torch.cat([mask[:, :, 1:], torch.zeros_like(mask[:, :, :1])], 2)
     scored = weight.unsqueeze(3) * revealed / revealed.sum(3, keepdim=True).clamp(min=1)
@@ -171,28 +185,26 @@ def _replicates(loss: Tensor, mask: Tensor, weight: Tensor, target: Tensor) -> T
     chains = torch.arange(loss.shape[1], device=loss.device)
     folds = [chains[first::_FOLDS] for first in range(min(_FOLDS, len(chains)))]
     level, slope = _fits(known, mask, observed, folds)
-    guessed, at_counts = _controls(level, slope, scored, mask, weight, target, folds)
-    return raw - guessed + at_counts.mean(1, keepdim=True)
+    guessed, of_strata = _controls(level, slope, scored, mask, strata, target, folds)
+    return raw - guessed + of_strata.mean(1, keepdim=True)
 
 
 def _controls(
-    level: Tensor, slope: Tensor, scored: Tensor, mask: Tensor, weight: Tensor, target: Tensor, folds: list[Tensor]
+    level: Tensor, slope: Tensor, scored: Tensor, mask: Tensor, strata: Tensor, target: Tensor, folds: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """What guesses give of chains' tokens, less their mean over orders and counts, and its mean over orders at the
-    chain's counts: [K, R, L] each."""
-    n, parts = int(target[0].sum()), []
-    every = torch.arange(1, n + 1, device=mask.device).expand(len(mask), 1, -1)
-    at = places(target)
-    expected = mean_terms(at, n, every, torch.full_like(every, 1 / n, dtype=torch.float64))
+    """What guesses give of chains' tokens, less their mean over orders and counts, and its mean over orders and the
+    chain's stratum: [K, R, L] each."""
+    at, share, parts = places(target), strata / strata.shape[1], []
+    expected = mean_terms(at, torch.full_like(share[:1], 1 / len(share[0])))
     for i, fold in enumerate(folds):
-        times, share = scored[:, fold], weight[:, fold] / n
+        times = scored[:, fold]
         seen = (times.unsqueeze(4) * terms(mask[:, fold])).sum(2)
-        means = mean_terms(at, n, mask[:, fold].sum(3), share)
-        sums = torch.stack([times.sum(2), share.sum(2, keepdim=True).expand(-1, -1, target.shape[1])])
-        deviation = torch.stack([seen, means]) - expected
+        times = times.sum(2)
+        sums = torch.stack([times, share[fold].sum(1).view(1, -1, 1).expand_as(times)])
+        deviation = torch.stack([seen, mean_terms(at, share[fold])]) - expected
         parts.append(target.unsqueeze(1) * (sums - 1) * level[:, [i]] + (slope[:, [i]] * deviation).sum(4))
-    guessed, at_counts = torch.cat(parts, 2)[:, :, torch.cat(folds).argsort()]
-    return guessed, at_counts
+    guessed, of_strata = torch.cat(parts, 2)[:, :, torch.cat(folds).argsort()]
+    return guessed, of_strata
 
 
 def _fits(known: Tensor, mask: Tensor, observed: Tensor, folds: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -128,21 +128,21 @@ def places(target: Tensor) -> Tensor:
     return torch.stack(columns, 2).double()
 
 
-def mean_terms(places: Tensor, n: int, masked: Tensor, weight: Tensor) -> Tensor:
-    """The mean, over random masks of n target tokens with such `places`, of `terms` of a token where it is scored, at
-    looks of so many masked tokens and with such weights [K, R, looks]: [K, R, L, terms].
+def mean_terms(places: Tensor, weight: Tensor) -> Tensor:
+    """The mean of `terms` of a token with such `places` [K, L, terms, 3] where it is scored, over random masks of
+    m = 1..n of n target tokens with weights [R, n]: [K, R, L, terms].
 
     Of its n - 1 others m - 1 are masked: v of them are visible and h hidden in a share (n - m)_v (m - 1)_h /
     (n - 1)_(v + h) of the masks, with falling factorials.
     """
-    share = []
-    for h in range(_REACH):
-        of_h = [weight * _falling(masked - 1, h) / max(math.perm(n - 1, h), 1)]
-        for v in (1, 2):
-            of_h.append(of_h[-1] * (n - masked - v + 1).clamp(min=0) / max(n - h - v, 1))
-        share.append(torch.stack(of_h, -1).sum(2))
-    of_terms = torch.stack(share, -2)[..., [len(term.hidden) for term in _TERMS], :]
-    return torch.einsum("krtv,kltv->krlt", of_terms, places)
+    n = weight.shape[1]
+    m = torch.arange(1, n + 1, dtype=torch.float64, device=weight.device)
+    share = [
+        torch.stack([_falling(n - m, v) * _falling(m - 1, h) / max(math.perm(n - 1, v + h), 1) for v in range(3)], 1)
+        for h in range(_REACH)
+    ]
+    of_terms = torch.stack([share[len(term.hidden)] for term in _TERMS], 1)  # [n, terms, 3]
+    return torch.einsum("rn,ntv,kltv->krlt", weight, of_terms, places)
 
 
 def _falling(n: Tensor, k: int) -> Tensor:
@@ -176,8 +176,9 @@ def fit(sums: Moments, products: Tensor, chains: Tensor) -> tuple[Tensor, Tensor
 
     First what all pairs of a kind have in common is fitted, then what each pair adds to it, then what each token does
     on its own with what is near, both shrunk to 0 and by what noise would explain; by what few `chains` [folds] are
-    trusted with; and all, with what tells a token's mean from the others', by what noise would explain. Gradients pass
-    but through the first, the last and the means, and there unshrunk by noise.
+    trusted with; and all, with what tells a token's mean from the others', by what noise would explain. That is all
+    spread within tokens, or, where there are more observations than terms, the full mask's aside, which chains share,
+    what pairs leave of it. Gradients pass but through the first, the last and the means, and there unshrunk by noise.
     """
     per_weight, number = 1 / sums.weight.clamp(min=1e-30), sums.number.sum(-1)
     common = (sums.loss.sum(-1) / sums.weight.sum(-1).clamp(min=1e-30)).unsqueeze(-1)
@@ -191,12 +192,14 @@ def fit(sums: Moments, products: Tensor, chains: Tensor) -> tuple[Tensor, Tensor
         number,
         (sums.weight.sum(-1) / number).nan_to_num(1.0),  # without any nothing is subtracted
     )
-    slope = _slopes(centred)
+    slope, left = _slopes(centred)
     chains = chains.to(slope.dtype)
     slope = slope * (chains / (chains + _DOUBT)).view(-1, 1, 1)
     level = mean_loss - (slope * mean_seen).sum(-1)
     explained = (sums.weight * mean_loss.detach() ** 2).sum(-1)
-    share = _share(explained, centred.squares, (sums.number > 0).sum(-1), number)
+    tokens = (sums.number > 0).sum(-1)
+    noise = torch.where(number < (chains + len(_TERMS)) * tokens, centred.squares, left)
+    share = _share(explained, noise, tokens, number)
     more = share.unsqueeze(-1) - 1
     return common + level + more * level.detach(), slope + more.unsqueeze(-1) * slope.detach()
 
@@ -212,7 +215,8 @@ class _Centred(NamedTuple):
     observation: Tensor
 
 
-def _slopes(sums: _Centred) -> Tensor:
+def _slopes(sums: _Centred) -> tuple[Tensor, Tensor]:
+    """The slopes of tokens' terms [..., L, terms], and the squares that pairs leave [...]."""
     alike, pairs, squares = _of_pairs(sums)
     near, own_near = sums.products[..., _NEAR, :], sums.products[..., _NEAR, :][..., _NEAR]
     left = sums.with_loss[..., _NEAR] - _times(near, pairs) - _times(near @ _kinds(near), alike.unsqueeze(-2))
@@ -221,11 +225,11 @@ def _slopes(sums: _Centred) -> Tensor:
     own = _times(inverse, left)
     used = (1 - ridge * inverse.diagonal(dim1=-2, dim2=-1)).sum((-2, -1))
     with torch.no_grad():
-        squares = squares - (own * (2 * left - _times(own_near, own))).sum((-2, -1))
-        share = _share((own * left).sum((-2, -1)), squares, used, sums.number)[..., None, None]
+        least = squares - (own * (2 * left - _times(own_near, own))).sum((-2, -1))
+        share = _share((own * left).sum((-2, -1)), least, used, sums.number)[..., None, None]
     own = own + (share - 1) * own.detach()  # a gradient is subtracted in full
     slope = pairs + (alike @ _kinds(alike).T).unsqueeze(-2)
-    return slope.index_add(-1, torch.tensor(_NEAR, device=own.device), own)
+    return slope.index_add(-1, torch.tensor(_NEAR, device=own.device), own), squares
 
 
 def _of_pairs(sums: _Centred) -> tuple[Tensor, Tensor, Tensor]:

@@ -45,12 +45,20 @@ def test_every_count_is_looked_at_with_its_probability(largest: int, looks: int,
     torch.testing.assert_close(shares.double(), rho, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("shift", [1e-9, 0.3, 0.999])
-@pytest.mark.parametrize(("number", "looks"), [(7, 1), (15, 1), (21, 3)])
-def test_looks_that_are_enough_for_every_count_are_shared_out_evenly(shift: float, number: int, looks: int) -> None:
-    rho = chains.look_probabilities(7, looks, number)
-    counts = chains._draw_looks((torch.arange(number).double() + shift) / number, rho)
+@pytest.mark.parametrize("number", [7, 15, 21])
+def test_single_looks_that_are_enough_for_every_count_are_shared_out_evenly(number: int) -> None:
+    rho = chains.look_probabilities(7, 1, number)
+    counts = chains._draw_looks((torch.arange(number) + torch.rand(number).double()) / number, rho)
     torch.testing.assert_close(torch.bincount(counts.flatten(), minlength=8)[1:].double(), number * rho)
+
+
+@pytest.mark.parametrize(("largest", "looks", "number"), [(7, 1, 3), (7, 1, 15), (32, 3, 21), (5, 5, 2)])
+def test_the_mean_of_weights_over_a_stratum(largest: int, looks: int, number: int) -> None:
+    rho = chains.look_probabilities(largest, looks, number)
+    u = (torch.arange(number).unsqueeze(1) + (torch.arange(20_000).double() + 0.5) / 20_000) / number
+    counts = chains._draw_looks(u, rho).flatten(1)
+    often = torch.stack([torch.bincount(of_chain, minlength=largest + 1)[1:] for of_chain in counts]) / 20_000
+    torch.testing.assert_close(chains._strata(rho, number), often / rho, rtol=0, atol=2e-3)
 
 
 def test_masks_of_a_chain_are_nested() -> None:

@@ -28,8 +28,8 @@ def when_revealed(target: Tensor) -> Tensor:
 def test_the_mean_over_orders_of_what_is_seen(target: str) -> None:
     where = torch.tensor([c == "1" for c in target])
     n = int(where.sum())
-    every, share = torch.arange(1, n + 1).view(1, 1, n), torch.full((1, 1, n), 1 / n, dtype=torch.float64)
-    mean = potential.mean_terms(potential.places(where[None]), n, every, share)[0, 0]
+    share = torch.full((1, n), 1 / n, dtype=torch.float64)
+    mean = potential.mean_terms(potential.places(where[None]), share)[0, 0]
     torch.testing.assert_close(mean, when_revealed(where))
 
 
@@ -41,8 +41,7 @@ def test_the_mean_at_a_count_of_what_is_seen() -> None:
     seen = [(m.unsqueeze(2) * potential.terms(m)).double().mean(0) for m in looks]
     # A token is masked in 4 of 5 and in 2 of 5 of them, and scored once in so many as the look has weight.
     expected = seen[0] / 4 * 5 + 3 * seen[1] / 2 * 5
-    counts, weight = torch.tensor([[[4, 2]]]), torch.tensor([[[1.0, 3.0]]]).double()
-    found = potential.mean_terms(potential.places(where[None]), 5, counts, weight)
+    found = potential.mean_terms(potential.places(where[None]), torch.tensor([[0.0, 3, 0, 1, 0]]).double())
     torch.testing.assert_close(found[0, 0], expected)
 
 
