@@ -59,8 +59,8 @@ def test_the_bias_is_half_the_curvature_times_the_variance() -> None:
     assert torch.autograd.gradcheck(lambda m, v: dpo_loss(estimate(m, v), beta=beta, debias=True).loss, (m, variance))
 
 
-@pytest.mark.parametrize(("proposal", "repeats"), [("stratified", 1000), ("uniform", 4000)])
-def test_debias_brings_the_loss_and_its_gradient_to_those_of_the_true_margin(proposal: str, repeats: int) -> None:
+@pytest.mark.parametrize(("proposal", "passes"), [("stratified", 12), ("uniform", 6)])
+def test_debias_brings_the_loss_and_its_gradient_to_those_of_the_true_margin(proposal: str, passes: int) -> None:
     trained, scale = Tabled(skewed_chain(), 8), torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
     transition = torch.tensor([[0.9, 0.1], [0.2, 0.8]], dtype=torch.float64)
     reference = Tabled(MarkovChain(torch.full((2,), 0.5, dtype=torch.float64), transition), 8)
@@ -84,8 +84,8 @@ def test_debias_brings_the_loss_and_its_gradient_to_those_of_the_true_margin(pro
 
     truth = loss(1, 255)
     assert torch.equal(truth[0], truth[1])
-    plain, debiased = (loss(repeats, 6) - truth).abs()
-    assert (plain > 0.005).all()
+    plain, debiased = (loss(4000, passes) - truth).abs()
+    assert (plain > 0.003).all()
     assert (debiased < plain / 2).all(), (plain, debiased)
 
 
