@@ -98,8 +98,8 @@ def time_free_nll(
 
     A sequence whose 2^L - 1 subsets fit num_samples is enumerated: exact, standard error 0. Otherwise
 
-    - ``"stratified"``: one pass fully masked, where there are more than 6, and the others at counts that one random
-      shift spreads, so that every count is reached as often as it matters. A control variate per token, fitted on other
+    - ``"stratified"``: one pass fully masked, where there are more than 6, and the others each at a count
+      from a stratum of its own, so that every count is reached as often as it matters. A control variate per token, fitted on other
       masks and so without bias, takes out that some tokens are harder than others, and harder before what is near them
       is seen. The standard error is that between masks. Where at least 8 chains of nested masks over every count fit,
       those are taken.
