@@ -146,7 +146,7 @@ def _draw_looks(u: Tensor, rho: Tensor) -> Tensor:
 def _strata(rho: Tensor, chains: int) -> Tensor:
     """What 1 / rho(m) sums to over a chain's looks at m, on average over its stratum: [chains, counts]."""
     passed = _sums_from_above(rho)
-    edges = torch.arange(chains * round(passed[-1].item()) + 1, device=rho.device) / chains
+    edges = torch.arange(chains * round(passed[-1].item()) + 1, dtype=rho.dtype, device=rho.device) / chains
     inside = pad(torch.minimum(passed, edges.unsqueeze(1)), (1, 0)).diff(dim=0).diff(dim=1)
     return inside.unflatten(0, (-1, chains)).sum(0).flip(1) * chains / rho
 

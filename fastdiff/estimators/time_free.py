@@ -98,11 +98,11 @@ def time_free_nll(
 
     A sequence whose 2^L - 1 subsets fit num_samples is enumerated: exact, standard error 0. Otherwise
 
-    - ``"stratified"``: one pass fully masked, where there are more than 6, and the others each at a count
-      from a stratum of its own, so that every count is reached as often as it matters. A control variate per token, fitted on other
-      masks and so without bias, takes out that some tokens are harder than others, and harder before what is near them
-      is seen. The standard error is that between masks. Where at least 8 chains of nested masks over every count fit,
-      those are taken.
+    - ``"stratified"``: one pass fully masked, where there are more than 6, and the others each at a count from a
+      stratum of its own, so that every count is reached as often as it matters. A control variate per token, fitted on
+      other masks and so without bias, takes out that some tokens are harder than others, and harder before what is near
+      them is seen. The standard error is that between masks. Where at least 8 chains of nested masks over every count
+      fit, those are taken.
     - ``"systematic"``: counts at equal distances over 1..L with one random shift, as LLaDA's likelihood and DARE's
       VRPO, with weight L/m. Its standard error comes from neighbouring counts; its square is on average no smaller
       than the variance.

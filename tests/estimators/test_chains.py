@@ -58,7 +58,9 @@ def test_the_mean_of_weights_over_a_stratum(largest: int, looks: int, number: in
     u = (torch.arange(number).unsqueeze(1) + (torch.arange(20_000).double() + 0.5) / 20_000) / number
     counts = chains._draw_looks(u, rho).flatten(1)
     often = torch.stack([torch.bincount(of_chain, minlength=largest + 1)[1:] for of_chain in counts]) / 20_000
-    torch.testing.assert_close(chains._strata(rho, number), often / rho, rtol=0, atol=2e-3)
+    strata = chains._strata(rho, number)
+    torch.testing.assert_close(strata, often / rho, rtol=0, atol=2e-3)
+    torch.testing.assert_close(strata.mean(0), torch.ones_like(rho), rtol=0, atol=1e-12)
 
 
 def test_masks_of_a_chain_are_nested() -> None:
