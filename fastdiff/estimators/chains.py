@@ -31,7 +31,7 @@ from fastdiff.philox import Purpose, uniform
 _FEW = 6  # passes of which none is worth spending on the full mask alone
 _MANY = 48  # passes from which on chains of a few looks are enough to fit the control on
 _LOOKS = 3  # at each of these chains
-_WHOLE = 0.75  # looks at every count from which on it gets a whole number of them
+_WHOLE = 0.75  # single looks at every count from which on it gets a whole number of them
 _FOLDS = 8  # groups of chains that share one fit, made on the others
 _SHARED = 5  # measured: docs/estimators.md
 _TOGETHER = 2  # folds that are fitted at once
@@ -152,6 +152,7 @@ def _strata(rho: Tensor, chains: int) -> Tensor:
 
 
 def _sums_from_above(rho: Tensor) -> Tensor:
+    """Sums of rho over the largest counts, [counts]; all of it is a whole number, but for rounding."""
     passed = rho.flip(0).cumsum(0)
     passed[-1] = passed[-1].round()
     return passed
@@ -197,9 +198,8 @@ def _controls(
     at, share, parts = places(target), strata / strata.shape[1], []
     expected = mean_terms(at, torch.full_like(share[:1], 1 / len(share[0])))
     for i, fold in enumerate(folds):
-        times = scored[:, fold]
-        seen = (times.unsqueeze(4) * terms(mask[:, fold])).sum(2)
-        times = times.sum(2)
+        times = scored[:, fold].sum(2)
+        seen = (scored[:, fold].unsqueeze(4) * terms(mask[:, fold])).sum(2)
         sums = torch.stack([times, share[fold].sum(1).view(1, -1, 1).expand_as(times)])
         deviation = torch.stack([seen, mean_terms(at, share[fold])]) - expected
         parts.append(target.unsqueeze(1) * (sums - 1) * level[:, [i]] + (slope[:, [i]] * deviation).sum(4))

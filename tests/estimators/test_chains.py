@@ -45,10 +45,11 @@ def test_every_count_is_looked_at_with_its_probability(largest: int, looks: int,
     torch.testing.assert_close(shares.double(), rho, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("jitter", [1e-9, 0.3, 0.999])
 @pytest.mark.parametrize("number", [7, 15, 21])
-def test_single_looks_that_are_enough_for_every_count_are_shared_out_evenly(number: int) -> None:
+def test_single_looks_that_are_enough_for_every_count_are_shared_out_evenly(jitter: float, number: int) -> None:
     rho = chains.look_probabilities(7, 1, number)
-    counts = chains._draw_looks((torch.arange(number) + torch.rand(number).double()) / number, rho)
+    counts = chains._draw_looks((torch.arange(number).double() + jitter) / number, rho)
     torch.testing.assert_close(torch.bincount(counts.flatten(), minlength=8)[1:].double(), number * rho)
 
 
