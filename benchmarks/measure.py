@@ -30,7 +30,7 @@ class Probe:
 
     def __init__(self) -> None:
         gpu = DEVICE.type == "cuda"
-        size, side = (1024 * MB, 8192) if gpu else (256 * MB, 1024)
+        size, side = (1024 * MB, 8192) if gpu else (256 * MB, 2048)
         torch.ones(4 << 30, dtype=torch.uint8)  # a virtual machine pays for pages never touched before
         source, target = torch.ones(size // 4, device=DEVICE), torch.ones(size // 4, device=DEVICE)
         a = torch.rand(side, side, device=DEVICE)
