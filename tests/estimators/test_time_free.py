@@ -3,8 +3,8 @@ import math
 
 import pytest
 import torch
-from networks import RandomNetwork, nll_by_chain_rule, random_tokens, token_nll_by_chain_rule, z_score
-from oracles import MASK_LOGIT, Oracle, dna_toy, markov_chain, mixture, skewed_chain
+from networks import RandomNetwork, nll_by_chain_rule, random_tokens, z_score
+from oracles import MASK_LOGIT, Oracle, dna_toy, markov_chain, mixture
 from torch import Tensor
 
 from fastdiff.estimators import conditional_nll, exact_nll, scoring, time_free, time_free_nll
@@ -86,9 +86,6 @@ def test_subsets_that_fit_the_budget_are_enumerated(proposal: str) -> None:
     assert (time_free_nll(network, x0, mask_index=4, num_samples=30, proposal=proposal).stderr > 0).all()
 
 
-# ------------------------------------------------------------------------------------------ estimation
-
-
 @each_proposal
 @pytest.mark.parametrize(("num_samples", "repeats"), [(4, 2000), (12, 1000), (100, 300)])
 def test_estimates_are_unbiased_without_consistency(proposal: str, num_samples: int, repeats: int) -> None:
@@ -158,80 +155,6 @@ def test_systematic_counts_lie_at_equal_distances() -> None:
     assert counts[:, 0].unique().tolist() == [1, 2, 3]
 
 
-# ------------------------------------------------------------------------------- tolerance, lengths, gradients
-
-
-def test_a_tolerance_is_met_without_bias() -> None:
-    network, x0 = RandomNetwork(11), random_tokens(1, 11)
-    truth = exact_nll(network, x0, mask_index=4).nll
-    options = dict(mask_index=4, num_samples=33, tolerance=2.0)
-    estimate = time_free_nll(network, x0.expand(400, -1), **options)
-    low, high = estimate.interval()
-    assert 1.0 < (high - low).median().item() < 2 * 2.0
-    assert abs(z_score(estimate, truth)) < 3.5
-    assert ((low <= truth) & (truth <= high)).double().mean().item() > 0.92
-    assert (estimate.num_forwards > 60).all()
-    assert len(estimate.num_forwards.unique()) > 1
-    one = time_free_nll(network, x0, sample_ids=torch.tensor([5]), **options)
-    torch.testing.assert_close(one.nll, estimate.nll[5:6])
-
-
-@pytest.mark.parametrize(
-    ("model", "x0"),
-    [
-        (RandomNetwork(24), random_tokens(1, 24)),
-        (markov_chain(8), markov_chain(8).sample(1, 32, seed=32)),
-        (skewed_chain(), torch.zeros(1, 24, dtype=torch.int64)),
-    ],
-    ids=["network", "markov", "skewed"],
-)
-@pytest.mark.parametrize("num_samples", [16, 64])
-def test_a_tolerance_is_reached_in_most_sequences(model, x0: Tensor, num_samples: int) -> None:
-    options = dict(mask_index=model.mask_index, num_samples=num_samples)
-    for passes in (32, 96):
-        low, high = time_free_nll(model, x0.expand(60, -1), mask_index=model.mask_index, num_samples=passes).interval()
-        tolerance = ((high - low) / 2).median().item()
-        estimate = time_free_nll(model, x0.expand(100, -1), tolerance=tolerance, seed=1, **options)
-        low, high = estimate.interval()
-        assert ((high - low) / 2 <= tolerance).double().mean().item() > 0.93
-        assert estimate.num_forwards.double().mean().item() < 8 * passes
-
-
-def test_a_pilot_may_look_at_more_counts_than_the_estimate_has_passes() -> None:
-    network, x0 = RandomNetwork(25), random_tokens(2, 25)
-    estimate = time_free_nll(network, x0, mask_index=4, num_samples=256, tolerance=1e9)
-    assert estimate.num_forwards.tolist() == [256 - 15 + 16] * 2  # ten chains of 24 looks, then single masks
-    assert (estimate.stderr > 0).all()
-
-
-def test_what_is_easily_within_tolerance_costs_little_more_than_its_pilot() -> None:
-    network, x0, target = RandomNetwork(12), random_tokens(2, 12), torch.ones(2, 12, dtype=torch.bool)
-    target[1, 5:] = False
-    options = dict(mask_index=4, num_samples=64, target=target)
-    estimate = time_free_nll(network, x0, tolerance=100.0, **options)
-    assert estimate.num_forwards.tolist() == [64 + 16, 31]  # an error bar of fifteen masks; enumerated once
-    assert estimate.stderr[1].item() == 0
-    torch.testing.assert_close(estimate.nll[1], time_free_nll(network, x0, **options).nll[1])
-
-
-def test_what_more_pilots_could_enumerate_is_enumerated() -> None:
-    network, x0 = RandomNetwork(7), random_tokens(1, 7)
-    estimate = time_free_nll(network, x0.expand(20, -1), mask_index=4, num_samples=17, tolerance=0.5)
-    assert estimate.stderr.tolist() == [0] * 20
-    torch.testing.assert_close(estimate.nll, exact_nll(network, x0, mask_index=4).nll.expand(20))
-    assert (estimate.num_forwards <= 17 + 68 + 127).all()
-
-
-@each_proposal
-def test_a_tolerance_stops_at_max_samples(proposal: str) -> None:
-    network, x0 = RandomNetwork(12), random_tokens(2, 12)
-    options = dict(mask_index=4, num_samples=16, proposal=proposal, max_samples=40)
-    estimate = time_free_nll(network, x0, tolerance=1e-9, **options)
-    assert ((estimate.num_forwards > 52) & (estimate.num_forwards <= 56)).all()
-    assert (estimate.stderr > 0).all()
-    assert time_free_nll(network, x0, tolerance=1e9, **options).num_forwards.tolist() == [32, 32]
-
-
 @each_proposal
 def test_padding_is_never_seen(proposal: str) -> None:
     lengths = torch.tensor([7, 10, 7, 4])
@@ -276,82 +199,6 @@ def test_a_response_given_its_prompt() -> None:
         conditional_nll(oracle, x0[:, :2], x0[:, 2:].float(), mask_index=4)
     with pytest.raises(ValueError, match=r"^target: expected at least one position"):
         conditional_nll(oracle, x0, x0[:, :0], mask_index=4)
-
-
-def gradient(estimate, network: RandomNetwork) -> Tensor:
-    """That of the nll with respect to the head; its last column is the mask's."""
-    return torch.autograd.grad(estimate.nll.sum(), network.head, retain_graph=True)[0][:, :-1]
-
-
-def test_the_gradient_of_the_exact_nll() -> None:
-    network, x0 = RandomNetwork(6), random_tokens(1, 6)
-    network.head.requires_grad_()
-    step = torch.zeros_like(network.head)
-    step[3, 1] = 1e-5
-    slope = gradient(exact_nll(network, x0, mask_index=4, differentiable=True), network)[3, 1].item()
-    ends = []
-    for sign in (1, -1):
-        network.head.data += sign * step
-        ends.append(exact_nll(network, x0, mask_index=4).nll.item())
-        network.head.data -= sign * step
-    assert slope == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6)
-
-
-@each_proposal
-def test_gradients_are_unbiased(proposal: str) -> None:
-    network, x0 = RandomNetwork(6), random_tokens(1, 6)
-    network.head.requires_grad_()
-    truth = gradient(exact_nll(network, x0, mask_index=4, differentiable=True), network)
-    options = dict(mask_index=4, num_samples=14, proposal=proposal, differentiable=True)
-    parts = [time_free_nll(network, x0.expand(40, -1), seed=seed, **options) for seed in range(30)]
-    assert not parts[0].stderr.requires_grad
-    grads = torch.stack([gradient(part, network) / 40 for part in parts])
-    z = (grads.mean(0) - truth) / (grads.std(0) / math.sqrt(30))
-    assert z.abs().max() < 4.5
-
-
-@each_proposal
-@pytest.mark.parametrize("num_samples", [16, 64])  # estimated, and the first sequence enumerated
-def test_what_tokens_contribute(proposal: str, num_samples: int) -> None:
-    network, x0, lengths = RandomNetwork(8), random_tokens(2, 8), torch.tensor([5, 8])
-    network.head.requires_grad_()
-    target = torch.tensor([[False, True, True, True, True, False, False, False], [True] * 6 + [False, True]])
-
-    def model(xt: Tensor) -> Tensor:
-        return network(torch.nn.functional.pad(xt, (0, 8 - xt.shape[1])))[:, : xt.shape[1]]
-
-    options = dict(mask_index=4, target=target, lengths=lengths, differentiable=True)
-    estimate = time_free_nll(model, x0, num_samples=num_samples, proposal=proposal, **options)
-    assert estimate.token_nll.shape == (2, 8)
-    assert not estimate.token_nll[~target].any()
-    assert (estimate.token_nll[target] != 0).all()
-    torch.testing.assert_close(estimate.token_nll.sum(1), estimate.nll, rtol=1e-14, atol=0)
-    by_token = torch.autograd.grad(estimate.token_nll[0].sum(), network.head, retain_graph=True)
-    torch.testing.assert_close(by_token, torch.autograd.grad(estimate.nll[0], network.head))
-
-
-@each_proposal
-def test_what_a_token_contributes_is_unbiased(proposal: str) -> None:
-    network, x0 = RandomNetwork(5), random_tokens(1, 5)
-    truth = exact_nll(network, x0, mask_index=4).token_nll[0]
-    by_order = [token_nll_by_chain_rule(network, x0, order) for order in itertools.permutations(range(5))]
-    torch.testing.assert_close(truth, torch.stack(by_order).mean(0))
-    parts = time_free_nll(network, x0.expand(1000, -1), mask_index=4, num_samples=14, proposal=proposal).token_nll
-    z = (parts.mean(0) - truth) / (parts.std(0) / math.sqrt(1000))
-    assert z.abs().max() < 4
-
-
-def test_pilots_keep_no_graph() -> None:
-    network, x0, had_grad = RandomNetwork(8), random_tokens(2, 8), []
-    network.head.requires_grad_()
-
-    def model(xt: Tensor) -> Tensor:
-        had_grad.append(torch.is_grad_enabled())
-        return network(xt)
-
-    options = dict(mask_index=4, num_samples=16, batch_size=32, tolerance=1e9, differentiable=True)
-    assert time_free_nll(model, x0, **options).nll.requires_grad
-    assert had_grad == [False, True]
 
 
 def test_two_models_meet_the_same_masks() -> None:
