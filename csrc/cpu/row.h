@@ -77,26 +77,21 @@ struct Block {
   C sum, max;  // of the terms, and of the numbers themselves
 };
 
-// The numbers of one load, side by side in a row: two BFloat16 are halves of a word, which no shuffle takes apart.
+// Numbers that one load gives, side by side in a row: two BFloat16 are halves of a word, which no shuffle takes apart.
 template <typename T>
-struct Loaded {
-  static constexpr int64_t kMany = 1;
-  Acc<T> x[kMany];
+constexpr int64_t kLoaded = std::is_same_v<T, BFloat16> ? 2 : 1;
 
-  FASTDIFF_HD explicit Loaded(const T* from) : x{load(*from)} {}
-};
+// The j-th of them. A struct of both would be kept in memory, lane by lane, where GCC gives up on taking it apart.
+template <typename T>
+FASTDIFF_HD Acc<T> load_one_of(const T* from, int64_t) {
+  return load(*from);
+}
 
-template <>
-struct Loaded<BFloat16> {
-  static constexpr int64_t kMany = 2;
-  float x[kMany];
-
-  FASTDIFF_HD explicit Loaded(const BFloat16* from) {
-    uint32_t word;
-    std::memcpy(&word, from, sizeof(word));
-    x[0] = bit_cast<float>(word << 16), x[1] = bit_cast<float>(word & 0xFFFF0000);
-  }
-};
+FASTDIFF_HD float load_one_of(const BFloat16* from, int64_t j) {
+  uint32_t word;
+  std::memcpy(&word, from, sizeof(word));
+  return bit_cast<float>(j == 0 ? word << 16 : word & 0xFFFF0000);
+}
 
 // The sum of term(x) of a block; with kKeep also their derivatives.
 template <bool kKeep, typename F, typename T, typename C>
@@ -105,13 +100,12 @@ FASTDIFF_HD Block<C> sum_terms(const F& term, const T* from, C* kept, int64_t n)
     float in[kBlock];
     return sum_terms<kKeep>(term, widened(from, n, in), kept, n);
   }
-  constexpr int64_t kMany = Loaded<T>::kMany;
+  constexpr int64_t kMany = kLoaded<T>;
   C sum = 0, least = kInfinity<C>;  // of the negatives: GCC takes no maximum of floats that are made from a word
 #pragma omp simd reduction(+ : sum) reduction(min : least)
   for (int64_t v = 0; v < n / kMany; ++v) {
-    const Loaded<T> loaded(from + kMany * v);
     for (int64_t j = 0; j < kMany; ++j) {
-      const C x = static_cast<C>(loaded.x[j]);
+      const C x = static_cast<C>(load_one_of(from + kMany * v, j));
       const Term<C> t = term(x);
       sum += t.value;
       least = -x < least ? -x : least;  // std::min would not vectorise
