@@ -30,8 +30,9 @@ bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 # The fuzz tests, and the CUDA kernels in their emulator, under AddressSanitizer and UndefinedBehaviorSanitizer, on builds
-# of their own.
+# of their own. The emulator is another machine than that of the tests, whose threads run in another order.
 SANITIZED := build/sanitized
+ANOTHER_MACHINE := EMULATE_CUDA=1 EMULATED_CAPABILITY=80 EMULATED_ORDER=backward
 UNDER_SANITIZERS = LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0
 sanitize: $(VENV)/built
@@ -40,7 +41,7 @@ sanitize: $(VENV)/built
 	$(UNDER_SANITIZERS) PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED)/lib \
 		$(BIN)/pytest -n 2 --dist worksteal -p no:cacheprovider tests/test_fuzz.py
 	FASTDIFF_SANITIZE=1 $(BIN)/python tests/cuda/emulated.py
-	FASTDIFF_SANITIZE=1 EMULATE_CUDA=1 $(UNDER_SANITIZERS) \
+	FASTDIFF_SANITIZE=1 $(ANOTHER_MACHINE) $(UNDER_SANITIZERS) \
 		$(BIN)/pytest -q -n 2 --dist worksteal -p no:cacheprovider tests/kernels/test_[cg]*.py
 
 docs: $(VENV)/built
