@@ -1,6 +1,6 @@
 """Coverage of 95% intervals over batches of strings, each sequence's own and `moderated()`.
 
-`python benchmarks/moderated.py --passes 64`; some ten minutes on one core.
+`python benchmarks/moderated.py --passes 64`; half a minute on one core.
 """
 
 import argparse
