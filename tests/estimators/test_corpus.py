@@ -66,7 +66,7 @@ def test_a_tolerance_leaves_it_unbiased(proposal: str) -> None:
     x = SKEWED.sample(10, 8, seed=1)
     options = dict(mask_index=2, num_samples=4, max_samples=12, proposal=proposal)
     tolerance = {"stratified": 0.2, "systematic": 0.1}[proposal]
-    found = [corpus_nll(TABLED, x, seed=seed, tolerance=tolerance, **options) for seed in range(200)]
+    found = [corpus_nll(TABLED, x, seed=seed, tolerance=tolerance, **options) for seed in range(100)]
     assert len({estimate.num_forwards.item() for estimate in found}) > 1
     holds(torch.stack([estimate.nll for estimate in found]), (SKEWED.nll(x).sum() / x.numel()).item())
     odd = torch.tensor([[0, 0, 0, 1, 1, 0, 0, 0]]).expand(20_000, -1)
