@@ -22,7 +22,7 @@ enum class Isa { baseline, v3, v4 };
   ((isa) == Isa::v4 ? f##_v4 __VA_ARGS__ : (isa) == Isa::v3 ? f##_v3 __VA_ARGS__ : f##_baseline __VA_ARGS__)
 #else
 #define FASTDIFF_FOR_EACH_ISA(DEFINE) DEFINE(baseline, )
-#define FASTDIFF_FOR_ISA(f, isa, ...) (static_cast<void>(isa), f##_baseline __VA_ARGS__)
+#define FASTDIFF_FOR_ISA(f, isa, ...) f##_baseline __VA_ARGS__
 #endif
 
 inline Isa best_isa() {
