@@ -5,11 +5,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help demo experiments test bench sanitize docs lint format clean
+.PHONY: help demo experiments test test-all bench sanitize docs lint format clean
 help:
 	@echo "make demo   train a small model on real text and print its likelihood, about 5 minutes on two cores"
 	@echo "make experiments   the papers' experiments in small and a page of them, some 90 minutes on two cores; it goes on if stopped"
-	@echo "make test   run the tests"
+	@echo "make test   run the tests; make test-all  those that take long too: ranks, 20000 repeats, kernels interpreted and emulated"
 	@echo "make bench  measure the kernels against the published formulas"
 	@echo "make sanitize   run the random cases, and the CUDA kernels emulated, under AddressSanitizer and UBSan"
 	@echo "make docs   build the documentation into build/docs"
@@ -23,8 +23,12 @@ experiments: $(VENV)/built
 	$(BIN)/python -m examples.experiments page --to runs/experiments/README.md
 
 # Two workers of two threads each on two cores: a thread that waits must not spin.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
 test: $(VENV)/built
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/built
+	$(PYTEST)
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -176,6 +176,7 @@ def test_probabilities_against_formulas():
     assert likeliest([inf, 1.0], [math.nan, 0.3], [7, 7]) == dict(order=[1, 0], probabilities=[0, 1], error=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("answers", "num_samples"), [(2, 24), (4, 64)])
 def test_a_wrong_ranking_is_as_probable_as_it_says(tmp_path, answers, num_samples):
     """Questions whose answers lie close to one another, against the truth of an oracle, for many seeds."""
@@ -259,6 +260,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_numbers(run, monkeypatch, tmp_p
     assert not (tmp_path / "out.json.0").exists()
 
 
+@pytest.mark.slow
 def test_the_same_bits_on_any_number_of_ranks(run, tmp_path):
     (tmp_path / "command.txt").write_text(run)
     found = []

@@ -48,6 +48,7 @@ def test_every_kernel_can_be_called():
     assert "fastdiff" in run("benchmarks/each_kernel.py", "small")
 
 
+@pytest.mark.slow
 def test_a_benchmark_leaves_its_cases(tmp_path):
     file = tmp_path / "results.json"
     shown = run("-m", "pytest", "-p", "no:cacheprovider", "benchmarks/bench_corrupt.py", f"--json-results={file}")

@@ -11,6 +11,8 @@ import pytest
 import torch
 from emulated import TARGET_OPTIONS, extension, sources
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 TESTS = sorted(map(str, (ROOT / "tests/kernels").glob("test_[cg]*.py")))
 

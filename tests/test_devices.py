@@ -78,6 +78,7 @@ def test_a_model_in_parts_gives_the_same_bits(bert, monkeypatch, share):
     assert torch.equal(*drawn)
 
 
+@pytest.mark.slow
 def test_the_same_bits_in_parts_on_any_number_of_ranks(bert, monkeypatch):
     expected = invoke(EVALUATION)
     monkeypatch.setattr(placing, "own_memory", lambda: {"cpu": int(0.8 * load("hf:bert", CPU).num_bytes)})

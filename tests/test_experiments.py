@@ -17,6 +17,8 @@ from examples.experiments.report import Setup, Table, reporting
 from examples.experiments.spreads import spread
 from examples.experiments.texts import Letters, letters
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

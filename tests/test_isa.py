@@ -9,6 +9,8 @@ import pytest
 
 from fastdiff.backends import report
 
+pytestmark = pytest.mark.slow
+
 FILES = [str(Path(__file__).with_name(name)) for name in ("test_fuzz.py", "test_fuzz_distill.py")]
 CASES = int(os.environ.get("FASTDIFF_FUZZ_CASES", "500")) // 3
 

@@ -188,6 +188,7 @@ def test_what_was_kept_of_other_settings_is_not_used(published, tmp_path):
     assert rows() == found
 
 
+@pytest.mark.slow
 def test_the_same_bits_on_any_number_of_ranks(published, tmp_path):
     (tmp_path / "command.txt").write_text(published)
     found = []

@@ -4,12 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from post_training import PROMPT, rewards, strings, target
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "post_training.py"
 
 
+@pytest.mark.slow
 def test_it_writes_its_numbers_and_its_picture(tmp_path: Path) -> None:
     environment = os.environ | {"FASTDIFF_DEMO_QUICK": "1", "OMP_NUM_THREADS": "1"}
     process = [sys.executable, str(EXAMPLE)]

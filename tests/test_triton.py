@@ -29,6 +29,8 @@ from triton.compiler import make_backend
 from fastdiff.kernels import corrupt, distill, linear_loss, reverse_rows, row_loss, row_sample, rows, targets
 from fastdiff.ops.functors import FUNCTORS
 
+pytestmark = pytest.mark.slow
+
 # Two processes, which each take seconds to start: as many as workers, and of about the same length.
 PATHS = sorted(map(str, Path(__file__).parent.glob("kernels/test_[gt]*.py")))
 LOSSES = [path for path in PATHS if "row_loss" in path]

@@ -14,6 +14,8 @@ from tokenized import TEXTS, contents, write_jsonl, written
 from fastdiff.data.shards import Shards, TokenFolder, alone
 from fastdiff.data.tokenizing import tokenize
 
+pytestmark = pytest.mark.slow
+
 COMMAND = "tokenize --data texts.jsonl --tokenizer {} --held-out 0.2 --shard-bytes 40000 --out {} --workers {}"
 
 

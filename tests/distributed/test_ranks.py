@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torchrun
 
+pytestmark = pytest.mark.slow
+
 # By number of ranks. Starting processes takes longest, so the functions of one number share them, one after another.
 # The last one raises in the middle of a forward.
 CASES = {

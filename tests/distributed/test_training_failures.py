@@ -17,6 +17,8 @@ from fastdiff.loading import load
 from fastdiff.training.checkpoints import Checkpoints
 from fastdiff.weights import read_weights
 
+pytestmark = pytest.mark.slow
+
 FILE = Path(__file__).with_name("failing.py")
 SIZES = "--length 16 --dim 16 --depth 1 --heads 2 --batch-size 8 --lr 0.001 --warmup 5"
 EVALUATION = "--eval-every 15 --eval-sequences 4 --eval-samples 8 --ema 0.9 --save-every 10"

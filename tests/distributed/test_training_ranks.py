@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 import torchrun
 import training
+
+pytestmark = pytest.mark.slow
 
 
 def test_ranks(tmp_path, monkeypatch):

@@ -102,6 +102,7 @@ def test_estimates_are_unbiased_and_cover(proposal: str, num_samples: int) -> No
     assert 0.85 < rms.item() < (2.5 if proposal == "stratified" and num_samples < 30 else 1.25)
 
 
+@pytest.mark.slow
 @each_proposal
 def test_the_mean_of_many(proposal: str) -> None:
     """20000 estimates on a chain whose conditionals are nearly certain, see test_unbiased.py."""

@@ -60,6 +60,7 @@ def test_the_error_of_a_ratio_is_that_of_repeats() -> None:
     assert said.square().mean().sqrt().item() == pytest.approx(ratios.std().item(), rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proposal", ["stratified", "systematic"])
 def test_a_tolerance_leaves_it_unbiased(proposal: str) -> None:
     """Of corpora whose numbers of passes hang on what pilots met, and of one of 20000 equal strings."""
@@ -75,6 +76,7 @@ def test_a_tolerance_leaves_it_unbiased(proposal: str) -> None:
     holds(whole.sequences.nll, SKEWED.nll(odd[:1]).item())
 
 
+@pytest.mark.slow
 def test_intervals_hold_these_texts_and_those_they_are_drawn_from() -> None:
     """100 corpora of 40 strings of 16 and 24 letters."""
     lengths = torch.tensor([16, 24] * 20)

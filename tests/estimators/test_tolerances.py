@@ -8,6 +8,8 @@ from torch import Tensor
 
 from fastdiff.estimators import exact_nll, time_free_nll
 
+pytestmark = pytest.mark.slow
+
 PROPOSALS = ("stratified", "systematic", "complementary", "uniform", "harmonic")
 each_proposal = pytest.mark.parametrize("proposal", PROPOSALS)
 

@@ -22,6 +22,8 @@ from fastdiff.estimators import (
     time_integral_nll,
 )
 
+pytestmark = pytest.mark.slow
+
 REPEATS = 20_000
 ORACLE = skewed_chain()
 MODEL = Tabled(ORACLE, 8)
