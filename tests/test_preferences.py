@@ -59,6 +59,7 @@ def test_the_bias_is_half_the_curvature_times_the_variance() -> None:
     assert torch.autograd.gradcheck(lambda m, v: dpo_loss(estimate(m, v), beta=beta, debias=True).loss, (m, variance))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("proposal", "passes"), [("stratified", 12), ("uniform", 6)])
 def test_debias_brings_the_loss_and_its_gradient_to_those_of_the_true_margin(proposal: str, passes: int) -> None:
     trained, scale = Tabled(skewed_chain(), 8), torch.tensor(1.3, dtype=torch.float64, requires_grad=True)

@@ -45,5 +45,6 @@ def test_losses_are_the_published_ones(codebase, bias):
                 assert error <= allowed, f"{name}, {dtype}: error of {part} {error:.3g}, allowed {allowed:.3g}"
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_gradients_of_one():
     torchrun.launch(Path(__file__).with_name("loss_ranks.py"), 2, "ddp", "fsdp2")

@@ -216,6 +216,7 @@ def vocabulary_parallel():
             assert rows < B * L * (1 if name in ("MDLM", "Hybrid, one half") else 2), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", ["data_parallel", "vocabulary_parallel"])
 def test_two_ranks(ranks):
     torchrun.launch(__file__, 2, ranks)

@@ -171,6 +171,7 @@ def test_what_cannot_be_done_is_refused():
             torchtitan.masked_diffusion(config)
 
 
+@pytest.mark.slow
 @with_torchtitan
 @pytest.mark.parametrize(
     ("ranks", "layouts"),
@@ -180,6 +181,7 @@ def test_steps_of_the_trainer_are_those_of_one_process(ranks, layouts):
     torchrun.launch(RANKS, ranks, *layouts)
 
 
+@pytest.mark.slow
 @with_torchtitan
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_losses_of_a_run_are_those_of_the_trainer_of_this_package(ranks):

@@ -17,7 +17,7 @@ from fastdiff.training.exporting import export
 from fastdiff.weights import read_weights
 
 # pytest puts its own filters in the place of those that the module sets
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
 
 def is_killed():

@@ -106,6 +106,7 @@ def test_operations(shape, recompute, block_length):
     assert counter.get_total_flops() == pytest.approx(plan.operations, rel=0.05)
 
 
+@pytest.mark.slow
 def test_ranks():
     torchrun.launch(Path(__file__).parents[1] / "distributed" / "planned.py", 4, "exchanged", "most_memory")
 
