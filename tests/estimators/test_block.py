@@ -7,8 +7,8 @@ from oracles import Blocks, Tabled, markov_chain, mixture, skewed_chain
 from torch import Tensor
 
 from fastdiff import block_nll, exact_nll, time_free_nll
+from fastdiff.estimators.time_free import PROPOSALS
 
-PROPOSALS = ("stratified", "systematic", "complementary", "uniform", "harmonic")
 each_proposal = pytest.mark.parametrize("proposal", PROPOSALS)
 
 

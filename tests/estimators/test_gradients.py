@@ -9,8 +9,8 @@ from networks import RandomNetwork, random_tokens, token_nll_by_chain_rule
 from torch import Tensor
 
 from fastdiff.estimators import exact_nll, time_free_nll
+from fastdiff.estimators.time_free import PROPOSALS
 
-PROPOSALS = ("stratified", "systematic", "complementary", "uniform", "harmonic")
 each_proposal = pytest.mark.parametrize("proposal", PROPOSALS)
 
 

@@ -6,12 +6,12 @@ from networks import RandomNetwork, random_tokens
 from oracles import markov_chain, mixture
 
 from fastdiff.estimators import LogRatioEstimate, exact_nll, log_likelihood_ratio, time_free_nll
+from fastdiff.estimators.time_free import PROPOSALS
 
 ORACLE = markov_chain(4)
 X = ORACLE.sample(1, 20, seed=1)
 Y = X.clone()
 Y[0, [3, 9, 10]] = (Y[0, [3, 9, 10]] + 1) % 4
-PROPOSALS = ("stratified", "systematic", "complementary", "uniform", "harmonic")
 
 
 def z_score(estimate: LogRatioEstimate, truth: float) -> float:

@@ -8,8 +8,8 @@ from oracles import MASK_LOGIT, Oracle, dna_toy, markov_chain, mixture
 from torch import Tensor
 
 from fastdiff.estimators import conditional_nll, exact_nll, scoring, time_free, time_free_nll
+from fastdiff.estimators.time_free import PROPOSALS
 
-PROPOSALS = ("stratified", "systematic", "complementary", "uniform", "harmonic")
 each_proposal = pytest.mark.parametrize("proposal", PROPOSALS)
 
 

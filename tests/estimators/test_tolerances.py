@@ -7,10 +7,10 @@ from oracles import markov_chain, skewed_chain
 from torch import Tensor
 
 from fastdiff.estimators import exact_nll, time_free_nll
+from fastdiff.estimators.time_free import PROPOSALS
 
 pytestmark = pytest.mark.slow
 
-PROPOSALS = ("stratified", "systematic", "complementary", "uniform", "harmonic")
 each_proposal = pytest.mark.parametrize("proposal", PROPOSALS)
 
 

@@ -21,6 +21,7 @@ from fastdiff.estimators import (
     time_free_nll,
     time_integral_nll,
 )
+from fastdiff.estimators.time_free import PROPOSALS
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +29,6 @@ REPEATS = 20_000
 ORACLE = skewed_chain()
 MODEL = Tabled(ORACLE, 8)
 CERTAIN, ODD = torch.zeros(1, 8, dtype=torch.int64), torch.tensor([[0, 0, 0, 1, 1, 0, 0, 0]])
-PROPOSALS = ("stratified", "systematic", "complementary", "uniform", "harmonic")
 each_proposal = pytest.mark.parametrize("proposal", PROPOSALS)
 
 
