@@ -13,7 +13,9 @@ import subprocess
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-CPU_SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("library", "row_loss", "distill", "row_sample", "corrupt")]
+CPU_SOURCES = [
+    f"csrc/cpu/{name}.cpp" for name in ("library", "row_loss", "distill", "row_sample", "corrupt", "fit_controls")
+]
 TARGET = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 OPTIMISE = ["-O3", "-g0", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 BUILD_CUDA = os.environ.get("FASTDIFF_BUILD_CUDA", "auto")

@@ -16,6 +16,7 @@ from random_cases import (
     fuzz,
 )
 from random_draws import check_reverse, check_sample
+from random_fits import check_fits
 
 
 @fuzz(CASES)
@@ -52,6 +53,12 @@ def test_conditionals(data):
 @given(st.data())
 def test_masks(data):
     check_masks(data.draw, "cpu", expected="reference")
+
+
+@fuzz(max(CASES // 5, 1))
+@given(st.data())
+def test_fits(data):
+    check_fits(data.draw)
 
 
 @pytest.mark.parametrize("check", [check_sample, check_reverse])

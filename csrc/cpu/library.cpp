@@ -19,6 +19,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
   m.impl("uniform_tokens.cpu", TORCH_BOX(&uniform_tokens));
   m.impl("row_sample.cpu", TORCH_BOX(&row_sample));
   m.impl("reverse_rows.cpu", TORCH_BOX(&reverse_rows));
+  m.impl("fit_controls.cpu", TORCH_BOX(&fit_controls));
 }
 
 namespace {

@@ -48,4 +48,8 @@ std::tuple<Tensor, Tensor, Tensor> row_sample(Tensor z, Tensor xt, Tensor live, 
                                               double top_p, bool with_stats);
 Tensor reverse_rows(Tensor z, Tensor xt, Tensor live, Tensor law);
 
+std::tuple<Tensor, Tensor> fit_controls(Tensor loss, Tensor code, Tensor weight, int64_t folds, Tensor table,
+                                        Tensor pair, Tensor left, Tensor near, Tensor ridge, double own_ridge,
+                                        double noise, double doubt, int64_t iterations);
+
 }  // namespace fastdiff

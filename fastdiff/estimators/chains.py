@@ -16,15 +16,17 @@ known share of the masks of a count. So subtracting the guess and adding its mea
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
+from fastdiff.backends import resolve
 from fastdiff.estimators.estimate import mean_of_strata
-from fastdiff.estimators.potential import Moments, fit, mean_terms, moments, places, products, terms
+from fastdiff.estimators.potential import Moments, fit, fused_fits, mean_terms, moments, places, products, terms
 from fastdiff.estimators.scoring import draw_masks
 from fastdiff.philox import Purpose, uniform
 
@@ -103,7 +105,8 @@ def plan_chains(target: Tensor, plan: Plan, seed: Tensor, sample_ids: Tensor, st
         inputs = _by_chain(loss, plan), _by_chain(mask, plan), weight, target
         few = max(1, _FITTED // (min(_FOLDS, plan.chains) * target.shape[1]))
         parts = zip(*(x.split(few) for x in inputs), strict=True)
-        again = partial(checkpoint, _replicates, strata, use_reentrant=False, preserve_rng_state=False)
+        of_chains = partial(_replicates, _fused(loss, backend), strata)
+        again = partial(checkpoint, of_chains, use_reentrant=False, preserve_rng_state=False)
         return torch.cat([again(*x) for x in parts])
 
     return Passes(mask, replicates)
@@ -164,7 +167,12 @@ def _by_chain(passes: Tensor, plan: Plan) -> Tensor:
     return torch.cat([full.unsqueeze(1).expand(-1, plan.chains, -1, -1), rest], 2)
 
 
-def _replicates(strata: Tensor, loss: Tensor, mask: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def _fused(loss: Tensor, backend: str | None) -> bool:
+    """Whether a kernel makes the fits."""
+    return loss.device.type == "cpu" and resolve(backend, loss.device, "fit_controls", loss.shape[-1]) == "cpu"
+
+
+def _replicates(fused: bool, strata: Tensor, loss: Tensor, mask: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """What chains' tokens give, [K, R, L], from losses and masks [K, R, Q, L], weights [K, R, Q] and the target [K, L]:
     their mean is the estimate, and their spread tells its error. `strata` [R, n] are the mean weights of counts.
 
@@ -185,7 +193,7 @@ def _replicates(strata: Tensor, loss: Tensor, mask: Tensor, weight: Tensor, targ
     known, observed = loss.nan_to_num(0.0, 0.0, 0.0), (weight / mask.sum(3)).unsqueeze(3) * mask
     chains = torch.arange(loss.shape[1], device=loss.device)
     folds = [chains[first::_FOLDS] for first in range(min(_FOLDS, len(chains)))]
-    level, slope = _fits(known, mask, observed, folds)
+    level, slope = (_Fused.apply if fused else _fits)(known, mask, observed, folds)
     guessed, of_strata = _controls(level, slope, scored, mask, strata, target, folds)
     return raw - guessed + of_strata.mean(1, keepdim=True)
 
@@ -230,3 +238,22 @@ def _fits(known: Tensor, mask: Tensor, observed: Tensor, folds: list[Tensor]) ->
         found.append(fit(sums, torch.stack([whole - products(*looks(folds[i])) for i in some], 1), numbers[some]))
     level, slope = zip(*found, strict=True)
     return torch.cat(level, 1), torch.cat(slope, 1)
+
+
+class _Fused(torch.autograd.Function):
+    """The same from a kernel, but for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, known: Tensor, mask: Tensor, observed: Tensor, folds: list[Tensor]) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(known, mask, observed)
+        ctx.folds = folds
+        return fused_fits(known, mask, observed, len(folds))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        known, mask, observed = ctx.saved_tensors
+        with torch.enable_grad():
+            known = known.detach().requires_grad_()
+            found = _fits(known, mask, observed, ctx.folds)
+        return *torch.autograd.grad(found, known, upstream), None, None, None

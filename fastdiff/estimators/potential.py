@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, one_hot, pad
 
+from fastdiff.ops.fit_controls import fit_controls
+
 _CLOSED, _OPEN = (1, 2, 3, 4), (2, 3)  # distances of pairs; those at distance 1 have nothing between them
 _RIDGE = {True: 0.5, False: 5.0}  # observations of a token that count as much as what pairs of a kind have in common
 _OWN_RIDGE = 2.0  # observations of a token that count as much as f
@@ -91,16 +93,21 @@ class Moments(NamedTuple):
 
 def terms(mask: Tensor) -> Tensor:
     """What each pair does to the loss of each token, under a mask [..., L]: [..., L, terms] float64 in {-1, 0, 1}."""
+    return embedding(_codes(mask), _table(mask.device))
+
+
+def _codes(mask: Tensor) -> Tensor:
+    """Which tokens of `_AROUND` each are visible under a mask [..., L], as bits of a number: [..., L] int64."""
     visible, length = pad(~mask, (_REACH, _REACH)), mask.shape[-1]
     code = torch.zeros_like(mask, dtype=torch.int64)
     for bit, offset in enumerate(_AROUND):
         code += visible[..., _REACH + offset :][..., :length].long() << bit
-    return embedding(code, _table(mask.device))
+    return code
 
 
 @lru_cache(maxsize=16)
 def _table(device: torch.device) -> Tensor:
-    """The terms of a token, by the tokens of `_AROUND` it that are visible as bits of a number: [numbers, terms]."""
+    """The terms of a token, by its code: [codes, terms]."""
     number = torch.arange(2 ** len(_AROUND), device="cpu")
     visible = {offset: (number >> bit & 1).double() for bit, offset in enumerate(_AROUND)}
     columns = []
@@ -169,6 +176,17 @@ def moments(loss: Tensor, seen: Tensor, weight: Tensor) -> Moments:
 def products(seen: Tensor, weight: Tensor) -> Tensor:
     """Sums of the products of terms over looks, as `moments`: [K, L, terms, terms]."""
     return (weight.unsqueeze(-1) * seen).permute(0, 2, 3, 1) @ seen.transpose(1, 2)
+
+
+def fused_fits(loss: Tensor, mask: Tensor, weight: Tensor, folds: int) -> tuple[Tensor, Tensor]:
+    """`fit` for each of the folds, on the looks of all other chains, without gradients: levels [K, folds, L] and slopes
+    [K, folds, L, terms] from losses, masks and weights [K, chains, looks, L], where chain r is of fold r % folds."""
+    pair, left = torch.tensor([(term.pair, term.left) for term in _TERMS], device=loss.device).T.contiguous()
+    near = torch.tensor(_NEAR, device=loss.device)
+    ridge = torch.tensor([_RIDGE[closed] for _, closed in _PAIRS], dtype=torch.float64, device=loss.device)
+    looks = (x.contiguous() for x in (loss, _codes(mask), weight))
+    constants = _OWN_RIDGE, _NOISE, _DOUBT, _ITERATIONS
+    return fit_controls(*looks, folds, _table(loss.device), pair, left, near, ridge, *constants)
 
 
 def fit(sums: Moments, products: Tensor, chains: Tensor) -> tuple[Tensor, Tensor]:
