@@ -5,11 +5,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help demo experiments test test-all bench sanitize docs lint format clean
+.PHONY: help demo experiments test test-all bench sanitize sanitize-cpu sanitize-cuda docs lint format clean
 help:
 	@echo "make demo   train a small model on real text and print its likelihood, about 5 minutes on two cores"
 	@echo "make experiments   the papers' experiments in small and a page of them, some 90 minutes on two cores; it goes on if stopped"
-	@echo "make test   run the tests; make test-all  those that take long too: ranks, 20000 repeats, kernels interpreted and emulated"
+	@echo "make test   run the tests; make test-all  those that take long too: ranks, 20000 repeats, kernels interpreted and compiled"
 	@echo "make bench  measure the kernels against the published formulas"
 	@echo "make sanitize   run the random cases, and the CUDA kernels emulated, under AddressSanitizer and UBSan"
 	@echo "make docs   build the documentation into build/docs"
@@ -34,19 +34,22 @@ bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 # The fuzz tests, and the CUDA kernels in their emulator, under AddressSanitizer and UndefinedBehaviorSanitizer, on builds
-# of their own. The emulator is another machine than that of the tests, whose threads run in another order.
+# of their own. The emulator is two machines, whose threads run in other orders; -j2 does all that beside the other.
 SANITIZED := build/sanitized
-ANOTHER_MACHINE := EMULATE_CUDA=1 EMULATED_CAPABILITY=80 EMULATED_ORDER=backward
 UNDER_SANITIZERS = LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
-	ASAN_OPTIONS=detect_leaks=0
-sanitize: $(VENV)/built
+	ASAN_OPTIONS=detect_leaks=0 FASTDIFF_SANITIZE=1
+EMULATED = EMULATE_CUDA=1 $(UNDER_SANITIZERS) $(BIN)/pytest -q -p no:cacheprovider
+sanitize: sanitize-cpu sanitize-cuda
+sanitize-cpu: $(VENV)/built
 	FASTDIFF_SANITIZE=1 LDFLAGS=-fsanitize=address,undefined \
 		$(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
-	$(UNDER_SANITIZERS) PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED)/lib \
-		$(BIN)/pytest -n 2 --dist worksteal -p no:cacheprovider tests/test_fuzz.py
+	$(UNDER_SANITIZERS) PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED)/lib FASTDIFF_FUZZ_CASES=150 \
+		$(BIN)/pytest -q -p no:cacheprovider tests/test_fuzz.py
+
+sanitize-cuda: $(VENV)/built
 	FASTDIFF_SANITIZE=1 $(BIN)/python tests/cuda/emulated.py
-	FASTDIFF_SANITIZE=1 $(ANOTHER_MACHINE) $(UNDER_SANITIZERS) \
-		$(BIN)/pytest -q -n 2 --dist worksteal -p no:cacheprovider tests/kernels/test_[cg]*.py
+	EMULATED_CAPABILITY=90 EMULATED_ORDER=shuffled $(EMULATED) tests/kernels/test_[cg]*.py
+	EMULATED_CAPABILITY=80 EMULATED_ORDER=backward $(EMULATED) tests/kernels/test_gpu_fuzz.py tests/kernels/test_gpu_row_sample.py
 
 docs: $(VENV)/built
 	$(BIN)/mkdocs build --strict --site-dir build/docs

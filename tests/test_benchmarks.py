@@ -51,8 +51,9 @@ def test_every_kernel_can_be_called():
 @pytest.mark.slow
 def test_a_benchmark_leaves_its_cases(tmp_path):
     file = tmp_path / "results.json"
-    shown = run("-m", "pytest", "-p", "no:cacheprovider", "benchmarks/bench_corrupt.py", f"--json-results={file}")
+    one = "benchmarks/bench_corrupt.py::test_mask_tokens"
+    shown = run("-m", "pytest", "-p", "no:cacheprovider", one, f"--json-results={file}")
     cases = load(file)
-    assert list(cases) == ["corrupt: mask_tokens", "corrupt: harmonic_mask"]
+    assert list(cases) == ["corrupt: mask_tokens"]
     assert all(name in shown for name in cases)
     assert all(0 < call.low <= call.seconds <= call.high for c in cases.values() for call in c.calls.values())

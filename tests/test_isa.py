@@ -12,7 +12,7 @@ from fastdiff.backends import report
 pytestmark = pytest.mark.slow
 
 FILES = [str(Path(__file__).with_name(name)) for name in ("test_fuzz.py", "test_fuzz_distill.py")]
-CASES = int(os.environ.get("FASTDIFF_FUZZ_CASES", "500")) // 3
+CASES = int(os.environ.get("FASTDIFF_FUZZ_CASES", "500")) // 6
 
 
 @pytest.mark.parametrize("isa", ["baseline", "v3", "v4"])

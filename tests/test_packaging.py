@@ -30,8 +30,8 @@ def built(dist):
     """A wheel, from an sdist."""
     run(sys.executable, "setup.py", "-q", "egg_info", "-e", dist, "sdist", "-d", dist, cwd=ROOT)
     (sdist,) = dist.glob("*.tar.gz")
-    compiler = dist / "c++"  # optimising, which takes most of the time of a build, is for the kernels' own tests
-    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n')
+    compiler = dist / "c++"  # what takes most of the time of a build is for the kernels' own tests
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0 -DFASTDIFF_ONE_ISA\n')
     compiler.chmod(0o755)
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", dist, sdist]
     run(*build, env=os.environ | {"CXX": str(compiler)})

@@ -11,9 +11,9 @@ namespace fastdiff {
 enum class Isa { baseline, v3, v4 };
 
 // FASTDIFF_FOR_EACH_ISA(DEFINE) expands DEFINE(suffix, target attribute) for each instruction set, and
-// FASTDIFF_FOR_ISA(f, isa, <arguments>) picks f_baseline, f_v3 or f_v4 of the templates so defined. Sanitizers, which
-// watch the source, have one to compile.
-#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__)
+// FASTDIFF_FOR_ISA(f, isa, <arguments>) picks f_baseline, f_v3 or f_v4 of the templates so defined. With
+// FASTDIFF_ONE_ISA there is the first alone, for builds that watch the source or are not for speed.
+#if defined(__x86_64__) && !defined(FASTDIFF_ONE_ISA)
 #define FASTDIFF_FOR_EACH_ISA(DEFINE)                   \
   DEFINE(baseline, )                                    \
   DEFINE(v3, __attribute__((target("arch=x86-64-v3")))) \

@@ -16,7 +16,7 @@ from fastdiff.training import TrainConfig, train
 
 V, L = 13, 8
 FOLDER = Path(os.environ.get("FASTDIFF_TEST_FOLDER", "."))
-SETTINGS = dict(steps=20, batch_size=8, lr=0.003, warmup=5, ema=0.9, eval_every=10, eval_sequences=6, eval_samples=8)
+SETTINGS = dict(steps=8, batch_size=8, lr=0.003, warmup=3, ema=0.9, eval_every=4, eval_sequences=6, eval_samples=8)
 TOPOLOGIES = [
     ("dce-t", False, "none"),
     ("dce-k", True, "full"),
@@ -102,7 +102,7 @@ def other_ranks_go_on():
 
 
 def first_half():
-    trained("dce-k", out=FOLDER / "run", steps=10, sharding="full")
+    trained("dce-k", out=FOLDER / "run", steps=4, sharding="full")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """These tests run the kernels of GPUs: on one if there is one; else Triton's in the interpreter that TRITON_INTERPRET=1
 asks for, or those in CUDA C++ in the emulator that EMULATE_CUDA=1 asks for.
 
-tests/test_triton.py and tests/test_cuda.py run them so where there is no GPU.
+tests/test_triton.py and `make sanitize` run them so where there is no GPU.
 """
 
 import os

@@ -33,8 +33,10 @@ def names(g, batch):
 
 
 # Lengths about those of a group of draws, of a block and of several.
-@pytest.mark.parametrize("share", [0.2, 1.0])
-@pytest.mark.parametrize(("batch", "length"), [(9, 1), (9, 7), (9, 64), (2, 1023), (2, 1025), (1, 4100)])
+@pytest.mark.parametrize(
+    ("batch", "length", "share"),
+    [(9, 1, 1.0), (9, 7, 0.2), (9, 64, 1.0), (9, 64, 0.2), (2, 1023, 0.2), (2, 1025, 1.0), (1, 4100, 0.2)],
+)
 def test_masks_of_rows(batch, length, share, backend, device):
     g = torch.Generator().manual_seed(length)
     named, ids = names(g, batch)
