@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,9 +12,11 @@ from rich.table import Table
 from fastdiff.checks import check_choice
 from fastdiff.files import write_atomically
 from fastdiff.training import LOSSES
-from fastdiff.training.cards import CARDS
-from fastdiff.training.planning import USABLE, Plan
+from fastdiff.training.cards import CARDS, USABLE
 from fastdiff.training.presets import COND_DIM, PRESETS
+
+if TYPE_CHECKING:
+    from fastdiff.training.planning import Plan
 
 _OF_PRESET = "the preset's"
 
@@ -44,6 +46,8 @@ def plan(
 ) -> None:
     """What a step of training needs: memory, exchanged bytes, operations; and the cards that have it."""
     given = {name: value for name, value in locals().items() if value is not None}
+    from fastdiff.training.planning import Plan
+
     check_choice("preset", preset, tuple(PRESETS))
     if not 0 < share <= 1:
         raise ValueError(f"share: expected a number in (0, 1], got {share}")
@@ -60,7 +64,7 @@ def plan(
         write_atomically(json_file, json.dumps(numbers, indent=1).encode() + b"\n")
 
 
-def _show(preset: str, planned: Plan, share: float, tokens: float | None) -> None:
+def _show(preset: str, planned: "Plan", share: float, tokens: float | None) -> None:
     training = planned.training
     table = Table("a step", "", title=f"{preset} on {planned.gpus} GPUs, a rank each", title_justify="left")
     table.add_row("parameters", f"{planned.parameters:,}")
@@ -85,20 +89,20 @@ def _show(preset: str, planned: Plan, share: float, tokens: float | None) -> Non
         Console().print(each)
 
 
-def _fits(planned: Plan, accumulation: int | None) -> str:
+def _fits(planned: "Plan", accumulation: int | None) -> str:
     if accumulation is None:
         return "no"
     return "yes" if accumulation == planned.training.accumulation else f"with --accumulation {accumulation}"
 
 
-def _numbers(planned: Plan, share: float, tokens: float | None) -> dict[str, Any]:
+def _numbers(planned: "Plan", share: float, tokens: float | None) -> dict[str, Any]:
     names = ("parameters", "memory", "total", "naive_logits", "exchanged", "operations")
     settings = {name: dataclasses.asdict(getattr(planned, name)) for name in ("model", "training")}
     numbers = {name: getattr(planned, name) for name in ("gpus", "length", *names)}
     return settings | numbers | {"cards": _cards(planned, share, tokens)}
 
 
-def _cards(planned: Plan, share: float, tokens: float | None) -> list[dict[str, Any]]:
+def _cards(planned: "Plan", share: float, tokens: float | None) -> list[dict[str, Any]]:
     rows = []
     for name, card in CARDS.items():
         row: dict[str, Any] = {"card": name, "accumulation": planned.accumulation_for(card)}

@@ -15,8 +15,7 @@ from fastdiff.cli.options import Device, device_of, half_of, read_run, show
 from fastdiff.data.shards import Shards, is_tokens
 from fastdiff.data.sources import NUM_BYTES, Text, TokenSource, load_documents
 from fastdiff.model import DiffusionTransformer, ModelConfig
-from fastdiff.training import LOSSES, Record, Stopped, TrainConfig
-from fastdiff.training import train as run_training
+from fastdiff.training import LOSSES, Record, TrainConfig
 from fastdiff.training.presets import COND_DIM, PRESETS
 
 _RESULTS = {
@@ -85,6 +84,9 @@ def train(
     goes on to the numbers of an unbroken run.
     """
     given = {name: value for name, value in locals().items() if value is not None}
+    from fastdiff.training import Stopped
+    from fastdiff.training import train as run_training
+
     first, local = os.environ.get("RANK", "0") == "0", os.environ.get("LOCAL_RANK", "0")
     place = device_of(device or (f"cuda:{local}" if torch.cuda.is_available() else None))
     if resume and preset is not None:

@@ -5,10 +5,15 @@ locked while the run goes on) and model.safetensors (the averaged weights, for `
 the run ends or stops: one that is killed keeps what it had, and a resumed one writes it.
 """
 
-from fastdiff.training.config import LOSSES, TrainConfig
-from fastdiff.training.loop import Stopped, train
-from fastdiff.training.objectives import MIXED, SCHEDULE, SCORES, Noised, diffusion_loss, noise
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fastdiff.training.config import LOSSES, MIXED, SCHEDULE, SCORES, TrainConfig
 from fastdiff.training.records import Record
+
+if TYPE_CHECKING:
+    from fastdiff.training.loop import Stopped, train
+    from fastdiff.training.objectives import Noised, diffusion_loss, noise
 
 __all__ = [
     "LOSSES",
@@ -23,3 +28,18 @@ __all__ = [
     "noise",
     "train",
 ]
+
+_TRAINS = {
+    "Stopped": "loop",
+    "train": "loop",
+    "Noised": "objectives",
+    "diffusion_loss": "objectives",
+    "noise": "objectives",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """What trains stands on torch.distributed and its compiler, for whose import no likelihood or sample must wait."""
+    if name not in _TRAINS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_TRAINS[name]}"), name)

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+USABLE = 0.9  # of a card's memory: the rest is for the context, libraries and fragments
+
 
 class Card(NamedTuple):
     """A part of the device's name, memory in bytes, and dense bfloat16 operations a second."""

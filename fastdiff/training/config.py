@@ -6,7 +6,11 @@ import math
 import torch
 
 from fastdiff.checks import check_choice, check_integer
+from fastdiff.schedules import Hybrid, LogLinear
 
+SCHEDULE = LogLinear()
+MIXED = Hybrid()  # the schedule of "gidd"
+SCORES = {"absorb": "scale_by_sigma", "uniform": "log_score"}  # what a network of scores gives, by graph, as SEDD's
 LOSSES = ("dce-t", "dce-lambda", "dce-k", "dce-harmonic", "dse-absorb", "dse-uniform", "gidd")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _CHOICES = {

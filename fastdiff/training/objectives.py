@@ -19,11 +19,8 @@ from fastdiff.noise.graphs import Absorbing, Uniform
 from fastdiff.noise.mixture import Mixture, mixture_weight
 from fastdiff.noise.noising import corrupt, mask_exactly, mask_tokens, sample_mask_counts, sample_times, spread
 from fastdiff.noise.times import ImportanceTimes
-from fastdiff.schedules import Hybrid, LogLinear
+from fastdiff.training.config import MIXED, SCHEDULE, SCORES
 
-SCHEDULE = LogLinear()
-MIXED = Hybrid()  # the schedule of "gidd"
-SCORES = {"absorb": "scale_by_sigma", "uniform": "log_score"}  # what a network of scores gives, by graph, as SEDD's
 LARGE_VOCABULARY = 4096  # from where on the last layer is multiplied for the scored tokens only
 _PROPOSALS = {"dce-k": "stratified", "dce-harmonic": "harmonic"}
 _DEVIATIONS = 8  # from its mean, beyond which the number of masks in a batch is once in 10^15

@@ -16,13 +16,11 @@ from fastdiff.checks import check_integer
 from fastdiff.model import DiffusionTransformer, ModelConfig
 from fastdiff.noise.blocks import num_blocks
 from fastdiff.ops.chunks import TILE_BYTES
-from fastdiff.training.cards import Card
+from fastdiff.training.cards import USABLE, Card
 from fastdiff.training.config import DTYPES, TrainConfig
 from fastdiff.training.objectives import LARGE_VOCABULARY
 from fastdiff.training.ranks import Ranks, check_topology
 from fastdiff.training.speed import operations_per_token
-
-USABLE = 0.9  # of a card's memory: the rest is for the context, libraries and fragments
 
 
 @dataclasses.dataclass(frozen=True)

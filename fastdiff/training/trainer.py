@@ -24,8 +24,8 @@ from fastdiff.model import DiffusionTransformer
 from fastdiff.noise.blocks import num_blocks
 from fastdiff.noise.times import ImportanceTimes
 from fastdiff.training.checkpoints import Checkpoints
-from fastdiff.training.config import DTYPES, TrainConfig
-from fastdiff.training.objectives import SCHEDULE, diffusion_loss, noise
+from fastdiff.training.config import DTYPES, SCHEDULE, TrainConfig
+from fastdiff.training.objectives import diffusion_loss, noise
 from fastdiff.training.ranks import Ranks, check_topology, over_ranks, synchronising, whole
 from fastdiff.training.readings import Reading
 from fastdiff.training.records import Record
