@@ -419,6 +419,8 @@ def test_import_needs_no_extras():
 
 def test_commands_that_do_not_train_do_not_wait_for_its_imports():
     """torch.distributed.tensor and the compiler, which take longer than all else of this package."""
-    code = "import sys, fastdiff.cli; print([m for m in ('torch._dynamo', 'sympy', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys, fastdiff.cli; print([m for m in ('torch._dynamo', 'sympy', 'transformers') if m in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"

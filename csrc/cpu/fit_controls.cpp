@@ -1,147 +1,23 @@
-// The fit of estimators/potential.py, without gradients: that file has the formulas and says why. What is many passes
-// over tensors there stays in cache here, a sequence and a fold at a time.
+// The fit of estimators/potential.py, which has the formulas and says why, and its gradient. What is many passes over
+// tensors there stays in cache here, a sequence and a fold at a time.
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <tuple>
 #include <vector>
 
-#include "../philox.h"  // FASTDIFF_HD
+#include "fit_problem.h"
 #include "isa.h"
 #include "operators.h"
 
 namespace fastdiff {
 namespace {
 
-constexpr int64_t kTerms = 18, kPairs = 6, kNear = 7, kReach = 4;
-
-using Terms = std::array<double, kTerms>;
-using Pairs = std::vector<double>;  // [kReach + L, kPairs], of pairs by their left ends: those beyond the row are 0
-
-// The sums of `Moments` and `products` of a token; once centred, the last two are about the means.
-struct Token {
-  double number, weight, loss, square;
-  Terms terms, with_loss;
-  std::array<Terms, kTerms> products;
-
-  template <typename F>
-  FASTDIFF_HD void combine(const Token& other, const F& f) {
-    number = f(number, other.number), weight = f(weight, other.weight);
-    loss = f(loss, other.loss), square = f(square, other.square);
-    for (int64_t a = 0; a < kTerms; ++a) {
-      terms[a] = f(terms[a], other.terms[a]), with_loss[a] = f(with_loss[a], other.with_loss[a]);
-      for (int64_t b = 0; b < kTerms; ++b) products[a][b] = f(products[a][b], other.products[a][b]);
-    }
-  }
-};
-
-// One call: losses, codes and weights [K, R, Q, L], what there is to fit, and where it goes.
-struct FitControls {
-  int64_t sequences, chains, looks, length, folds;
-  const double* loss;
-  const int64_t* code;
-  const double *weight, *table;  // table: the terms of a code
-  const int64_t *pair, *left, *near;
-  const double* ridge;
-  double own_ridge, noise, doubt;
-  int64_t iterations;
-  double *level = nullptr, *slope = nullptr;  // [K, folds, L], [K, folds, L, kTerms]
-};
-
-// A fold's problem, on the looks of all other chains.
-struct Problem {
-  const FitControls& op;
-  std::vector<Token> tokens, own;
-  std::vector<double> mean_loss;
-  std::vector<Terms> mean_seen;
-  std::array<int64_t, kTerms> at;  // where a term's parameter is, from its token on
-  double number, common, observation, squares;
-
-  explicit Problem(const FitControls& op_)
-      : op(op_), tokens(op.length), own(op.length), mean_loss(op.length), mean_seen(op.length) {
-    for (int64_t t = 0; t < kTerms; ++t) at[t] = (kReach + op.left[t]) * kPairs + op.pair[t];
-  }
-
-  // The share of slopes to take: all but what `used` parameters would explain of noise.
-  FASTDIFF_HD double share(double explained, double left, double used) const {
-    const double of_noise = std::max(left, 0.0) / std::max(number - used, 1.0);
-    return std::clamp(1 - op.noise * used * of_noise / std::max(explained, 1e-30), 0.0, 1.0);
-  }
-};
-
-FASTDIFF_HD void sum_looks(const FitControls& op, int64_t sequence, int64_t fold, std::vector<Token>& tokens) {
-  std::fill(tokens.begin(), tokens.end(), Token{});
-  for (int64_t chain = fold; chain < op.chains; chain += op.folds)
-    for (int64_t look = 0; look < op.looks; ++look) {
-      const int64_t first = ((sequence * op.chains + chain) * op.looks + look) * op.length;
-      for (int64_t i = 0; i < op.length; ++i) {
-        const double w = op.weight[first + i], loss = op.loss[first + i];
-        if (!(w > 0)) continue;
-        const double* seen = op.table + op.code[first + i] * kTerms;
-        Token& token = tokens[i];
-        token.number += 1, token.weight += w, token.loss += w * loss, token.square += w * loss * loss;
-        for (int64_t a = 0; a < kTerms; ++a) {
-          if (seen[a] == 0) continue;
-          token.terms[a] += w * seen[a], token.with_loss[a] += seen[a] * (w * loss);
-          for (int64_t b = 0; b < kTerms; ++b) token.products[a][b] += w * seen[a] * seen[b];
-        }
-      }
-    }
-}
-
-FASTDIFF_HD void centre(Problem& p) {
-  double weight = 0, loss = 0;
-  p.number = p.squares = 0;
-  for (const Token& token : p.tokens) p.number += token.number, weight += token.weight, loss += token.loss;
-  p.common = loss / std::max(weight, 1e-30);
-  p.observation = p.number > 0 ? weight / p.number : 1;
-  for (size_t i = 0; i < p.tokens.size(); ++i) {
-    Token& token = p.tokens[i];
-    const double per_weight = 1 / std::max(token.weight, 1e-30);
-    p.mean_loss[i] = token.weight > 0 ? token.loss * per_weight - p.common : 0;
-    p.squares += token.square - token.loss * (p.mean_loss[i] + p.common);
-    for (int64_t a = 0; a < kTerms; ++a) p.mean_seen[i][a] = token.terms[a] * per_weight;
-    for (int64_t a = 0; a < kTerms; ++a) {
-      token.with_loss[a] -= token.terms[a] * (p.mean_loss[i] + p.common);
-      for (int64_t b = 0; b < kTerms; ++b) token.products[a][b] -= token.terms[a] * p.mean_seen[i][b];
-    }
-  }
-}
-
-FASTDIFF_HD double dot(const double* a, const double* b, int64_t n) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
-  return sum;
-}
-FASTDIFF_HD double dot(const Pairs& a, const Pairs& b) { return dot(a.data(), b.data(), a.size()); }
-
-FASTDIFF_HD Terms to_terms(const Problem& p, const Pairs& pairs, int64_t token) {
-  Terms terms;
-  for (int64_t t = 0; t < kTerms; ++t) terms[t] = pairs[token * kPairs + p.at[t]];
-  return terms;
-}
-
-FASTDIFF_HD void add_to_pairs(const Problem& p, const Terms& terms, int64_t token, Pairs& pairs) {
-  for (int64_t t = 0; t < kTerms; ++t) pairs[token * kPairs + p.at[t]] += terms[t];
-}
-
-// What the products of all tokens make of pairs' parameters.
-FASTDIFF_HD void ahead(const Problem& p, const Pairs& pairs, Pairs& to) {
-  std::fill(to.begin(), to.end(), 0);
-  for (size_t i = 0; i < p.tokens.size(); ++i) {
-    const Terms terms = to_terms(p, pairs, i);
-    Terms made{};
-    for (int64_t a = 0; a < kTerms; ++a)  // symmetric
-#pragma omp simd
-      for (int64_t b = 0; b < kTerms; ++b) made[b] += terms[a] * p.tokens[i].products[a][b];
-    add_to_pairs(p, made, i, to);
-  }
-}
+template <int64_t N>
+using Square = std::array<std::array<double, N>, N>;
 
 // Of a symmetric and positive matrix, in place.
 template <int64_t N>
-FASTDIFF_HD void invert(std::array<std::array<double, N>, N>& a) {
+FASTDIFF_HD void invert(Square<N>& a) {
   for (int64_t k = 0; k < N; ++k) {
     const double pivot = 1 / a[k][k];
     a[k][k] = 1;
@@ -155,18 +31,33 @@ FASTDIFF_HD void invert(std::array<std::array<double, N>, N>& a) {
   }
 }
 
-// The parameters that pairs of a kind share.
-FASTDIFF_HD std::array<double, kPairs> fit_alike(const Problem& p, const Pairs& told) {
-  std::array<std::array<double, kPairs>, kPairs> same{};
-  std::array<double, kPairs> sums{}, alike{};
+// By which the sums over pairs of a kind, of products with losses, give the parameters that these share.
+FASTDIFF_HD Square<kPairs> inverse_of_kinds(const Problem& p) {
+  Square<kPairs> same{};
   for (const Token& token : p.tokens)
     for (int64_t a = 0; a < kTerms; ++a)
       for (int64_t b = 0; b < kTerms; ++b) same[p.op.pair[a]][p.op.pair[b]] += token.products[a][b];
   for (int64_t kind = 0; kind < kPairs; ++kind) same[kind][kind] += p.observation;
-  for (size_t i = 0; i < told.size(); ++i) sums[i % kPairs] += told[i];
   invert<kPairs>(same);
-  for (int64_t a = 0; a < kPairs; ++a) alike[a] = dot(same[a].data(), sums.data(), kPairs);
-  return alike;
+  return same;
+}
+
+// The same for what a token adds on its own, with its ridge.
+FASTDIFF_HD Square<kNear> inverse_of_near(const Problem& p, int64_t token) {
+  Square<kNear> near;
+  for (int64_t a = 0; a < kNear; ++a) {
+    for (int64_t b = 0; b < kNear; ++b) near[a][b] = p.tokens[token].products[p.op.near[a]][p.op.near[b]];
+    near[a][a] += p.own_ridge();
+  }
+  invert<kNear>(near);
+  return near;
+}
+
+template <int64_t N>
+FASTDIFF_HD std::array<double, N> times(const Square<N>& a, const std::array<double, N>& x) {
+  std::array<double, N> made;
+  for (int64_t i = 0; i < N; ++i) made[i] = dot(a[i].data(), x.data(), N);
+  return made;
 }
 
 // x with (products + ridge) x = b, nearly, by conjugate gradients.
@@ -197,7 +88,9 @@ FASTDIFF_HD Pairs fit_pairs(Problem& p) {
     add_to_pairs(p, p.tokens[i].with_loss, i, told);
     add_to_pairs(p, of_itself, i, diagonal);
   }
-  const auto alike = fit_alike(p, told);
+  std::array<double, kPairs> sums{};
+  for (size_t i = 0; i < n; ++i) sums[i % kPairs] += told[i];
+  const auto alike = times<kPairs>(inverse_of_kinds(p), sums);
   for (size_t i = 0; i < n; ++i) ridge[i] = p.observation * p.op.ridge[i % kPairs], first[i] = alike[i % kPairs];
 
   Pairs left = told;
@@ -218,26 +111,19 @@ FASTDIFF_HD Pairs fit_pairs(Problem& p) {
 // What tokens add on their own to the slopes that pairs give.
 FASTDIFF_HD void add_own(const Problem& p, std::vector<Terms>& slopes) {
   std::vector<std::array<double, kNear>> own(slopes.size());
-  const double ridge = p.op.own_ridge * p.observation;
+  const double ridge = p.own_ridge();
   double used = 0, explained = 0, least = p.squares;
   for (size_t i = 0; i < slopes.size(); ++i) {
-    std::array<std::array<double, kNear>, kNear> products, inverse;
+    const Token& token = p.tokens[i];
     std::array<double, kNear> left;
+    for (int64_t a = 0; a < kNear; ++a)
+      left[a] = token.with_loss[p.op.near[a]] - dot(token.products[p.op.near[a]].data(), slopes[i].data(), kTerms);
+    const auto inverse = inverse_of_near(p, i);
+    own[i] = times<kNear>(inverse, left);
     for (int64_t a = 0; a < kNear; ++a) {
-      const Terms& row = p.tokens[i].products[p.op.near[a]];
-      for (int64_t b = 0; b < kNear; ++b) products[a][b] = row[p.op.near[b]];
-      left[a] = p.tokens[i].with_loss[p.op.near[a]] - dot(row.data(), slopes[i].data(), kTerms);
-    }
-    inverse = products;
-    for (int64_t a = 0; a < kNear; ++a) inverse[a][a] += ridge;
-    invert<kNear>(inverse);
-    for (int64_t a = 0; a < kNear; ++a) {
-      own[i][a] = dot(inverse[a].data(), left.data(), kNear);
       used += 1 - ridge * inverse[a][a];
-    }
-    for (int64_t a = 0; a < kNear; ++a) {
       explained += own[i][a] * left[a];
-      least -= own[i][a] * (2 * left[a] - dot(products[a].data(), own[i].data(), kNear));
+      least -= own[i][a] * (left[a] + ridge * own[i][a]);  // the products times own are left - ridge own
     }
   }
   const double share = p.share(explained, least, used);
@@ -247,7 +133,7 @@ FASTDIFF_HD void add_own(const Problem& p, std::vector<Terms>& slopes) {
 
 FASTDIFF_HD void fit(Problem& p, int64_t chains, double* level, double* slope) {
   centre(p);
-  const double squares = p.squares, trusted = chains / (chains + p.op.doubt);
+  const double squares = p.squares;
   const Pairs pairs = fit_pairs(p);
   std::vector<Terms> slopes(p.tokens.size());
   for (size_t i = 0; i < slopes.size(); ++i) slopes[i] = to_terms(p, pairs, i);
@@ -260,30 +146,81 @@ FASTDIFF_HD void fit(Problem& p, int64_t chains, double* level, double* slope) {
   }
   const double share = p.share(explained, p.number < (chains + kTerms) * seen ? squares : p.squares, seen);
   for (size_t i = 0; i < slopes.size(); ++i) {
-    for (int64_t a = 0; a < kTerms; ++a) slopes[i][a] *= trusted;
+    for (int64_t a = 0; a < kTerms; ++a) slopes[i][a] *= p.trust(chains);
     level[i] = p.common + share * (p.mean_loss[i] - dot(slopes[i].data(), p.mean_seen[i].data(), kTerms));
     for (int64_t a = 0; a < kTerms; ++a) slope[i * kTerms + a] = share * slopes[i][a];
   }
 }
 
+// From the gradients of sums over the looks of other folds to those of losses.
+FASTDIFF_HD void spread(const Problem& p, const std::vector<double>& loss, const std::vector<Terms>& with_loss) {
+  const FitControls& op = p.op;
+  for (int64_t chain = 0; chain < op.chains; ++chain) {
+    if (chain % op.folds == p.fold) continue;
+    for (int64_t look = 0; look < op.looks; ++look) {
+      const int64_t first = ((p.sequence * op.chains + chain) * op.looks + look) * op.length;
+      for (int64_t i = 0; i < op.length; ++i)
+        op.grad_loss[first + i] +=
+            op.weight[first + i] * (loss[i] + dot(op.table + op.code[first + i] * kTerms, with_loss[i].data(), kTerms));
+    }
+  }
+}
+
+// Adds to the gradient of other folds' losses, in which levels and slopes are linear but for what has none.
+FASTDIFF_HD void pull_back(Problem& p, int64_t chains, const double* grad_level, const double* grad_slope) {
+  centre(p);
+  const size_t length = p.tokens.size();
+  std::vector<Terms> with_loss(length);  // gradients
+  std::vector<double> loss(length);
+  std::array<double, kPairs> kinds{};
+  double weight = 0, of_common = 0;
+  for (size_t i = 0; i < length; ++i) {
+    const Token& token = p.tokens[i];
+    Terms slope;
+    std::array<double, kNear> near;
+    for (int64_t a = 0; a < kTerms; ++a)
+      slope[a] = p.trust(chains) * (grad_slope[i * kTerms + a] - grad_level[i] * p.mean_seen[i][a]);
+    for (int64_t a = 0; a < kNear; ++a) near[a] = slope[p.op.near[a]];
+    near = times<kNear>(inverse_of_near(p, i), near);
+    with_loss[i].fill(0);
+    for (int64_t a = 0; a < kNear; ++a) {
+      with_loss[i][p.op.near[a]] = near[a];
+      for (int64_t b = 0; b < kTerms; ++b) slope[b] -= near[a] * token.products[p.op.near[a]][b];
+    }
+    for (int64_t a = 0; a < kTerms; ++a) kinds[p.op.pair[a]] += slope[a];
+    weight += token.weight, of_common += token.weight > 0 ? 0 : grad_level[i];
+  }
+  kinds = times<kPairs>(inverse_of_kinds(p), kinds);
+  for (size_t i = 0; i < length; ++i) {
+    for (int64_t a = 0; a < kTerms; ++a) with_loss[i][a] += kinds[p.op.pair[a]];
+    const double own = p.tokens[i].weight > 0 ? grad_level[i] : 0;
+    loss[i] = of_common / std::max(weight, 1e-30) +
+              (own - dot(p.tokens[i].terms.data(), with_loss[i].data(), kTerms)) / std::max(p.tokens[i].weight, 1e-30);
+  }
+  spread(p, loss, with_loss);
+}
+
 FASTDIFF_HD void fit_sequences(const FitControls& op, int64_t begin, int64_t end) {
   Problem p(op);
   std::vector<Token> whole(op.length);
-  for (int64_t k = begin; k < end; ++k) {
+  for (p.sequence = begin; p.sequence < end; ++p.sequence) {
     std::fill(whole.begin(), whole.end(), Token{});
-    for (int64_t fold = 0; fold < op.folds; ++fold) {
-      sum_looks(op, k, fold, p.own);
+    for (p.fold = 0; p.fold < op.folds; ++p.fold) {
+      sum_looks(p);
       for (int64_t i = 0; i < op.length; ++i)
         whole[i].combine(p.own[i], [](double a, double b) __attribute__((always_inline)) { return a + b; });
     }
-    for (int64_t fold = 0; fold < op.folds; ++fold) {
-      sum_looks(op, k, fold, p.own);
+    for (p.fold = 0; p.fold < op.folds; ++p.fold) {
+      sum_looks(p);
       p.tokens = whole;
       for (int64_t i = 0; i < op.length; ++i)
         p.tokens[i].combine(p.own[i], [](double a, double b) __attribute__((always_inline)) { return a - b; });
-      const int64_t others = op.chains - (op.chains - fold + op.folds - 1) / op.folds,
-                    at = (k * op.folds + fold) * op.length;
-      fit(p, others, op.level + at, op.slope + at * kTerms);
+      const int64_t others = op.chains - (op.chains - p.fold + op.folds - 1) / op.folds;
+      const int64_t at = (p.sequence * op.folds + p.fold) * op.length;
+      if (op.grad_loss)
+        pull_back(p, others, op.grad_level + at, op.grad_slope + at * kTerms);
+      else
+        fit(p, others, op.level + at, op.slope + at * kTerms);
     }
   }
 }
@@ -295,26 +232,36 @@ FASTDIFF_HD void fit_sequences(const FitControls& op, int64_t begin, int64_t end
   }
 FASTDIFF_FOR_EACH_ISA(FASTDIFF_FIT)
 
+void run(const FitControls& op) {
+  const auto fit = FASTDIFF_FOR_ISA(fit, current_isa(), <FitControls>);
+  torch::stable::parallel_for(0, op.sequences, 1, [&](int64_t b, int64_t e) { fit(op, b, e); });
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> fit_controls(Tensor loss, Tensor code, Tensor weight, int64_t folds, Tensor table,
                                         Tensor pair, Tensor left, Tensor near, Tensor ridge, double own_ridge,
                                         double noise, double doubt, int64_t iterations) {
-  if (table.size(1) != kTerms || near.size(0) != kNear || ridge.size(0) != kPairs || table.size(0) != 1 << 2 * kReach)
-    bad_value("table: expected ", kTerms, " terms of ", kPairs, " kinds that reach ", kReach, " tokens, ", kNear,
-              " of them near");
-  const int64_t sequences = loss.size(0), length = loss.size(3);
-  Tensor level = torch::stable::new_empty(loss, {sequences, folds, length});
-  Tensor slope = torch::stable::new_empty(loss, {sequences, folds, length, kTerms});
-  FitControls op{sequences, loss.size(1), loss.size(2), length, folds};
-  op.loss = data<double>(loss), op.code = data<int64_t>(code), op.weight = data<double>(weight);
-  op.table = data<double>(table), op.ridge = data<double>(ridge);
-  op.pair = data<int64_t>(pair), op.left = data<int64_t>(left), op.near = data<int64_t>(near);
+  FitControls op(loss, code, weight, folds, table, pair, left, near, ridge);
   op.own_ridge = own_ridge, op.noise = noise, op.doubt = doubt, op.iterations = iterations;
+  Tensor level = torch::stable::new_empty(loss, {op.sequences, folds, op.length});
+  Tensor slope = torch::stable::new_empty(loss, {op.sequences, folds, op.length, kTerms});
   op.level = mutable_data<double>(level), op.slope = mutable_data<double>(slope);
-  const auto fit = FASTDIFF_FOR_ISA(fit, current_isa(), <FitControls>);
-  torch::stable::parallel_for(0, sequences, 1, [&](int64_t b, int64_t e) { fit(op, b, e); });
+  run(op);
   return {level, slope};
+}
+
+Tensor fit_controls_backward(Tensor grad_level, Tensor grad_slope, Tensor loss, Tensor code, Tensor weight,
+                             int64_t folds, Tensor table, Tensor pair, Tensor left, Tensor near, Tensor ridge,
+                             double own_ridge, double doubt) {
+  FitControls op(loss, code, weight, folds, table, pair, left, near, ridge);
+  op.own_ridge = own_ridge, op.doubt = doubt;
+  op.grad_level = data<double>(grad_level), op.grad_slope = data<double>(grad_slope);
+  Tensor grad_loss = torch::stable::new_empty(loss, sizes(loss));
+  op.grad_loss = mutable_data<double>(grad_loss);
+  std::fill_n(op.grad_loss, loss.numel(), 0.0);
+  run(op);
+  return grad_loss;
 }
 
 }  // namespace fastdiff

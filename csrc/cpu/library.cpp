@@ -20,6 +20,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
   m.impl("row_sample.cpu", TORCH_BOX(&row_sample));
   m.impl("reverse_rows.cpu", TORCH_BOX(&reverse_rows));
   m.impl("fit_controls.cpu", TORCH_BOX(&fit_controls));
+  m.impl("fit_controls_backward.cpu", TORCH_BOX(&fit_controls_backward));
 }
 
 namespace {

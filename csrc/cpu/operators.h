@@ -51,5 +51,8 @@ Tensor reverse_rows(Tensor z, Tensor xt, Tensor live, Tensor law);
 std::tuple<Tensor, Tensor> fit_controls(Tensor loss, Tensor code, Tensor weight, int64_t folds, Tensor table,
                                         Tensor pair, Tensor left, Tensor near, Tensor ridge, double own_ridge,
                                         double noise, double doubt, int64_t iterations);
+Tensor fit_controls_backward(Tensor grad_level, Tensor grad_slope, Tensor loss, Tensor code, Tensor weight,
+                             int64_t folds, Tensor table, Tensor pair, Tensor left, Tensor near, Tensor ridge,
+                             double own_ridge, double doubt);
 
 }  // namespace fastdiff

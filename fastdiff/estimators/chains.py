@@ -16,11 +16,10 @@ known share of the masks of a count. So subtracting the guess and adding its mea
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
@@ -193,7 +192,7 @@ def _replicates(fused: bool, strata: Tensor, loss: Tensor, mask: Tensor, weight:
     known, observed = loss.nan_to_num(0.0, 0.0, 0.0), (weight / mask.sum(3)).unsqueeze(3) * mask
     chains = torch.arange(loss.shape[1], device=loss.device)
     folds = [chains[first::_FOLDS] for first in range(min(_FOLDS, len(chains)))]
-    level, slope = (_Fused.apply if fused else _fits)(known, mask, observed, folds)
+    level, slope = fused_fits(known, mask, observed, len(folds)) if fused else _fits(known, mask, observed, folds)
     guessed, of_strata = _controls(level, slope, scored, mask, strata, target, folds)
     return raw - guessed + of_strata.mean(1, keepdim=True)
 
@@ -238,22 +237,3 @@ def _fits(known: Tensor, mask: Tensor, observed: Tensor, folds: list[Tensor]) ->
         found.append(fit(sums, torch.stack([whole - products(*looks(folds[i])) for i in some], 1), numbers[some]))
     level, slope = zip(*found, strict=True)
     return torch.cat(level, 1), torch.cat(slope, 1)
-
-
-class _Fused(torch.autograd.Function):
-    """The same from a kernel, but for the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, known: Tensor, mask: Tensor, observed: Tensor, folds: list[Tensor]) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(known, mask, observed)
-        ctx.folds = folds
-        return fused_fits(known, mask, observed, len(folds))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        known, mask, observed = ctx.saved_tensors
-        with torch.enable_grad():
-            known = known.detach().requires_grad_()
-            found = _fits(known, mask, observed, ctx.folds)
-        return *torch.autograd.grad(found, known, upstream), None, None, None

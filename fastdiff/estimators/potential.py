@@ -179,7 +179,7 @@ def products(seen: Tensor, weight: Tensor) -> Tensor:
 
 
 def fused_fits(loss: Tensor, mask: Tensor, weight: Tensor, folds: int) -> tuple[Tensor, Tensor]:
-    """`fit` for each of the folds, on the looks of all other chains, without gradients: levels [K, folds, L] and slopes
+    """`fit` for each of the folds, on the looks of all other chains, by a kernel: levels [K, folds, L] and slopes
     [K, folds, L, terms] from losses, masks and weights [K, chains, looks, L], where chain r is of fold r % folds."""
     pair, left = torch.tensor([(term.pair, term.left) for term in _TERMS], device=loss.device).T.contiguous()
     near = torch.tensor(_NEAR, device=loss.device)

@@ -105,3 +105,11 @@ def test_nothing_seen_gives_nothing() -> None:
     loss = torch.zeros(1, 0, 6, dtype=torch.float64)
     for part in fitted(loss, loss.new_zeros(1, 0, 6, len(potential._TERMS)), loss, chains=0):
         assert (part == 0).all()
+
+
+def test_opcheck() -> None:
+    mask, options = torch.rand(2, 5, 2, 6) < 0.5, dict(dtype=torch.float64)
+    loss, weight = torch.rand(2, 5, 2, 6, requires_grad=True, **options), torch.rand(2, 5, 2, 1, **options) * mask
+    with mock.patch.object(potential, "fit_controls", wraps=potential.fit_controls) as called:
+        potential.fused_fits(loss, mask, weight, 5)
+    torch.library.opcheck(torch.ops.fastdiff.fit_controls.cpu, called.call_args.args)
