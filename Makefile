@@ -3,6 +3,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Python compiles what is imported, a small part of what is installed.
+PIP_INSTALL := $(BIN)/pip install -q --no-compile
 SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
 .PHONY: help demo experiments test test-all bench sanitize sanitize-cpu sanitize-cuda docs lint format clean
@@ -78,14 +80,14 @@ $(VENV)/ready: pyproject.toml
 	@if $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null; then \
 		echo "Reusing the torch of $(PYTHON)."; $(PYTHON) -m venv --system-site-packages $(VENV); \
 	else \
-		$(PYTHON) -m venv $(VENV) && echo "Installing $(TORCH)." && $(BIN)/pip install -q "$(TORCH)"; \
+		$(PYTHON) -m venv $(VENV) && echo "Installing $(TORCH)." && $(PIP_INSTALL) "$(TORCH)"; \
 	fi
 	@echo "Installing the tools."
-	@$(BIN)/pip install -q 'setuptools>=77' wheel ninja
+	@$(PIP_INSTALL) 'setuptools>=77' wheel ninja
 	@touch $@
 
 $(VENV)/built: $(VENV)/ready $(SOURCES)
 	@command -v $${CXX:-c++} >/dev/null || { echo "fastdiff needs a C++17 compiler (g++ or clang++)."; exit 1; }
 	@echo "Building the kernels."
-	@$(BIN)/pip install -q --no-build-isolation -e '.[dev]'
+	@$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
 	@touch $@
