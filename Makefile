@@ -3,8 +3,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Python compiles what is imported, a small part of what is installed.
+# Python compiles what is imported, a small part of what is installed, and keeps it.
 PIP_INSTALL := $(BIN)/pip install -q --no-compile
+export PYTHONDONTWRITEBYTECODE :=
 SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
 .PHONY: help demo experiments test test-all bench sanitize sanitize-cpu sanitize-cuda docs lint format clean
