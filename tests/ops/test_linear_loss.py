@@ -20,7 +20,8 @@ SLACK = {torch.float64: 1, torch.float32: 4, torch.bfloat16: 4, torch.float16: 8
 def chunked(request, monkeypatch):
     monkeypatch.setitem(op.TILE_BYTES, "cpu", request.param)
     monkeypatch.setattr(op.Chunks, "_sum_bytes", lambda chunks: 0)
-    monkeypatch.setitem(op.IDS, "cpu", 20)
+    monkeypatch.setattr(op, "IDS", dict.fromkeys(op.IDS, 20))
+    monkeypatch.setattr(op, "ROWS", 2)
 
 
 def assert_agrees(name, p, leaves=LEAVES, **options):
