@@ -37,7 +37,7 @@ bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 # The fuzz tests, and the CUDA kernels in their emulator, under AddressSanitizer and UndefinedBehaviorSanitizer, on builds
-# of their own. The emulator is two machines, whose threads run in other orders; -j2 does all that beside the other.
+# of their own, which -j2 does side by side. The emulator is two machines, whose threads run in other orders.
 SANITIZED := build/sanitized
 UNDER_SANITIZERS = LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0 FASTDIFF_SANITIZE=1
